@@ -1,0 +1,1 @@
+"""onebase server: OpenAI-compatible serving of many adapters on one base."""

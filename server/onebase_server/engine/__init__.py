@@ -1,0 +1,1 @@
+"""onebase_server.engine"""
