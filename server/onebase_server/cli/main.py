@@ -1,0 +1,81 @@
+"""The `onebase` command's entry: commands are grouped in the modules beside this one.
+
+Training is another package and another process: `train`, `eval`, `export` and `data` hand their words to
+`python -m onebase_training` unchanged, so that neither package imports the other.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from onebase import __version__
+from onebase.errors import OnebaseError
+from onebase_server.cli import adapters, base, chat, serve
+
+app = typer.Typer(
+    name="onebase",
+    help="One frozen 4-bit base, many QLoRA adapters: train them, serve them, swap them, behind OpenAI's API.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+app.command("serve")(serve.serve)
+app.command("chat")(chat.chat)
+app.add_typer(adapters.app, name="adapters")
+app.add_typer(base.app, name="base")
+
+HANDED_OVER = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def hand_over(command: str, arguments: list[str]) -> None:
+    """Become the training process, with the same standard streams and signals."""
+    os.execv(sys.executable, [sys.executable, "-m", "onebase_training", command, *arguments])
+
+
+@app.command("train", context_settings=HANDED_OVER)
+def train(context: typer.Context) -> None:
+    """Train an adapter from a recipe and publish it: `onebase train RECIPE.yaml` (`--help` for all)."""
+    hand_over("train", context.args)
+
+
+@app.command("eval", context_settings=HANDED_OVER)
+def evaluate(context: typer.Context) -> None:
+    """Compare base and adapters on a held-out file: loss, accuracy, stop rate, checks."""
+    hand_over("eval", context.args)
+
+
+@app.command("export", context_settings=HANDED_OVER)
+def export(context: typer.Context) -> None:
+    """Write an adapter as a PEFT folder or merged into its base."""
+    hand_over("export", context.args)
+
+
+@app.command("data", context_settings=HANDED_OVER)
+def data(context: typer.Context) -> None:
+    """Check a training file: `onebase data check FILE`."""
+    hand_over("data", context.args)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        Console().print(f"onebase {__version__}", highlight=False)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command; an error that the user can mend is one line and exit code 1, never a traceback."""
+    try:
+        app(prog_name=Path(sys.argv[0]).name)
+    except OnebaseError as error:
+        Console(stderr=True).print(f"[bold red]error[/] {error.message}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except BrokenPipeError:
+        sys.exit(141)
