@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
 from onebase.home import Home, default_home
 
 HomeOption = Annotated[
