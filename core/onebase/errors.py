@@ -11,7 +11,9 @@
     ├── Conflict                             the state of a thing forbids the call
     ├── Unauthenticated                      no or wrong API key
     ├── Forbidden (PermissionError)          the key may not do this
-    ├── Overloaded                           queue full; `retry_after_s`
+    ├── RateLimited                          over the key's own limit; `retry_after_s`
+    ├── Overloaded                           queue full, whoever asks; `retry_after_s`
+    │   └── NotReady                         the base is still being loaded, or the server is going down
     ├── DeadlineExceeded (TimeoutError)      a request's own deadline passed
     ├── BaseModelError                       the base is missing, half downloaded or not loadable
     ├── TrainingError                        a run failed for a reason that its user can act on
@@ -111,14 +113,26 @@ class Forbidden(OnebaseError, PermissionError):
     code = "insufficient_permissions"
 
 
-class Overloaded(OnebaseError):
-    """The queue is full."""
+class RateLimited(OnebaseError):
+    """The key is over its own limit; others are served."""
 
     code = "rate_limit_exceeded"
 
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class Overloaded(OnebaseError):
+    """The server can't take more now, whoever asks. Not the caller's limit: that is `RateLimited`."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NotReady(Overloaded):
+    """The base is still being loaded, or the server is going down."""
 
 
 class DeadlineExceeded(OnebaseError, TimeoutError):
