@@ -13,7 +13,7 @@
     ├── Forbidden (PermissionError)          the key may not do this
     ├── RateLimited                          over the key's own limit; `retry_after_s`
     ├── Overloaded                           queue full, whoever asks; `retry_after_s`
-    │   └── NotReady                         the base is still being loaded, or the server is going down
+    ├── NotReady                             the base is still being loaded, or the server is going down
     ├── DeadlineExceeded (TimeoutError)      a request's own deadline passed
     ├── BaseModelError                       the base is missing, half downloaded or not loadable
     ├── TrainingError                        a run failed for a reason that its user can act on
@@ -124,15 +124,21 @@ class RateLimited(OnebaseError):
 
 
 class Overloaded(OnebaseError):
-    """The server can't take more now, whoever asks. Not the caller's limit: that is `RateLimited`."""
+    """The queue is full, whoever asks. Not the caller's own limit: that is `RateLimited`."""
+
+    code = "rate_limit_exceeded"
 
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
 
-class NotReady(Overloaded):
+class NotReady(OnebaseError):
     """The base is still being loaded, or the server is going down."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class DeadlineExceeded(OnebaseError, TimeoutError):
