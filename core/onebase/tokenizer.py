@@ -33,7 +33,7 @@ class TextTokenizer:
     """A base's tokenizer. Thread-safe. Load with `TextTokenizer.load(folder)`.
 
     `bos_id` is the id that the tokenizer itself puts in front of a text, None if it puts none (SmolLM2 names a
-    bos token that it never adds). `eos_ids` are all ids that end an answer; `eos_id` is the one that training
+    bos token that it never adds; `bos_token_text` is that name, for templates). `eos_ids` are all ids that end an answer; `eos_id` is the one that training
     appends. `pad_id` is an id with an embedding row that is not an eos. `vocab_size` counts embedding rows.
     """
 
@@ -42,6 +42,7 @@ class TextTokenizer:
     eos_ids: frozenset[int]
     pad_id: int
     vocab_size: int
+    bos_token_text: str
 
     def __init__(self, files: TokenizerFiles) -> None:
         vocab = vocabulary(files.tokenizer)
@@ -60,6 +61,8 @@ class TextTokenizer:
         self._bytes = _token_bytes_table(spec, self._added, self.vocab_size)
         self._space_mark = space_mark(spec)
         self.bos_id = _bos(files, self._later)
+        declared_bos = token_named(files, "bos_token")
+        self.bos_token_text = "" if declared_bos is None else self.token_text(declared_bos)
         self.pad_id = _pad(files, self.eos_ids, self.bos_id, self.vocab_size)
 
     @classmethod
@@ -131,6 +134,10 @@ class TextTokenizer:
         found = self._later.token_to_id(token)
         return found if found is not None and found < self.vocab_size else None
 
+    def spells_special(self, text: str) -> bool:
+        """Whether a trusted text with this in it would yield a control token."""
+        return self._specials.search(text) is not None
+
     def is_special(self, token_id: int) -> bool:
         """Whether the id is a control token, which has no text."""
         return token_id in self.special_ids
@@ -172,7 +179,7 @@ class TextTokenizer:
 def _build(spec: Json) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(json.dumps(spec))
-    except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+    except Exception as error:  # the library raises bare Exception
         raise BaseModelError(f"tokenizer.json is not a tokenizer: {error}") from error
     tokenizer.encode_special_tokens = True
     return tokenizer
