@@ -1,0 +1,198 @@
+"""Rows of jobs, their events and their checkpoints. Knows no state's meaning and no process.
+
+The one rule kept here: a change names the states that it may start from, and its events are committed with it. So
+two writers (a handler that cancels, the supervisor that sees the end) can't both win, and no event tells of a change
+that did not happen.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from onebase.errors import InvalidInput
+from onebase_server.records.database import Database
+from onebase_server.records.pages import MetadataFilter, Page, metadata_is, page
+from onebase_server.records.tables import CheckpointRow, EventRow, JobRow
+
+
+@dataclass(frozen=True)
+class NewEvent:
+    """An event to tell once: `key` is unique within its job."""
+
+    key: str
+    message: str
+    level: str = "info"
+    type: str = "message"
+    data: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class NewCheckpoint:
+    """A servable state after `step`; `model` is the name that clients call, `version` its place in the store."""
+
+    step: int
+    model: str
+    version: str
+    metrics: Mapping[str, float]
+
+
+class JobRecords:
+    """The jobs, events and checkpoints tables. `owner=None` sees every row; `now` and ids come from the caller."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def add(self, row: JobRow, events: Sequence[NewEvent], *, event_ids: Sequence[str]) -> tuple[JobRow, bool]:
+        """Keep a new job and its first events. With an idempotency key that was used before: that job, and False.
+
+        Raises InvalidInput when the key was used for another request.
+        """
+        async with self._database.write() as session:
+            if row.idempotency_key is not None:
+                if session.get_bind().dialect.name == "postgresql":  # two first calls at once: the second waits here
+                    await session.execute(
+                        select(func.pg_advisory_xact_lock(func.hashtext(f"{row.owner}/{row.idempotency_key}")))
+                    )
+                before = await session.scalar(
+                    select(JobRow).where(JobRow.owner == row.owner, JobRow.idempotency_key == row.idempotency_key)
+                )
+                if before is not None:
+                    return _same_request(before, row), False
+            session.add(row)
+            await session.flush()
+            for event, event_id in zip(events, event_ids, strict=True):
+                session.add(_event_row(row, event, event_id, row.created_at))
+        return row, True
+
+    async def get(self, job_id: str, owner: str | None = None) -> JobRow | None:
+        query = select(JobRow).where(JobRow.id == job_id)
+        if owner is not None:
+            query = query.where(JobRow.owner == owner)
+        async with self._database.read() as session:
+            return await session.scalar(query)
+
+    async def list(
+        self, owner: str | None, *, kind: str | None, metadata: MetadataFilter | None, after: str | None, limit: int
+    ) -> Page[JobRow]:
+        query = select(JobRow)
+        if owner is not None:
+            query = query.where(JobRow.owner == owner)
+        if kind is not None:
+            query = query.where(JobRow.kind == kind)
+        async with self._database.read() as session:
+            if metadata is not None:
+                query = query.where(*metadata_is(session, JobRow.meta, metadata))
+            return await page(session, query, JobRow, after=after, limit=limit, order="desc")
+
+    async def change(
+        self,
+        job_id: str,
+        values: Mapping[str, Any],
+        *,
+        when: Collection[str],
+        now: int,
+        events: Sequence[tuple[str, NewEvent]] = (),
+        checkpoints: Sequence[tuple[str, NewCheckpoint]] = (),
+    ) -> JobRow | None:
+        """Set columns and tell events, if the job's state is one of `when`; None (and nothing changed) if not.
+
+        `events` and `checkpoints` come with their ids; those whose key or step is there already are left out.
+        """
+        async with self._database.write() as session:
+            job = await session.scalar(select(JobRow).where(JobRow.id == job_id).with_for_update())
+            if job is None or job.state not in when:
+                return None
+            for name, value in values.items():
+                setattr(job, name, value)
+            await _tell(session, job, events, now)
+            await _keep(session, job, checkpoints, now)
+        return job
+
+    async def in_states(self, states: Collection[str]) -> Sequence[JobRow]:
+        """The jobs in these states, the one to run first at the front."""
+        query = select(JobRow).where(JobRow.state.in_(states)).order_by(JobRow.priority.desc(), JobRow.seq)
+        async with self._database.read() as session:
+            return (await session.scalars(query)).all()
+
+    async def with_open_process(self) -> Sequence[JobRow]:
+        """The jobs whose training process was not seen to end yet."""
+        async with self._database.read() as session:
+            return (await session.scalars(select(JobRow).where(JobRow.process_open).order_by(JobRow.seq))).all()
+
+    async def events(self, job_id: str, *, after: str | None, limit: int) -> Page[EventRow]:
+        """Newest first."""
+        query = select(EventRow).where(EventRow.job_id == job_id)
+        async with self._database.read() as session:
+            return await page(session, query, EventRow, after=after, limit=limit, order="desc")
+
+    async def events_since(self, job_id: str, seq: int) -> Sequence[EventRow]:
+        """Oldest first: what was told after the event numbered `seq`."""
+        query = select(EventRow).where(EventRow.job_id == job_id, EventRow.seq > seq).order_by(EventRow.seq)
+        async with self._database.read() as session:
+            return (await session.scalars(query)).all()
+
+    async def checkpoints(self, job_id: str, *, after: str | None, limit: int) -> Page[CheckpointRow]:
+        """Newest first."""
+        query = select(CheckpointRow).where(CheckpointRow.job_id == job_id)
+        async with self._database.read() as session:
+            return await page(session, query, CheckpointRow, after=after, limit=limit, order="desc")
+
+
+def _same_request(before: JobRow, row: JobRow) -> JobRow:
+    if before.request_digest != row.request_digest:
+        raise InvalidInput(
+            f"Idempotency-Key '{row.idempotency_key}' was used for another request (job {before.id}). Use a new key.",
+            param="Idempotency-Key",
+            code="idempotency_key_reused",
+        )
+    return before
+
+
+async def _tell(session: AsyncSession, job: JobRow, events: Sequence[tuple[str, NewEvent]], now: int) -> None:
+    if not events:
+        return
+    keys = [event.key for _, event in events]
+    told = set(await session.scalars(select(EventRow.key).where(EventRow.job_id == job.id, EventRow.key.in_(keys))))
+    for event_id, event in events:
+        if event.key not in told:
+            told.add(event.key)
+            session.add(_event_row(job, event, event_id, now))
+
+
+async def _keep(session: AsyncSession, job: JobRow, checkpoints: Sequence[tuple[str, NewCheckpoint]], now: int) -> None:
+    if not checkpoints:
+        return
+    kept = set(await session.scalars(select(CheckpointRow.step).where(CheckpointRow.job_id == job.id)))
+    for checkpoint_id, new in checkpoints:
+        if new.step in kept:
+            continue
+        kept.add(new.step)
+        session.add(
+            CheckpointRow(
+                id=checkpoint_id,
+                owner=job.owner,
+                job_id=job.id,
+                created_at=now,
+                step=new.step,
+                model=new.model,
+                version=new.version,
+                metrics=dict(new.metrics),
+            )
+        )
+
+
+def _event_row(job: JobRow, event: NewEvent, event_id: str, now: int) -> EventRow:
+    return EventRow(
+        id=event_id,
+        owner=job.owner,
+        job_id=job.id,
+        key=event.key,
+        created_at=now,
+        level=event.level,
+        type=event.type,
+        message=event.message,
+        data=None if event.data is None else dict(event.data),
+    )
