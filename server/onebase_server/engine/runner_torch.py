@@ -1,0 +1,175 @@
+"""`TorchRunner`: the real device behind the `Runner` protocol. Weights, pages, slots, one forward and one sampler.
+
+It turns a step's numpy arrays into device tensors once, runs the forward, samples, and hands numpy back. It must not
+know scheduling, residency policy, text or HTTP.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from onebase.adapter import BaseIdentity
+from onebase_server.engine.host_adapter import TorchHostAdapter, read_host_adapter
+from onebase_server.engine.lora_slots import LoraSlots
+from onebase_server.engine.model_forward import KVCache, ModelForward
+from onebase_server.engine.runner import HostAdapter, RunnerLimits, StepBatch, StepResult
+from onebase_server.engine.sampler import Sampler
+from onebase_server.engine.types import AdapterRef
+from onebase_server.engine.weights import ModelWeights, read_weights
+from onebase_server.kernels.ops import Kernels, StepMeta
+
+Forward = Callable[[Tensor, StepMeta, frozenset[str], Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerConfig:
+    """What a runner is built for. Memory: `num_pages` and `num_slots * max_lora_rank` rows are allocated at once."""
+
+    page_size: int = 16
+    num_pages: int = 2048
+    num_slots: int = 16
+    max_lora_rank: int = 64
+    lora_rows: int | None = None
+    """Rank rows of the pools; None: num_slots * max_lora_rank, which always fits."""
+    max_batch_tokens: int = 512
+    max_batch_sequences: int = 64
+    max_context: int | None = None
+
+
+class TorchRunner:
+    """Implements `Runner` on any torch device."""
+
+    def __init__(
+        self,
+        weights: ModelWeights,
+        kernels: Kernels,
+        config: RunnerConfig,
+        *,
+        eos_token_ids: frozenset[int],
+        identity: BaseIdentity | None = None,
+    ) -> None:
+        self.weights = weights
+        self.config = config
+        self.identity = identity
+        self.device = weights.device
+        self.cache = KVCache(weights, config.num_pages, config.page_size)
+        rows = config.lora_rows or config.num_slots * config.max_lora_rank
+        self.slots = LoraSlots(weights, rows)
+        pools = [self.slots.layer(i) for i in range(weights.geometry.layers)]
+        self.forward: Forward = ModelForward(weights, kernels, self.cache, pools)
+        self.sampler = Sampler(weights.geometry.vocab, self.device, eos_token_ids)
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._loading: dict[int, torch.cuda.Event] = {}
+        self._limits = RunnerLimits(
+            vocab_size=weights.geometry.vocab,
+            max_context=weights.geometry.max_context,
+            page_size=config.page_size,
+            num_pages=config.num_pages,
+            num_slots=config.num_slots,
+            max_batch_tokens=config.max_batch_tokens,
+            max_batch_sequences=config.max_batch_sequences,
+            eos_token_ids=eos_token_ids,
+        )
+
+    @property
+    def limits(self) -> RunnerLimits:
+        return self._limits
+
+    def read_adapter(self, ref: AdapterRef) -> TorchHostAdapter:
+        return read_host_adapter(ref.path, self.weights, self.identity, self.config.max_lora_rank)
+
+    def load_slot(self, slot: int, adapter: HostAdapter) -> None:
+        """CUDA: on a stream of its own, so that decoding goes on; CPU: at once."""
+        host = cast(TorchHostAdapter, adapter)
+        if self._copies is None:
+            self.slots.load(slot, host)
+            return
+        with torch.cuda.stream(self._copies):
+            self.slots.load(slot, host, non_blocking=True)
+            self._loading[slot] = cast(torch.cuda.Event, self._copies.record_event())
+
+    def slot_ready(self, slot: int) -> bool:
+        event = self._loading.get(slot)
+        if event is None:
+            return self.slots.owner(slot) is not None
+        if not event.query():
+            return False
+        del self._loading[slot]
+        return True
+
+    def clear_slot(self, slot: int) -> None:
+        event = self._loading.pop(slot, None)
+        if event is not None:
+            event.synchronize()
+        self.slots.clear(slot)
+
+    def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
+        self.cache.copy_pages(pairs)
+
+    @torch.inference_mode()
+    def run(self, batch: StepBatch) -> StepResult:
+        meta, active = self.step_meta(batch)
+        token_ids = self._put(batch.token_ids)
+        last = batch.query_starts[1:][batch.sample_seqs] - 1
+        logits = self.forward(token_ids, meta, active, self._put(last.astype(np.int64)))
+        return self.sampler.sample(logits, batch.rows)
+
+    def release_state(self, state_id: int) -> None:
+        self.sampler.release(state_id)
+
+    def step_meta(self, batch: StepBatch) -> tuple[StepMeta, frozenset[str]]:
+        """Everything that all layers share, computed on the host; and the projections with LoRA work."""
+        queries = np.diff(batch.query_starts)
+        seqs = np.repeat(np.arange(len(queries), dtype=np.int32), queries)
+        page = self.config.page_size
+        pages = batch.block_tables[seqs, batch.positions // page].astype(np.int64)
+        starts, ranks = self._slot_rows(batch.slots)
+        active = self.slots.active(set(batch.slots.tolist()))
+        meta = StepMeta(
+            positions=self._put(batch.positions),
+            kv_slots=self._put(pages * page + batch.positions % page),
+            query_starts=self._put(batch.query_starts),
+            context_lens=self._put(batch.context_lens),
+            block_tables=self._put(batch.block_tables),
+            token_seqs=self._put(seqs),
+            lora_starts=self._put(starts[seqs]),
+            lora_ranks=self._put(ranks[seqs]),
+            has_lora=bool(active),
+            max_rank=int(ranks.max(initial=0)),
+            max_query=int(queries.max(initial=0)),
+            max_context=int(batch.context_lens.max(initial=0)),
+        )
+        return meta, active
+
+    def _slot_rows(self, slots: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """First rank row and rank of each sequence's adapter, 0 and 0 for the base."""
+        rows = np.zeros((2, len(slots)), dtype=np.int32)
+        for i, slot in enumerate(slots.tolist()):
+            if slot >= 0:
+                owner = self.slots.owner(slot)
+                assert owner is not None, f"slot {slot} is empty"
+                rows[:, i] = owner.start, owner.rank
+        return rows[0], rows[1]
+
+    def _put(self, array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+
+
+def build_runner(
+    base: Any, kernels: Kernels, config: RunnerConfig, *, identity: BaseIdentity | None = None
+) -> TorchRunner:
+    """`base` is a `onebase.base_model.LoadedBase`; its linears are read, never run."""
+    weights = read_weights(base.model, kernels, config.max_context)
+    return TorchRunner(
+        weights,
+        kernels,
+        config,
+        eos_token_ids=base.tokenizer.eos_ids,
+        identity=identity if identity is not None else base.spec.identity,
+    )
