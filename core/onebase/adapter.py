@@ -121,7 +121,7 @@ def _name_problems(files: AdapterFiles) -> list[str]:
             problems.append(f"tensor {shown} belongs to DoRA, which is not served")
         elif "embed_tokens" in key or "lm_head" in key or "lora_embedding" in key:
             problems.append(
-                f"tensor {shown} changes the embedding or lm_head, and the base is shared and frozen; save in PEFT with "
+                f"tensor {shown} changes the embedding or lm_head, and the base is frozen; save in PEFT with "
                 "save_embedding_layers=False and never resize the vocabulary"
             )
         elif ".modules_to_save." in key or ".original_module." in key:

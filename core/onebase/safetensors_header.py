@@ -47,11 +47,11 @@ def read_header(path: Path) -> SafetensorsHeader:
     with path.open("rb") as file:
         try:
             return _read(file)
-        except _Broken as error:
+        except _BrokenError as error:
             raise InvalidInput(f"{path.name} is not a sound safetensors file: {error}", param="adapter") from error
 
 
-class _Broken(ValueError):
+class _BrokenError(ValueError):
     """Why a header is refused."""
 
 
@@ -59,18 +59,18 @@ def _read(file: BinaryIO) -> SafetensorsHeader:
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
     if len(prefix) < 8:
-        raise _Broken(f"it is {size} bytes long, too short for a header")
+        raise _BrokenError(f"it is {size} bytes long, too short for a header")
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
-        raise _Broken(f"its header claims {length} bytes, more than the limit of {MAX_HEADER_BYTES}")
+        raise _BrokenError(f"its header claims {length} bytes, more than the limit of {MAX_HEADER_BYTES}")
     if length > size - 8:
-        raise _Broken(f"its header claims {length} bytes, but only {size - 8} follow: the file is cut off")
+        raise _BrokenError(f"its header claims {length} bytes, but only {size - 8} follow: the file is cut off")
     entries = _parse(file.read(length))
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _Broken("__metadata__ must map texts to texts")
+        raise _BrokenError("__metadata__ must map texts to texts")
     if len(entries) > MAX_TENSORS:
-        raise _Broken(f"it holds {len(entries)} tensors, more than the limit of {MAX_TENSORS}")
+        raise _BrokenError(f"it holds {len(entries)} tensors, more than the limit of {MAX_TENSORS}")
     tensors = {name: _tensor(name, entry) for name, entry in entries.items()}
     _check_layout(tensors, size - 8 - length)
     return SafetensorsHeader(tensors, metadata)
@@ -80,40 +80,40 @@ def _parse(raw: bytes) -> dict[str, Any]:
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
     except RecursionError as error:
-        raise _Broken("its header is nested too deeply") from error
-    except _Broken:
+        raise _BrokenError("its header is nested too deeply") from error
+    except _BrokenError:
         raise
     except ValueError as error:
-        raise _Broken(f"its header is not JSON ({error})") from error
+        raise _BrokenError(f"its header is not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise _Broken("its header is not a JSON object")
+        raise _BrokenError("its header is not a JSON object")
     return value
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise _Broken("its header names an entry twice")
+        raise _BrokenError("its header names an entry twice")
     return value
 
 
 def _no_constants(name: str) -> NoReturn:
-    raise _Broken(f"its header holds {name}")
+    raise _BrokenError(f"its header holds {name}")
 
 
 def _tensor(name: str, entry: object) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _Broken(f"entry {name[:80]!r} must have exactly dtype, shape and data_offsets")
+        raise _BrokenError(f"entry {name[:80]!r} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise _Broken(f"tensor {name[:80]!r} has unknown dtype {str(dtype)[:20]!r}")
+        raise _BrokenError(f"tensor {name[:80]!r} has unknown dtype {str(dtype)[:20]!r}")
     if not _is_sizes(shape) or len(shape) > MAX_DIMENSIONS:
-        raise _Broken(f"tensor {name[:80]!r} has no valid shape")
+        raise _BrokenError(f"tensor {name[:80]!r} has no valid shape")
     if not _is_sizes(offsets) or len(offsets) != 2:
-        raise _Broken(f"tensor {name[:80]!r} has no valid data_offsets")
+        raise _BrokenError(f"tensor {name[:80]!r} has no valid data_offsets")
     start, end = offsets
     if end - start != math.prod(shape) * DTYPE_BYTES[dtype]:
-        raise _Broken(f"tensor {name[:80]!r}: its offsets do not span its shape and dtype")
+        raise _BrokenError(f"tensor {name[:80]!r}: its offsets do not span its shape and dtype")
     return TensorInfo(dtype, tuple(shape), start, end)
 
 
@@ -128,9 +128,9 @@ def _check_layout(tensors: Mapping[str, TensorInfo], data_bytes: int) -> None:
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if tensor.start != position:
             kind = "overlaps another" if tensor.start < position else "leaves a hole before it"
-            raise _Broken(f"tensor {name[:80]!r} {kind}")
+            raise _BrokenError(f"tensor {name[:80]!r} {kind}")
         position = tensor.end
     if position > data_bytes:
-        raise _Broken(f"its tensors need {position} bytes, but only {data_bytes} are there: the file is cut off")
+        raise _BrokenError(f"its tensors need {position} bytes, but only {data_bytes} are there: the file is cut off")
     if position < data_bytes:
-        raise _Broken(f"{data_bytes - position} bytes behind the last tensor belong to none")
+        raise _BrokenError(f"{data_bytes - position} bytes behind the last tensor belong to none")

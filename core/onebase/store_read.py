@@ -1,0 +1,170 @@
+"""Reading the adapter store: names to versions. Writes nothing, takes no lock, loads no torch.
+
+Every answer comes from the pointers on the disk as they are now (store_pointer.py); only what never changes, a
+version's manifest, is kept in memory.
+"""
+
+import builtins
+import difflib
+import os
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from onebase.adapter import MANIFEST, content_digest
+from onebase.errors import AdapterInvalid, InvalidInput, ModelNotFound
+from onebase.manifest import Manifest
+from onebase.store_pointer import POINTER, Pointer, PointerReader, sticky_draw
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_ALIAS = re.compile(r"ft:[!-~]{1,250}")
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+
+
+def is_alias(model: str) -> bool:
+    """Whether the model name has the form of an alias (`ft:...`)."""
+    return _ALIAS.fullmatch(model) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One immutable version. `digest` names its content: caches are keyed by it, never by the name."""
+
+    name: str
+    version: int
+    path: Path
+    digest: str
+    manifest: Manifest
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One adapter as `list` shows it. `weights`: served version -> share of the traffic."""
+
+    name: str
+    versions: tuple[Version, ...]
+    weights: Mapping[int, float]
+    aliases: Mapping[str, int]
+
+    @property
+    def current(self) -> Version | None:
+        """The version with the largest share, the newer of equals; None if nothing is served."""
+        served = [v for v in self.versions if v.version in self.weights]
+        return max(served, key=lambda v: (self.weights[v.version], v.version), default=None)
+
+
+class StoreReader:
+    """The reading half of `AdapterStore`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._pointers = PointerReader()
+        self._versions: dict[tuple[str, int], Version] = {}
+        self._alias_names: dict[str, str] = {}
+
+    def resolve(self, model: str, *, draw: float | None = None, sticky: str | None = None) -> Version:
+        """The version that `name`, `name@3` or an alias (`ft:...`) means now. Raises ModelNotFound with near names.
+
+        If the name's traffic is split, `sticky` (say, a user's id) decides, else `draw` in [0, 1), else chance.
+        """
+        name, at, number = model.partition("@")
+        if is_alias(model):
+            found = self._by_alias(model)
+        elif at:
+            found = self._exact(name, number)
+        else:
+            found = self._served(name, draw, sticky)
+        if found is None:
+            raise ModelNotFound(model, self._near(model))
+        return found
+
+    def list(self) -> list[Entry]:
+        """All adapters by name. Those whose last version was removed are left out."""
+        entries = (self.get(name) for name in self._names())
+        return [entry for entry in entries if entry is not None]
+
+    def get(self, name: str) -> Entry | None:
+        """One adapter with all its versions; None if there is none of that name."""
+        pointer = self._pointer(name)
+        if pointer is None or not pointer.versions:
+            return None
+        versions = tuple(self._version(name, number) for number in pointer.versions)
+        return Entry(name, versions, pointer.weights, pointer.aliases)
+
+    def _exact(self, name: str, number: str) -> Version | None:
+        pointer = self._pointer(name)
+        if pointer is None or not _VERSION.fullmatch(number) or int(number) not in pointer.versions:
+            return None
+        return self._version(name, int(number))
+
+    def _served(self, name: str, draw: float | None, sticky: str | None) -> Version | None:
+        pointer = self._pointer(name)
+        if pointer is None:
+            return None
+        if sticky is not None:
+            draw = sticky_draw(sticky)
+        chosen = pointer.choose(random.random() if draw is None else draw)
+        return None if chosen is None else self._version(name, chosen)
+
+    def _by_alias(self, alias: str) -> Version | None:
+        """From the name that had it last time, else by looking through all names."""
+        known = self._alias_names.get(alias)
+        for name in [known] if known else []:
+            pointer = self._pointer(name)
+            if pointer is not None and alias in pointer.aliases:
+                return self._version(name, pointer.aliases[alias])
+        for name in self._names():
+            pointer = self._pointer(name)
+            if pointer is not None and alias in pointer.aliases:
+                self._alias_names[alias] = name
+                return self._version(name, pointer.aliases[alias])
+        return None
+
+    def _version(self, name: str, number: int) -> Version:
+        """Read once: a version never changes, and its number is never given again."""
+        known = self._versions.get((name, number))
+        if known is None:
+            path = self._folder(name) / "versions" / str(number)
+            try:
+                manifest = Manifest.read(path / MANIFEST)
+            except (OSError, InvalidInput) as error:
+                raise AdapterInvalid(str(path), [f"its manifest can't be read: {error}"]) from error
+            content = content_digest(manifest.weights_sha256, manifest.config_sha256)
+            known = Version(name, number, path, content, manifest)
+            self._versions[name, number] = known
+        return known
+
+    def _pointer(self, name: str) -> Pointer | None:
+        return self._pointers.read(self._folder(name) / POINTER) if _NAME.fullmatch(name) else None
+
+    def _folder(self, name: str) -> Path:
+        """The only way from a name to a path."""
+        if not _NAME.fullmatch(name):
+            raise InvalidInput(
+                f"adapter name {name[:80]!r} must be 1 to 64 of a-z, 0-9, '.', '_', '-', the first a letter or digit",
+                param="name",
+            )
+        return self.root / name
+
+    def _names(self) -> builtins.list[str]:
+        try:
+            return sorted(name for name in os.listdir(self.root) if _NAME.fullmatch(name))
+        except FileNotFoundError:
+            return []
+
+    def _near(self, model: str) -> builtins.list[str]:
+        """Names, aliases, and for `name@9` the versions that there are."""
+        candidates: builtins.list[str] = []
+        for name in self._names():
+            pointer = self._pointer(name)
+            if pointer is not None and pointer.versions:
+                candidates += [name, *pointer.aliases]
+                if model.startswith(f"{name}@"):
+                    return [f"{name}@{number}" for number in pointer.versions[-3:]]
+        return difflib.get_close_matches(model, candidates, n=3, cutoff=0.5)
