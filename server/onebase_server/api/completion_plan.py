@@ -1,0 +1,129 @@
+"""`CompletionRequest` -> what to generate: one engine request for each prompt."""
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from onebase.errors import InvalidInput
+from onebase_server.api.backend import Backend
+from onebase_server.api.convert_sampling import (
+    Extras,
+    answer_limit,
+    check_stream_options,
+    choices_of,
+    to_sampling,
+)
+from onebase_server.api.models_lookup import ServedModel
+from onebase_server.api.schemas_completions import CompletionRequest
+from onebase_server.engine.types import GenerationRequest
+
+DEFAULT_MAX_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionPlan:
+    """Requests by prompt. Choice i of the reply belongs to prompt i // n."""
+
+    id: str
+    created: int
+    model: ServedModel
+    requests: tuple[GenerationRequest, ...]
+    echoes: tuple[str, ...]
+    """Text in front of each prompt's choices: the prompt with `echo`, else ""."""
+    n: int
+    wants_logprobs: bool
+    include_usage: bool
+
+
+def check_completion(body: CompletionRequest, max_choices: int) -> int:
+    """Rules between fields; gives n. Raises InvalidInput naming the field."""
+    check_stream_options(body)
+    n = choices_of(body, max_choices)
+    if body.suffix:
+        raise unsupported("suffix", "This model can't fill in text before a suffix.")
+    if body.best_of is not None and body.best_of < n:
+        raise InvalidInput(
+            "Invalid 'best_of': it must be at least 'n'.", param="best_of", code="integer_below_min_value"
+        )
+    if body.best_of is not None and body.best_of > n:
+        raise unsupported("best_of", "'best_of' above 'n' is not supported: ask for more choices by 'n'.")
+    if body.echo and body.logprobs is not None:
+        raise unsupported("echo", "'echo' together with 'logprobs' is not supported.")
+    return n
+
+
+def unsupported(param: str, message: str) -> InvalidInput:
+    return InvalidInput(message, param=param, code="unsupported_parameter")
+
+
+def plan_completion(body: CompletionRequest, n: int, model: ServedModel, backend: Backend) -> CompletionPlan:
+    """Tokenise and size. Raises ContextLengthExceeded, or InvalidInput for a token id that the base has not."""
+    plan_id = f"cmpl-{secrets.token_hex(12)}"
+    prompts = to_ids(body, backend)
+    requests = tuple(
+        GenerationRequest(
+            id=f"{plan_id}-{i}" if len(prompts) > 1 else plan_id,
+            prompt_ids=tuple(ids),
+            sampling=to_sampling(body, _extras(body, ids, backend), backend.tokenizer.vocab_size),
+            adapter=model.adapter,
+            n=n,
+        )
+        for i, ids in enumerate(prompts)
+    )
+    echoes = [_echo(body.prompt, i, ids, backend) if body.echo else "" for i, ids in enumerate(prompts)]
+    return CompletionPlan(
+        id=plan_id,
+        created=int(time.time()),
+        model=model,
+        requests=requests,
+        echoes=tuple(echoes),
+        n=n,
+        wants_logprobs=body.logprobs is not None,
+        include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
+    )
+
+
+def to_ids(body: CompletionRequest, backend: Backend) -> list[list[int]]:
+    """Each prompt's ids. Text gets the base's bos, as training gives it; token ids are taken as they are."""
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [_encode(prompt, backend)]
+    if isinstance(prompt[0], str):
+        return [_encode(str(text), backend) for text in prompt]
+    if isinstance(prompt[0], int):
+        return [_checked(prompt, "prompt", backend)]
+    return [_checked(ids, f"prompt[{i}]", backend) for i, ids in enumerate(prompt)]
+
+
+def _encode(text: str, backend: Backend) -> list[int]:
+    bos = backend.tokenizer.bos_id
+    ids = ([] if bos is None else [bos]) + backend.tokenizer.encode(text, first=True)
+    # An empty prompt on a base without bos: something must stand there to predict from.
+    return ids or [backend.tokenizer.eos_id]
+
+
+def _checked(ids: Sequence[object], param: str, backend: Backend) -> list[int]:
+    checked = [each for each in ids if isinstance(each, int)]
+    if any(each >= backend.tokenizer.vocab_size for each in checked):
+        raise InvalidInput(
+            f"Invalid '{param}': expected token ids below {backend.tokenizer.vocab_size}.",
+            param=param,
+            code="invalid_value",
+        )
+    return checked
+
+
+def _echo(prompt: object, i: int, ids: Sequence[int], backend: Backend) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, list) and isinstance(prompt[i], str):
+        return str(prompt[i])
+    return backend.tokenizer.decode(ids)
+
+
+def _extras(body: CompletionRequest, ids: Sequence[int], backend: Backend) -> Extras:
+    asked = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    return Extras(
+        max_tokens=answer_limit(asked, len(ids), backend.max_context, param="prompt"), top_logprobs=body.logprobs
+    )

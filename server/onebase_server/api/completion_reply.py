@@ -1,0 +1,129 @@
+"""Token events of one or more prompts -> the reply of `/v1/completions`, whole or streamed."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+from onebase.tokenizer import TextTokenizer
+from onebase_server.api.backend import Handle
+from onebase_server.api.completion_plan import CompletionPlan
+from onebase_server.api.generation import complete, raise_if_failed, sum_usage
+from onebase_server.api.logprobs import completion_logprobs
+from onebase_server.api.schemas_common import UsageBody
+from onebase_server.api.schemas_completions import Completion as CompletionBody
+from onebase_server.api.schemas_completions import CompletionChoice
+from onebase_server.api.sse import event
+from onebase_server.engine.handle import Completion
+from onebase_server.engine.types import TokenEvent, Usage
+
+WORDS = {"stop": "stop", "length": "length"}
+
+
+async def complete_all(handles: Sequence[Handle]) -> list[Completion]:
+    """All choices of all prompts, in order."""
+    per_prompt = await asyncio.gather(*(complete(handle) for handle in handles))
+    return [choice for choices in per_prompt for choice in choices]
+
+
+def text_completion(
+    plan: CompletionPlan, choices: Sequence[Completion], tokenizer: TextTokenizer, fingerprint: str
+) -> CompletionBody:
+    return CompletionBody(
+        id=plan.id,
+        object="text_completion",
+        created=plan.created,
+        model=plan.model.id,
+        choices=[_choice(plan, i, choice, tokenizer) for i, choice in enumerate(choices)],
+        usage=sum_usage([choice.usage for choice in choices], len(plan.requests)),
+        system_fingerprint=fingerprint,
+    )
+
+
+def _choice(plan: CompletionPlan, index: int, choice: Completion, tokenizer: TextTokenizer) -> CompletionChoice:
+    return CompletionChoice(
+        text=plan.echoes[index // plan.n] + choice.text,
+        index=index,
+        logprobs=completion_logprobs(choice.logprobs, tokenizer) if plan.wants_logprobs else None,
+        finish_reason="length" if choice.finish_reason == "length" else "stop",
+    )
+
+
+class CompletionStream:
+    """The events of one streamed text completion."""
+
+    def __init__(self, plan: CompletionPlan, tokenizer: TextTokenizer, fingerprint: str) -> None:
+        self._plan = plan
+        self._tokenizer = tokenizer
+        self._fingerprint = fingerprint
+        choices = plan.n * len(plan.requests)
+        self._usages = [Usage(0, 0)] * choices
+        self._offsets = [0] * choices
+
+    async def events(self, handles: Sequence[Handle]) -> AsyncIterator[bytes]:
+        for index in range(len(self._usages)):
+            echo = self._plan.echoes[index // self._plan.n]
+            if echo:
+                yield self._piece(CompletionChoice(text=echo, index=index, logprobs=None, finish_reason=None))
+        async for offset, token in merged(handles, self._plan.n):
+            raise_if_failed(token)
+            for choice in self._choices(offset + token.index, token):
+                yield self._piece(choice)
+        if self._plan.include_usage:
+            yield self._body([], sum_usage(self._usages, len(self._plan.requests)))
+
+    def _choices(self, index: int, token: TokenEvent) -> list[CompletionChoice]:
+        choices = []
+        if token.text or token.logprobs:
+            logprobs = None
+            if self._plan.wants_logprobs:
+                logprobs = completion_logprobs(token.logprobs, self._tokenizer, offset=self._offsets[index])
+            choices.append(CompletionChoice(text=token.text, index=index, logprobs=logprobs, finish_reason=None))
+            self._offsets[index] += len(token.text)
+        if token.finish_reason is not None:
+            self._usages[index] = token.usage or self._usages[index]
+            word = "length" if token.finish_reason == "length" else "stop"
+            choices.append(CompletionChoice(text="", index=index, logprobs=None, finish_reason=word))
+        return choices
+
+    def _piece(self, choice: CompletionChoice) -> bytes:
+        return self._body([choice])
+
+    def _body(self, choices: list[CompletionChoice], usage: UsageBody | None = None) -> bytes:
+        body = CompletionBody(
+            id=self._plan.id,
+            object="text_completion",
+            created=self._plan.created,
+            model=self._plan.model.id,
+            choices=choices,
+            system_fingerprint=self._fingerprint,
+        )
+        if self._plan.include_usage:
+            body.usage = usage
+        return event(body)
+
+
+async def merged(handles: Sequence[Handle], n: int) -> AsyncIterator[tuple[int, TokenEvent]]:
+    """Events of several requests as they come, each with the number of choices before its request."""
+    if len(handles) == 1:
+        async for token in handles[0].events():
+            yield 0, token
+        return
+    # One slot: a reader that is slow keeps its events merged in the handles and not here.
+    queue: asyncio.Queue[tuple[int, TokenEvent] | None] = asyncio.Queue(maxsize=1)
+
+    async def pump(offset: int, handle: Handle) -> None:
+        async for token in handle.events():
+            await queue.put((offset, token))
+        await queue.put(None)
+
+    tasks = [asyncio.ensure_future(pump(i * n, handle)) for i, handle in enumerate(handles)]
+    try:
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if item is None:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,73 @@
+"""`POST /v1/completions`: the bare prompt in, text out."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from litestar import Request, post
+from litestar.params import JSONBody
+from litestar.types import ASGIApp
+
+from onebase_server.api.backend import Backend, Handle
+from onebase_server.api.completion_plan import CompletionPlan, check_completion, plan_completion
+from onebase_server.api.completion_reply import CompletionStream, complete_all, text_completion
+from onebase_server.api.deps import Deps
+from onebase_server.api.models_lookup import look_up
+from onebase_server.api.replies import json_reply
+from onebase_server.api.schemas_completions import CompletionRequest
+from onebase_server.api.sse import EventStream
+from onebase_server.api.waiting import unless_client_leaves
+from onebase_server.engine.handle import Completion
+from onebase_server.engine.types import FinishReason, GenerationRequest, TokenEvent, Usage
+
+
+@post("/completions", operation_id="createCompletion", status_code=200, tags=["Completions"])
+async def create_completion(data: JSONBody[CompletionRequest], deps: Deps, request: Request[Any, Any, Any]) -> ASGIApp:
+    """Continue one or more bare prompts, without any prompt format."""
+    n = check_completion(data, deps.settings.max_choices)
+    backend = deps.backend.get()
+    plan = plan_completion(data, n, look_up(data.model, backend, deps.store), backend)
+    running = Running(plan, backend)
+    if data.stream:
+        stream = CompletionStream(plan, backend.tokenizer, backend.fingerprint)
+        return EventStream(stream.events(running.handles), running.cancel, ping_s=deps.settings.ping_s)
+    choices = await unless_client_leaves(request.receive, complete_all(running.handles), running.cancel)
+    return json_reply(text_completion(plan, choices, backend.tokenizer, backend.fingerprint))
+
+
+class Running:
+    """The requests of all prompts, submitted together: if one can't be, none is left running."""
+
+    def __init__(self, plan: CompletionPlan, backend: Backend) -> None:
+        self.handles: list[Handle] = []
+        try:
+            for each in plan.requests:
+                asks_nothing = each.sampling.max_tokens == 0
+                self.handles.append(NothingToDo(each) if asks_nothing else backend.engine.submit(each))
+        except BaseException:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        for handle in self.handles:
+            handle.cancel()
+
+
+class NothingToDo:
+    """The handle of a request for no tokens at all: ended before it began."""
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self._request = request
+
+    async def events(self) -> AsyncIterator[TokenEvent]:
+        for index in range(self._request.n):
+            yield TokenEvent(index, finish_reason=FinishReason.LENGTH, usage=self._usage)
+
+    async def complete(self) -> list[Completion]:
+        return [Completion(index, "", (), (), FinishReason.LENGTH, self._usage) for index in range(self._request.n)]
+
+    def cancel(self) -> None:
+        """There is nothing to end."""
+
+    @property
+    def _usage(self) -> Usage:
+        return Usage(len(self._request.prompt_ids), 0)

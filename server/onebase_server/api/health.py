@@ -1,0 +1,33 @@
+"""Is it alive, can it serve, how much does it do: for load balancers and operators; no key needed."""
+
+from litestar import get
+from litestar.response import Response
+
+from onebase.errors import OnebaseError
+from onebase_server.api.deps import Deps
+from onebase_server.api.metrics import render_metrics
+from onebase_server.api.schemas_admin import Health
+
+
+@get("/healthz", operation_id="getHealth", tags=["Operations"])
+async def healthz() -> Health:
+    """200 as long as the process lives."""
+    return Health(status="ok")
+
+
+@get("/readyz", operation_id="getReadiness", tags=["Operations"])
+async def readyz(deps: Deps) -> Health:
+    """200 once the base is loaded, until shutdown begins; 503 with the reason otherwise."""
+    deps.backend.get()
+    return Health(status="ready")
+
+
+@get("/metrics", operation_id="getMetrics", tags=["Operations"], media_type="text/plain")
+async def metrics(deps: Deps) -> Response[str]:
+    """Counters and gauges in Prometheus's text form. No prompt and no key is in them."""
+    try:
+        engine = deps.backend.get().engine
+    except OnebaseError:
+        engine = None
+    text = render_metrics(deps.metrics, engine.stats() if engine else None, deps.backend.ready)
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")

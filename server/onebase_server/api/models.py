@@ -1,0 +1,70 @@
+"""`/v1/models`: the base and every adapter, as OpenAI lists models; deleting one takes an admin key."""
+
+from typing import Annotated
+
+from litestar import delete, get
+from litestar.params import FromPath, QueryParameter
+
+from onebase.errors import Forbidden
+from onebase.store import Version
+from onebase_server.api.backend import Backend
+from onebase_server.api.deps import Deps
+from onebase_server.api.models_lookup import find_version
+from onebase_server.api.schemas_models import ModelCard, ModelDeleted, ModelList
+
+
+@get("/models", operation_id="listModels", tags=["Models"])
+async def list_models(
+    deps: Deps,
+    versions: Annotated[bool, QueryParameter(description="Also list every version as `name@N`.")] = False,
+) -> ModelList:
+    """The base first, then the adapters by name."""
+    backend = deps.backend.get()
+    cards = [base_card(backend)]
+    for entry in deps.store.list():
+        cards.append(adapter_card(entry.name, deps.store.resolve(entry.name), backend))
+        if versions:
+            cards += [adapter_card(each.id, each, backend) for each in entry.versions]
+    return ModelList(object="list", data=cards)
+
+
+@get("/models/{model_id:path}", operation_id="retrieveModel", tags=["Models"])
+async def retrieve_model(model_id: FromPath[str], deps: Deps) -> ModelCard:
+    """One model by its id: a base, `adapter`, or `adapter@version`."""
+    backend = deps.backend.get()
+    name = model_id.removeprefix("/")
+    if name == backend.base.id:
+        return base_card(backend)
+    return adapter_card(name, find_version(name, backend, deps.store), backend)
+
+
+@delete("/models/{model_id:path}", operation_id="deleteModel", status_code=200, opt={"scope": "admin"}, tags=["Models"])
+async def delete_model(model_id: FromPath[str], deps: Deps) -> ModelDeleted:
+    """Delete an adapter with all its versions, or one version. Running requests finish."""
+    backend = deps.backend.get()
+    name = model_id.removeprefix("/")
+    if name == backend.base.id:
+        raise Forbidden(f"The base `{name}` can't be deleted: only fine-tuned models can.")
+    find_version(name, backend, deps.store)
+    deps.store.remove(name)
+    return ModelDeleted(id=name, object="model", deleted=True)
+
+
+def base_card(backend: Backend) -> ModelCard:
+    name = backend.base.id
+    return ModelCard(
+        id=name, object="model", created=backend.created, owned_by="onebase", root=name, parent=None, version=None
+    )
+
+
+def adapter_card(name: str, version: Version, backend: Backend) -> ModelCard:
+    base = backend.base.id
+    return ModelCard(
+        id=name,
+        object="model",
+        created=version.manifest.created_at,
+        owned_by="onebase",
+        root=base,
+        parent=base,
+        version=version.version,
+    )

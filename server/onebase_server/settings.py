@@ -1,0 +1,162 @@
+"""All settings of the server, from `ONEBASE_*` and the command line: the only module that reads the environment.
+
+A flag wins over its variable; an empty variable is as good as none. Every error is found at once and reported in
+one message.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from onebase.errors import InvalidInput
+from onebase.home import Home, default_home
+
+SECRETS = ("ONEBASE_API_KEYS", "ONEBASE_ADMIN_KEY")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def text(raw: str) -> str:
+    return raw
+
+
+def integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(raw: str) -> int:
+        value = int(raw)
+        if not low <= value <= high:
+            raise ValueError(f"must be {low} to {high}")
+        return value
+
+    return parse
+
+
+def seconds(raw: str) -> float:
+    value = float(raw)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError("must be a number of seconds, 0 or more")
+    return value
+
+
+def yes_or_no(raw: str) -> bool:
+    if raw.lower() in ("1", "true", "yes", "on"):
+        return True
+    if raw.lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("must be true or false")
+
+
+def words(raw: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in raw.split(",") if word.strip())
+
+
+def folders(raw: str) -> tuple[Path, ...]:
+    return tuple(Path(word).expanduser().absolute() for word in words(raw))
+
+
+def one_of(*allowed: str) -> Callable[[str], str]:
+    def parse(raw: str) -> str:
+        if raw not in allowed:
+            raise ValueError(f"must be one of {', '.join(allowed)}")
+        return raw
+
+    return parse
+
+
+def setting(default: Any, parse: Callable[[str], Any], about: str) -> Any:
+    """A field that is read from `ONEBASE_<NAME>`, or from the flag of its name."""
+    return field(default=default, metadata={"parse": parse, "about": about})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Resolved settings. Each field's variable is `ONEBASE_` and its name in capitals."""
+
+    home: Home
+    # Where it listens, and for whom
+    host: str = setting("127.0.0.1", text, "address to listen on")
+    port: int = setting(8000, integer(0, 65535), "port; 0 takes a free one")
+    api_keys: tuple[str, ...] = setting((), words, "keys for inference, comma-separated")
+    admin_key: str | None = setting(None, text, "key for everything")
+    allow_no_keys: bool = setting(False, yes_or_no, "listen beyond loopback without any key")
+    cors_origins: tuple[str, ...] = setting((), words, "origins whose pages may call, comma-separated; * is any")
+    # What it serves, and with what
+    base: str | None = setting(None, text, "base by id or path; none: the embedded one")
+    device: str = setting("auto", text, "auto, cpu, cuda or cuda:N")
+    dtype: str = setting("auto", one_of("auto", "bfloat16", "float32"), "compute type")
+    base_format: str = setting(
+        "auto", one_of("auto", "human_response", "chat_template"), "prompt format of the bare base"
+    )
+    max_context: int | None = setting(None, integer(16, 10**7), "tokens of prompt and answer; none: the base's own")
+    kv_tokens: int | None = setting(None, integer(256, 10**9), "tokens of KV cache in all; none: by free memory")
+    max_sequences: int = setting(64, integer(1, 4096), "sequences in one step")
+    max_step_tokens: int = setting(1024, integer(16, 10**6), "tokens in one step: decoding and prefill together")
+    adapter_slots: int = setting(16, integer(1, 4096), "adapter versions on the device at a time")
+    adapter_memory_mb: int = setting(2048, integer(1, 10**7), "host memory for adapter versions, in MB")
+    queue_limit: int = setting(1024, integer(1, 10**6), "requests that may wait; more get 503")
+    # Bounds on one request
+    max_body_mb: int = setting(8, integer(1, 4096), "largest request body, in MB")
+    max_choices: int = setting(128, integer(1, 128), "largest n")
+    ping_s: float = setting(15.0, seconds, "seconds of silence before a stream's keep-alive comment")
+    drain_s: float = setting(30.0, seconds, "seconds that running requests get at shutdown")
+    log_level: str = setting("info", one_of("debug", "info", "warning", "error"), "logging")
+    # Retraining
+    dataset_roots: tuple[Path, ...] = setting((), folders, "folders that /admin/retrain may read, besides datasets/")
+    retrain_queue: int = setting(16, integer(1, 1000), "runs that may wait")
+    retrain_nice: int = setting(10, integer(0, 19), "niceness of the training process")
+    trainer_env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """The environment that training processes get: the server's own, without its keys."""
+
+    @property
+    def has_keys(self) -> bool:
+        return bool(self.api_keys) or self.admin_key is not None
+
+
+def load_settings(env: Mapping[str, str], flags: Mapping[str, Any] | None = None) -> Settings:
+    """Merge variables and flags (`None` flags are not given). Raises InvalidInput that lists every problem."""
+    flags = {name: value for name, value in (flags or {}).items() if value is not None}
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for spec in fields(Settings):
+        if "parse" not in spec.metadata or spec.name in flags:
+            continue
+        variable = f"ONEBASE_{spec.name.upper()}"
+        raw = env.get(variable, "").strip()
+        if raw:
+            try:
+                values[spec.name] = spec.metadata["parse"](raw)
+            except ValueError as error:
+                problems.append(f"{variable}: {_reason(error, raw, variable)}")
+    home = flags.pop("home", None) or default_home(env)
+    values.update(flags)
+    values["home"] = home if isinstance(home, Home) else Home(Path(home).expanduser().absolute())
+    values["trainer_env"] = {name: value for name, value in env.items() if name not in SECRETS}
+    problems += _contradictions(values)
+    if problems:
+        raise InvalidInput("the settings can't be used: " + "; ".join(problems), param="settings")
+    return Settings(**values)
+
+
+def _reason(error: ValueError, raw: str, variable: str) -> str:
+    shown = "its value" if variable in SECRETS else repr(raw)
+    text = str(error)
+    return f"{shown} {text}" if text.startswith("must") else f"{shown} is not a number"
+
+
+def _contradictions(values: Mapping[str, Any]) -> list[str]:
+    def value(name: str) -> Any:
+        spec = next(each for each in fields(Settings) if each.name == name)
+        return values.get(name, spec.default if spec.default is not MISSING else None)
+
+    problems = []
+    exposed = value("host") not in LOOPBACK
+    if exposed and not (value("api_keys") or value("admin_key") or value("allow_no_keys")):
+        problems.append(
+            f"host {value('host')} can be reached from outside and there is no key: set ONEBASE_API_KEYS and "
+            "ONEBASE_ADMIN_KEY, or listen on 127.0.0.1, or say --allow-no-keys if others should get in"
+        )
+    if value("admin_key") is not None and value("admin_key") in value("api_keys"):
+        problems.append("ONEBASE_ADMIN_KEY is also among ONEBASE_API_KEYS: everyone would be admin")
+    if any(len(key) < 8 for key in (*value("api_keys"), *filter(None, [value("admin_key")]))):
+        problems.append("a key is shorter than 8 characters: it can be guessed")
+    return problems
