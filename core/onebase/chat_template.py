@@ -74,6 +74,10 @@ class ChatTemplateRenderer:
     def render_text(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
         return "".join(text for text, _ in self._pieces(messages, tools))
 
+    @property
+    def call_marker(self) -> str:
+        return "<tool_call>" if "<tool_call>" in self._source else ""
+
     def stop_sequences(self) -> tuple[str, ...]:
         return ()
 

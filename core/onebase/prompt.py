@@ -53,6 +53,7 @@ class HumanResponseRenderer:
     """
 
     format: PromptFormat = "human_response"
+    call_marker = CALL
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer

@@ -55,6 +55,11 @@ class PromptRenderer(Protocol):
         """The conversation as one text, end tokens spelt out, without bos. For people and for seed-exact mode."""
         ...
 
+    @property
+    def call_marker(self) -> str:
+        """What a tool call begins with in generated text; "" if the format has none. For those who stream."""
+        ...
+
     def stop_sequences(self) -> tuple[str, ...]:
         """Texts that end a generation. Where several match, the one that starts first (the longest) counts."""
         ...
