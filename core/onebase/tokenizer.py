@@ -60,6 +60,7 @@ class TextTokenizer:
         self.special_ids = frozenset(self._special_ids.values())
         self._bytes = _token_bytes_table(spec, self._added, self.vocab_size)
         self._space_mark = space_mark(spec)
+        self._lacking = _lacking_bytes(self._bytes) if is_byte_level(spec) else frozenset()
         self.bos_id = _bos(files, self._later)
         declared_bos = token_named(files, "bos_token")
         self.bos_token_text = "" if declared_bos is None else self.token_text(declared_bos)
@@ -85,11 +86,10 @@ class TextTokenizer:
         ids = self._encode_part(text, first)
         if b"".join(map(self.token_bytes, ids)) == text.encode():
             return ids
-        # Rare: a merge spelt a control or byte token, or the text holds the space mark itself. Or the tokenizer
-        # normalises (NFC): then there is nothing to mend and the parts are the whole.
+        # Rare: a merge spelt a control or byte token, the text holds the space mark itself, or a byte that the
+        # vocabulary lacks. Or the tokenizer normalises (NFC): then there is nothing to mend.
+        text = self.spellable(text)
         parts = self._risky.split(text) if self._risky else [text]
-        if len(parts) == 1:
-            return ids
         careful: list[int] = []
         for part in parts:
             if part and part == self._space_mark:
@@ -100,6 +100,15 @@ class TextTokenizer:
                 careful += self._encode_part(head, first and not careful)
                 careful += self._encode_part(tail, False) if tail else []
         return careful
+
+    def spellable(self, text: str) -> str:
+        """`text` with U+FFFD for each character that the vocabulary has no bytes for; what `encode` encodes.
+
+        SmolLM2's lacks six control characters and the unassigned planes 4 to 11; SentencePiece's lack nothing.
+        """
+        if not self._lacking:
+            return text
+        return "".join("\ufffd" if self._lacking & set(c.encode()) else c for c in text)
 
     def encode_with_specials(self, text: str, first: bool = False) -> list[int]:
         """Ids of a *trusted* text, such as a template's: special tokens spelt in it become their ids."""
@@ -241,6 +250,12 @@ def _token_bytes_table(spec: Json, added: dict[int, AddedToken], rows: int) -> l
         else:
             table[i] = (token.replace(mark, " ") if mark else token).encode()
     return table
+
+
+def _lacking_bytes(table: list[bytes]) -> frozenset[int]:
+    """Bytes without a token of their own: byte-level BPE drops them without a word."""
+    single = {token for token in table if len(token) == 1}
+    return frozenset(b for b in range(256) if bytes([b]) not in single)
 
 
 def _byte_alphabet() -> dict[str, bytes]:
