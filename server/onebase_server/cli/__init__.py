@@ -1,1 +1,1 @@
-"""The `onebase` command: a thin skin over the store, the server and the training process. Loads torch nowhere itself."""
+"""The `onebase` command: a thin skin over store, server and training process. Loads torch nowhere itself."""

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from onebase import __version__
 from onebase.errors import OnebaseError
-from onebase_server.cli import adapters, base, chat, serve
+from onebase_server.cli import adapters, base, bench, chat, serve
 
 app = typer.Typer(
     name="onebase",
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.command("serve")(serve.serve)
 app.command("chat")(chat.chat)
+app.command("bench")(bench.bench)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(base.app, name="base")
 
