@@ -5,14 +5,19 @@ Legend: S sequences in the step, T tokens in the step, R sequences that sample, 
 """
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from onebase.errors import EngineError
 from onebase_server.engine.types import AdapterRef, SamplingParams
 
 Int32 = NDArray[np.int32]
+
+
+class DeviceLost(EngineError):  # noqa: N818 - named as in core/errors.py
+    """The device can't go on (an illegal access, out of memory): the process must be restarted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,8 @@ class SampleRow:
     step), so a runner may keep device state keyed by `state_id`."""
 
     state_id: int
-    """Small integer, unique among live sequences, reused after release."""
+    """Small integer below max_batch_sequences, unique among running sequences, reused after release. A preempted
+    sequence comes back under a new one, with `output_ids` already filled: build state from the ids, not from zero."""
     sampling: SamplingParams
     seed: int
     """Resolved 64-bit seed of this choice."""
@@ -51,7 +57,10 @@ class SampleRow:
 
 @dataclass(slots=True)
 class StepBatch:
-    """One forward pass over mixed prefill chunks and decode tokens, packed without padding."""
+    """One forward pass over mixed prefill chunks and decode tokens, packed without padding.
+
+    The arrays are fresh each step. `sample_seqs` may name one sequence several times: n answers to one prompt take
+    their first tokens from the same logits, each with its own row."""
 
     token_ids: Int32  # [T]
     positions: Int32  # [T]
@@ -90,6 +99,10 @@ class Runner(Protocol):
         Raises AdapterInvalid when the files don't fit the base."""
         ...
 
+    def can_load(self, adapter: HostAdapter) -> bool:
+        """Whether the pool has room for it beside what the slots hold now (a free slot is the caller's affair)."""
+        ...
+
     def load_slot(self, slot: int, adapter: HostAdapter) -> None:
         """Start the copy host -> device slot. May be asynchronous: see `slot_ready`."""
         ...
@@ -107,9 +120,28 @@ class Runner(Protocol):
         ...
 
     def run(self, batch: StepBatch) -> StepResult:
-        """Forward + sample. Blocks until the sampled tokens are on the host."""
+        """Forward + sample. Blocks until the sampled tokens are on the host.
+
+        While `len(row.output_ids) < sampling.min_tokens` eos and `stop_token_ids` must not be sampled.
+        Raises DeviceLost when no later step can work; any other exception fails this batch's requests only."""
         ...
 
     def release_state(self, state_id: int) -> None:
         """The sequence with this sampler state has ended."""
+        ...
+
+
+@runtime_checkable
+class OverlappingRunner(Runner, Protocol):
+    """A runner whose device works on while the engine does: step k's tokens are emitted while k + 1 runs.
+
+    One ticket at a time. Between the two calls only `read_adapter` and `release_state` may be called (a sequence
+    that a stop string ended is still in the step; its sampled token is ignored)."""
+
+    def launch(self, batch: StepBatch) -> object:
+        """Start a step and return at once."""
+        ...
+
+    def collect(self, ticket: object) -> StepResult:
+        """Wait for the sampled tokens of a started step."""
         ...

@@ -1,0 +1,321 @@
+"""What the engine thread does: obey commands, run steps, end requests. One thread, so no locks.
+
+`step` is the whole of it: schedule, launch, emit, collect, advance. Knows no torch, no HTTP and no threads.
+"""
+
+import heapq
+import logging
+import queue
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from contextlib import suppress
+
+from onebase.errors import DeadlineExceeded, EngineError, NotReady
+from onebase_server.engine import commands
+from onebase_server.engine.batch import StepPlan, pack
+from onebase_server.engine.config import EngineConfig
+from onebase_server.engine.emitter import Emitter
+from onebase_server.engine.grammar import GrammarBackend
+from onebase_server.engine.handle import RequestHandle
+from onebase_server.engine.residence import Residence
+from onebase_server.engine.residency import Residency
+from onebase_server.engine.runner import DeviceLost, HostAdapter, OverlappingRunner, Runner, StepResult
+from onebase_server.engine.scheduler import Scheduler
+from onebase_server.engine.sequence import RequestGroup, Sequence, SequenceStatus
+from onebase_server.engine.stats import Counters
+from onebase_server.engine.types import FinishReason
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.0005
+"""Between looks while an adapter is being copied to the device and nothing else can run."""
+WAIT_S = 0.01
+"""Between looks while requests wait for a load or a slot and nothing else can run."""
+
+
+class EngineCore:
+    """`inbox` is the one way in from other threads. `on_unqueued(n)`: n sequences have left the queue for good."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        config: EngineConfig,
+        inbox: "queue.SimpleQueue[commands.Command]",
+        executor: Executor,
+        on_unqueued: Callable[[int], None],
+        grammar: GrammarBackend | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self._runner = runner
+        self._overlapping = runner if isinstance(runner, OverlappingRunner) else None
+        self._config = config
+        self._inbox = inbox
+        self._executor = executor
+        self._on_unqueued = on_unqueued
+        self._grammar = grammar
+        self._clock = clock
+        self.residency = Residency(runner, config, executor, self._post_loaded, clock)
+        self.scheduler = Scheduler(runner, self.residency, config, self._on_admit)
+        self._emitter = Emitter(self._on_close)
+        self.groups: dict[RequestHandle, RequestGroup] = {}
+        self._deadlines: list[tuple[float, int, RequestGroup]] = []
+        self._unemitted: tuple[StepPlan, StepResult] | None = None
+        self._constrained: set[Sequence] = set()
+        self._stop_at: float | None = None
+        self._failures_in_row = 0
+        self.counters = Counters()
+
+    # The loop
+
+    def run(self) -> None:
+        """Until told to stop. Raises what makes it impossible to go on."""
+        while self.serve(self.idle_s()):
+            self.step()
+
+    def serve(self, wait_s: float | None = 0.0) -> bool:
+        """Obey the waiting commands; for a first one wait at most `wait_s` (None: for ever). False: time to end."""
+        inbox = self._inbox
+        if wait_s is None or wait_s > 0:
+            with suppress(queue.Empty):
+                self._obey(inbox.get(timeout=wait_s))
+        while not inbox.empty():
+            self._obey(inbox.get())
+        now = self._clock()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            group = heapq.heappop(self._deadlines)[2]
+            self._end_group(group, FinishReason.ERROR, DeadlineExceeded("the request's deadline has passed"))
+        return self._stop_at is None or (bool(self.groups) and now < self._stop_at)
+
+    def idle_s(self) -> float | None:
+        """How long to wait for a command before the next step; None: until one comes."""
+        if self.scheduler.running or self._unemitted is not None:
+            return 0.0
+        if self.residency.is_copying:
+            return POLL_S
+        if len(self.scheduler.waiting):
+            return WAIT_S
+        times = [self._stop_at] if self._stop_at is not None else []
+        if self._deadlines:
+            times.append(self._deadlines[0][0])
+        return max(0.0, min(times) - self._clock()) if times else None
+
+    def step(self) -> bool:
+        """One pass over the batch. False if nothing could run."""
+        begin = time.perf_counter()
+        self._follow_adapters()
+        plan = self.scheduler.schedule(self._clock())
+        if plan is None:
+            self._emit()
+            return False
+        try:
+            result, runner_s = self._launch_and_collect(plan)
+            self.scheduler.advance(plan, result)
+        except Exception as error:  # noqa: BLE001 - the runner's; it ends requests or the engine
+            self._fail_step(plan, error)
+            return True
+        self._failures_in_row = 0
+        self._unemitted = (plan, result)
+        if self._constrained:
+            self._advance_grammars(plan)
+        if self._overlapping is None or not self.scheduler.running:
+            self._emit()
+        counters = self.counters
+        counters.num_steps += 1
+        counters.generated_tokens += len(plan.sampling)
+        counters.runner_s += runner_s
+        counters.step_s += time.perf_counter() - begin
+        return True
+
+    def _launch_and_collect(self, plan: StepPlan) -> tuple[StepResult, float]:
+        """Run the step, and how long that took; while an overlapping runner works, emit the step before."""
+        batch = pack(plan, self.scheduler.tables)
+        if self._overlapping is None:
+            begin = time.perf_counter()
+            result = self._runner.run(batch)
+        else:
+            ticket = self._overlapping.launch(batch)
+            self._emit()
+            begin = time.perf_counter()
+            result = self._overlapping.collect(ticket)
+        return result, time.perf_counter() - begin
+
+    def _emit(self) -> None:
+        if self._unemitted is not None:
+            plan, result = self._unemitted
+            self._unemitted = None
+            self._emitter.emit(plan, result)
+
+    def _follow_adapters(self) -> None:
+        """Note finished copies, and fail the requests of versions that can't be loaded."""
+        if self.residency.poll():
+            self.scheduler.admission.is_stale = True
+        for entry, error in self.residency.take_failed():
+            for sequence in [s for s in self.scheduler.waiting if s.residence is entry]:
+                self._end_group(sequence.group, FinishReason.ERROR, error)
+
+    def _fail_step(self, plan: StepPlan, error: Exception) -> None:
+        """The runner failed: all in this batch end with an error; the rest goes on unless the device is lost."""
+        self.counters.num_failed_steps += 1
+        self._failures_in_row += 1
+        logger.error("step %d failed: %s", self.counters.num_steps, error, exc_info=error)
+        if isinstance(error, DeviceLost) or self._failures_in_row >= self._config.max_failed_steps:
+            raise error
+        self._emit()
+        cause = EngineError(f"the engine failed while it computed this request: {error}")
+        cause.__cause__ = error
+        for sequence in dict.fromkeys((*plan.sequences, *plan.sampling)):
+            for member in (sequence, *sequence.group.followers):
+                self._end(member, FinishReason.ERROR, cause)
+
+    # Commands
+
+    def _obey(self, command: commands.Command) -> None:
+        match command:
+            case commands.Submit():
+                self._accept(command.group)
+            case commands.Cancel():
+                group = self.groups.get(command.handle)
+                if group is not None:
+                    self._end_group(group, FinishReason.CANCELLED)
+            case commands.AdapterLoaded():
+                self.residency.on_loaded(command.residence, command.host, command.error, command.seconds)
+                self.scheduler.admission.is_stale = True
+            case commands.GrammarCompiled():
+                self._start_grammar(command)
+            case commands.Stop():
+                self._stop_at = command.deadline
+            case _ if command.done.set_running_or_notify_cancel():
+                self._order(command)
+
+    def _order(self, command: commands.Order) -> None:
+        match command:
+            case commands.Preload():
+                self.residency.preload(command.ref, command.done, pin=command.pin)
+            case commands.Unload():
+                self.residency.unload(command.ref, command.done)
+            case commands.Unpin():
+                self.residency.unpin(command.ref, command.done)
+            case commands.ListAdapters():
+                command.done.set_result(self.residency.status())
+
+    def _accept(self, group: RequestGroup) -> None:
+        request = group.request
+        self.groups[group.handle] = group
+        self.counters.prompt_tokens += len(request.prompt_ids)
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, group.sequences[0].order[1], group))
+        if request.adapter is not None:
+            group.residence = self.residency.lease(request.adapter, request.n)
+        if request.sampling.grammar is not None:
+            group.awaits_grammar = True
+            self._executor.submit(self._compile_grammar, group, request.sampling.grammar)
+        self.scheduler.add(group.sequences[0], self._clock())
+
+    def _post_loaded(self, entry: Residence, host: HostAdapter | None, error: Exception | None, seconds: float) -> None:
+        self._inbox.put(commands.AdapterLoaded(entry, host, error, seconds))
+
+    # Constrained decoding
+
+    def _compile_grammar(self, group: RequestGroup, grammar: str) -> None:
+        """On a loader thread."""
+        assert self._grammar is not None
+        try:
+            matcher = self._grammar.compile(grammar)
+        except Exception as error:  # noqa: BLE001 - it belongs to the request
+            self._inbox.put(commands.GrammarCompiled(group, None, error))
+        else:
+            self._inbox.put(commands.GrammarCompiled(group, matcher, None))
+
+    def _start_grammar(self, command: commands.GrammarCompiled) -> None:
+        group = command.group
+        if command.matcher is None:
+            self._end_group(group, FinishReason.ERROR, command.error)
+            return
+        for sequence in group.sequences:
+            if not sequence.is_closed:
+                sequence.constrain(command.matcher.fork(), self._runner.limits.vocab_size)
+                self._constrained.add(sequence)
+        group.awaits_grammar = False
+        self.scheduler.admission.is_stale = True
+
+    def _advance_grammars(self, plan: StepPlan) -> None:
+        """Follow the sampled tokens, and set the masks of the next step."""
+        for sequence in plan.sampling:
+            if sequence.matcher is not None and sequence.finish is None:
+                try:
+                    sequence.follow_grammar()
+                except EngineError as error:
+                    self._end(sequence, FinishReason.ERROR, error)
+
+    # Ends
+
+    def shut(self, error: BaseException | None) -> None:
+        """The end, good or bad: every request gets its last event, everybody who waits for an order is told."""
+        cause = _last_words(error)
+        try:
+            self._emit()
+        except Exception:
+            logger.exception("could not emit the last step")
+        while not self._inbox.empty():
+            command = self._inbox.get()
+            match command:
+                case commands.Submit():
+                    self.groups[command.group.handle] = command.group
+                case commands.Preload() | commands.Unload() | commands.Unpin() | commands.ListAdapters():
+                    if command.done.set_running_or_notify_cancel():
+                        command.done.set_exception(cause)
+        for group in list(self.groups.values()):
+            for sequence in group.sequences:
+                if not sequence.is_closed:
+                    try:
+                        self._emitter.close(sequence, FinishReason.ERROR, cause)
+                    except Exception:
+                        logger.exception("could not free a sequence of request %s", group.request.id)
+        self.residency.abort(cause)
+
+    def _end_group(self, group: RequestGroup, reason: FinishReason, error: Exception | None = None) -> None:
+        for sequence in group.sequences:
+            self._end(sequence, reason, error)
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: Exception | None = None) -> None:
+        """End a sequence outside a step, unless it has ended already (its last event may still be on its way)."""
+        if sequence.finish is None:
+            self._emitter.close(sequence, reason, error)
+
+    def _on_close(self, sequence: Sequence) -> None:
+        """The one place where a sequence's pages, state, place and lease come back."""
+        if sequence.status is not SequenceStatus.FINISHED:
+            self.scheduler.remove(sequence)
+        self._constrained.discard(sequence)
+        group = sequence.group
+        if group.residence is not None:
+            self.residency.release(group.residence)
+        assert sequence.finish is not None
+        self.counters.finished[sequence.finish] += 1
+        group.num_open -= 1
+        if group.num_open == 0:
+            self._leave_queue(group)
+            del self.groups[group.handle]
+            self.counters.note_duration(self._clock() - group.submitted_at)
+            if len(self._deadlines) > 2 * len(self.groups) + 64:
+                self._deadlines = [item for item in self._deadlines if item[2].num_open]
+                heapq.heapify(self._deadlines)
+
+    def _on_admit(self, sequence: Sequence) -> None:
+        if sequence.group.is_queued:
+            self._leave_queue(sequence.group)
+            self.counters.cached_tokens += sequence.cached_tokens or 0
+
+    def _leave_queue(self, group: RequestGroup) -> None:
+        if group.is_queued:
+            group.is_queued = False
+            self._on_unqueued(group.request.n)
+
+
+def _last_words(error: BaseException | None) -> Exception:
+    if error is None:
+        return NotReady("The server is shutting down.", retry_after_s=5)
+    cause = EngineError(f"the engine has stopped: {error}")
+    cause.__cause__ = error
+    return cause

@@ -1,0 +1,358 @@
+"""Where adapter versions are: disk -> host memory -> device slot, and who holds them there.
+
+Everything is keyed by digest. All methods run on the engine thread; only reading files happens elsewhere, one flight
+a version, and comes back as a call of `on_loaded`. A lease (a live sequence) keeps a version wanted; a running
+sequence keeps it in its slot. Least recently used goes first.
+"""
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+
+from onebase.errors import Conflict, EngineError
+from onebase_server.engine.config import EngineConfig
+from onebase_server.engine.residence import AdapterStatus, Place, Residence, Want, status_of
+from onebase_server.engine.runner import HostAdapter, Runner
+from onebase_server.engine.types import AdapterRef
+
+logger = logging.getLogger(__name__)
+
+
+Loaded = Callable[[Residence, HostAdapter | None, Exception | None, float], None]
+
+
+class Residency:
+    """All versions that the engine has heard of. `post_loaded` carries a finished read to the engine thread."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        config: EngineConfig,
+        executor: Executor,
+        post_loaded: Loaded,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._runner = runner
+        self._config = config
+        self._executor = executor
+        self._post_loaded = post_loaded
+        self._clock = clock
+        self._known: OrderedDict[str, Residence] = OrderedDict()
+        self._hosts: OrderedDict[str, Residence] = OrderedDict()  # least recently used first
+        self._slots: OrderedDict[str, Residence] = OrderedDict()  # least recently used first
+        self._free_slots = list(range(runner.limits.num_slots - 1, -1, -1))
+        self._copying: list[Residence] = []
+        self._failed: list[tuple[Residence, Exception]] = []
+        self._num_loading = 0
+        self._overdraft: Residence | None = None
+        """The one version that may be read although the host budget is spent: the first in its turn."""
+        self.host_bytes = 0
+
+    # Leases
+
+    def lease(self, ref: AdapterRef, count: int) -> Residence:
+        """Hold a version for `count` sequences and start to bring it near."""
+        entry = self._entry(ref)
+        entry.num_leases += count
+        entry.last_used = time.time()
+        if entry.host is not None or entry.slot is not None:
+            entry.num_hits += 1
+        else:
+            entry.num_misses += 1
+        self._touch(entry)
+        if self._has_host_room():
+            self._start_load(entry)
+        return entry
+
+    def release(self, entry: Residence) -> None:
+        """One sequence less. The last one lets go what was told to unload."""
+        entry.num_leases -= 1
+        assert entry.num_leases >= entry.num_running >= 0
+        if entry.num_leases == 0:
+            self._drop_if_told(entry)
+            self._trim_host()
+
+    def enter(self, entry: Residence) -> int:
+        """A sequence starts to run on the version's slot."""
+        assert entry.slot is not None
+        assert entry.is_copied
+        entry.num_running += 1
+        self._touch(entry)
+        return entry.slot
+
+    def leave(self, entry: Residence) -> None:
+        """A sequence stops running (finished or preempted)."""
+        entry.num_running -= 1
+        assert entry.num_running >= 0
+
+    # Coming nearer
+
+    def want(self, entry: Residence) -> Want:
+        """Take the next step towards the slot; READY when a sequence may run."""
+        if entry.slot is not None:
+            return Want.READY if entry.is_copied else Want.LOADING
+        if entry.host is None:
+            if self._has_host_room() or self._may_overdraw(entry):
+                self._start_load(entry)
+            return Want.FAILED if entry.error is not None and not entry.is_loading else Want.LOADING
+        slot = self._take_slot(entry.host)
+        if slot is None:
+            if not self._slots:
+                self._fail(entry, EngineError(f"{entry.ref.id} does not fit into the server's LoRA rows; raise them"))
+                return Want.FAILED
+            return Want.NO_SLOT
+        return self._copy_to(slot, entry)
+
+    def poll(self) -> bool:
+        """Whether a copy to a slot has finished since the last call."""
+        if not self._copying:
+            return False
+        still = []
+        for entry in self._copying:
+            assert entry.slot is not None
+            if self._runner.slot_ready(entry.slot):
+                entry.is_copied = True
+                self._drop_if_told(entry)
+            else:
+                still.append(entry)
+        changed = len(still) < len(self._copying)
+        self._copying = still
+        if changed:
+            self._trim_host()
+        return changed
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether a copy to a slot is on its way: `poll` again soon."""
+        return bool(self._copying)
+
+    def on_loaded(self, entry: Residence, host: HostAdapter | None, error: Exception | None, seconds: float) -> None:
+        """A read has finished, one way or the other."""
+        entry.is_loading = False
+        self._num_loading -= 1
+        if host is None:
+            assert error is not None
+            self._fail(entry, error)
+            return
+        entry.host, entry.error, entry.load_s = host, None, seconds
+        entry.num_loads += 1
+        self.host_bytes += host.nbytes
+        self._hosts[entry.ref.digest] = entry
+        logger.info("adapter %s read in %.1f ms (%d bytes)", entry.ref.id, seconds * 1e3, host.nbytes)
+        if entry.unloads and entry.num_leases == 0:
+            _resolve(entry.preloads)
+            self._drop_if_told(entry)
+            return
+        if self._free_slots and self._runner.can_load(host):
+            self._copy_to(self._free_slots.pop(), entry)
+        _resolve(entry.preloads)
+        self._trim_host()
+
+    def take_failed(self) -> list[tuple[Residence, Exception]]:
+        """Versions that failed to load since the last call: their waiting sequences must fail."""
+        failed, self._failed = self._failed, []
+        return failed
+
+    # Making room
+
+    def residents(self) -> list[Residence]:
+        """Versions in slots, least recently used first."""
+        return list(self._slots.values())
+
+    def drain(self, victim: Residence, beneficiary: Residence, now: float) -> None:
+        """Admit no more sequences of `victim`, so that `beneficiary` gets its slot."""
+        victim.drains_for, victim.drains_since = beneficiary, now
+        logger.info("adapter %s drains for %s", victim.ref.id, beneficiary.ref.id)
+
+    def is_draining(self, entry: Residence) -> bool:
+        """Whether its sequences must wait. A drain whose beneficiary has a slot or has gone is over."""
+        beneficiary = entry.drains_for
+        if beneficiary is not None and (beneficiary.slot is not None or beneficiary.num_leases == 0):
+            entry.drains_for = None
+        return entry.drains_for is not None
+
+    # Orders
+
+    def preload(self, ref: AdapterRef, done: "Future[None]", *, pin: bool = False) -> None:
+        """Bring a version to host memory, and to a slot if one is free. `done` fails if it can't be loaded."""
+        entry = self._entry(ref)
+        if pin and not entry.is_pinned:
+            pinned = sum(1 for other in self._known.values() if other.is_pinned)
+            if pinned + 1 >= max(2, self._runner.limits.num_slots):
+                done.set_exception(Conflict(f"{pinned} adapters are pinned; at least one slot must stay free to swap"))
+                return
+            entry.is_pinned = True
+        if entry.host is not None or entry.slot is not None:
+            done.set_result(None)
+            return
+        entry.preloads.append(done)
+        entry.error = None
+        self._start_load(entry)
+
+    def unpin(self, ref: AdapterRef, done: "Future[None]") -> None:
+        """It may leave memory again when others need the room."""
+        self._entry(ref).is_pinned = False
+        self._trim_host()
+        done.set_result(None)
+
+    def unload(self, ref: AdapterRef, done: "Future[None]") -> None:
+        """Free the version's memory once its last lease ends; `done` then."""
+        entry = self._known.get(ref.digest)
+        if entry is None:
+            done.set_result(None)
+            return
+        entry.is_pinned = False
+        entry.unloads.append(done)
+        self._drop_if_told(entry)
+
+    def status(self) -> list[AdapterStatus]:
+        return [status_of(entry) for entry in self._known.values()]
+
+    def abort(self, error: Exception) -> None:
+        """The engine ends: nobody waits for a load or an unload any more."""
+        for entry in self._known.values():
+            _resolve(entry.preloads, error)
+            _resolve(entry.unloads, error)
+
+    # Inside
+
+    def _entry(self, ref: AdapterRef) -> Residence:
+        entry = self._known.get(ref.digest)
+        if entry is None:
+            entry = self._known[ref.digest] = Residence(ref)
+            if len(self._known) > self._config.max_known_adapters:
+                self._forget_one()
+        return entry
+
+    def _forget_one(self) -> None:
+        for digest, entry in self._known.items():
+            if entry.place is Place.DISK and not entry.num_leases and not entry.is_pinned and not entry.preloads:
+                del self._known[digest]
+                return
+
+    def _touch(self, entry: Residence) -> None:
+        digest = entry.ref.digest
+        self._known.move_to_end(digest)
+        if digest in self._hosts:
+            self._hosts.move_to_end(digest)
+        if digest in self._slots:
+            self._slots.move_to_end(digest)
+
+    def _start_load(self, entry: Residence) -> None:
+        if entry.is_loading or entry.host is not None or entry.slot is not None:
+            return
+        if entry.error is not None:
+            if self._clock() - entry.failed_at < self._config.failed_load_ttl_s:
+                self._failed.append((entry, entry.error))
+                return
+            entry.error = None
+        entry.is_loading = True
+        self._num_loading += 1
+        self._executor.submit(self._read, entry)
+
+    def _has_host_room(self) -> bool:
+        """Whether another read is likely to stay inside the budget, counting those in flight at the mean size."""
+        mean = self.host_bytes / len(self._hosts) if self._hosts else 0.0
+        if not self._hosts and self._num_loading >= 2 * self._config.loader_threads:
+            return False
+        return self.host_bytes + (self._num_loading + 1) * mean <= self._config.host_budget_bytes
+
+    def _may_overdraw(self, entry: Residence) -> bool:
+        holder = self._overdraft
+        if holder is None or holder is entry or holder.slot is not None or holder.num_leases == 0:
+            self._overdraft = entry
+            return True
+        return False
+
+    def _read(self, entry: Residence) -> None:
+        """On a loader thread."""
+        begin = time.perf_counter()
+        try:
+            host = self._runner.read_adapter(entry.ref)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to the requests that wait for it
+            self._post_loaded(entry, None, error, time.perf_counter() - begin)
+        else:
+            self._post_loaded(entry, host, None, time.perf_counter() - begin)
+
+    def _fail(self, entry: Residence, error: Exception) -> None:
+        logger.warning("adapter %s can't be served: %s", entry.ref.id, error)
+        entry.error, entry.failed_at = error, self._clock()
+        self._failed.append((entry, error))
+        _resolve(entry.preloads, error)
+        self._drop_if_told(entry)
+
+    def _copy_to(self, slot: int, entry: Residence) -> Want:
+        assert entry.host is not None
+        try:
+            self._runner.load_slot(slot, entry.host)
+        except Exception as error:  # noqa: BLE001 - one adapter's copy failed; the others' slots are whole
+            self._runner.clear_slot(slot)
+            self._free_slots.append(slot)
+            self._fail(entry, EngineError(f"{entry.ref.id} could not be copied to the device: {error}"))
+            return Want.FAILED
+        entry.slot, entry.is_copied = slot, self._runner.slot_ready(slot)
+        self._slots[entry.ref.digest] = entry
+        if not entry.is_copied:
+            self._copying.append(entry)
+            return Want.LOADING
+        self._trim_host()
+        return Want.READY
+
+    def _take_slot(self, host: HostAdapter) -> int | None:
+        while not (self._free_slots and self._runner.can_load(host)):
+            victim = next((entry for entry in self._slots.values() if self._may_leave_slot(entry)), None)
+            if victim is None:
+                return None
+            self._clear_slot(victim)
+        return self._free_slots.pop()
+
+    def _may_leave_slot(self, entry: Residence) -> bool:
+        if entry.num_running or not entry.is_copied:
+            return False
+        return self.is_draining(entry) or (entry.num_leases == 0 and not entry.is_pinned)
+
+    def _clear_slot(self, entry: Residence) -> None:
+        assert entry.slot is not None
+        self._runner.clear_slot(entry.slot)
+        self._free_slots.append(entry.slot)
+        del self._slots[entry.ref.digest]
+        entry.slot, entry.is_copied, entry.drains_for = None, False, None
+
+    def _trim_host(self) -> None:
+        if self.host_bytes <= self._config.host_budget_bytes:
+            return
+        for entry in list(self._hosts.values()):
+            in_use = entry.num_leases > 0 and entry.slot is None
+            copying = entry.slot is not None and not entry.is_copied
+            if not (in_use or copying or entry.is_pinned):
+                self._drop_host(entry)
+                if self.host_bytes <= self._config.host_budget_bytes:
+                    return
+
+    def _drop_host(self, entry: Residence) -> None:
+        if entry.host is not None:
+            self.host_bytes -= entry.host.nbytes
+            entry.host = None
+            del self._hosts[entry.ref.digest]
+
+    def _drop_if_told(self, entry: Residence) -> None:
+        """Free all memory of a version that was told to unload, once nobody holds or moves it."""
+        if not entry.unloads or entry.num_leases or entry.is_loading or entry.place is Place.COPYING:
+            return
+        if entry.slot is not None:
+            self._clear_slot(entry)
+        self._drop_host(entry)
+        _resolve(entry.unloads)
+
+
+def _resolve(futures: "list[Future[None]]", error: Exception | None = None) -> None:
+    for future in futures:
+        if future.done():
+            continue
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+    futures.clear()
