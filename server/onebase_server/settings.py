@@ -92,6 +92,7 @@ class Settings:
     max_sequences: int = setting(64, integer(1, 4096), "sequences in one step")
     max_step_tokens: int = setting(1024, integer(16, 10**6), "tokens in one step: decoding and prefill together")
     adapter_slots: int = setting(16, integer(1, 4096), "adapter versions on the device at a time")
+    max_lora_rank: int = setting(64, integer(1, 512), "largest rank of an adapter")
     adapter_memory_mb: int = setting(2048, integer(1, 10**7), "host memory for adapter versions, in MB")
     queue_limit: int = setting(1024, integer(1, 10**6), "requests that may wait; more get 503")
     # Bounds on one request
@@ -118,17 +119,21 @@ def load_settings(env: Mapping[str, str], flags: Mapping[str, Any] | None = None
     values: dict[str, Any] = {}
     problems: list[str] = []
     for spec in fields(Settings):
-        if "parse" not in spec.metadata or spec.name in flags:
+        if "parse" not in spec.metadata:
             continue
         variable = f"ONEBASE_{spec.name.upper()}"
-        raw = env.get(variable, "").strip()
-        if raw:
+        flag = flags.pop(spec.name, None)
+        raw = env.get(variable, "").strip() if flag is None else str(flag)
+        where = variable if flag is None else f"--{spec.name.replace('_', '-')}"
+        if flag is not None and not isinstance(flag, str | int | float):
+            values[spec.name] = flag
+        elif raw:
             try:
                 values[spec.name] = spec.metadata["parse"](raw)
             except ValueError as error:
-                problems.append(f"{variable}: {_reason(error, raw, variable)}")
+                problems.append(f"{where}: {_reason(error, raw, variable)}")
     home = flags.pop("home", None) or default_home(env)
-    values.update(flags)
+    problems += [f"--{name.replace('_', '-')}: there is no such setting" for name in flags]
     values["home"] = home if isinstance(home, Home) else Home(Path(home).expanduser().absolute())
     values["trainer_env"] = {name: value for name, value in env.items() if name not in SECRETS}
     problems += _contradictions(values)

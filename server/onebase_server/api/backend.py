@@ -91,6 +91,12 @@ class BackendSlot:
             return self._backend
 
     @property
+    def loaded(self) -> Backend | None:
+        """Whatever the state: for shutting down."""
+        with self._lock:
+            return self._backend
+
+    @property
     def ready(self) -> bool:
         with self._lock:
             return self._backend is not None and self._error is None and not self._draining

