@@ -32,7 +32,7 @@ class ChatTemplateRenderer:
     format: PromptFormat = "chat_template"
 
     def __init__(self, tokenizer: TextTokenizer, chat_template: str) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._source = chat_template
         try:
             self._template = _environment().from_string(chat_template)
@@ -48,7 +48,7 @@ class ChatTemplateRenderer:
 
     def render_completion(self, message: Message) -> list[int]:
         if not message.tool_calls:
-            return [*self._tokenizer.encode(message.content), self._end_id]
+            return [*self.tokenizer.encode(message.content), self._end_id]
         # The template alone knows how calls are written: take them from a conversation of their own.
         asked = [Message("user", "x"), message]
         prompt = self._prompt(asked[:1], ())
@@ -82,11 +82,11 @@ class ChatTemplateRenderer:
         return ()
 
     def stop_token_ids(self) -> frozenset[int]:
-        return self._tokenizer.eos_ids | {self._end_id}
+        return self.tokenizer.eos_ids | {self._end_id}
 
     def parse(self, ids: Sequence[int]) -> Message:
         body, _ = until_end(ids, self.stop_token_ids())
-        return self.parse_text(self._tokenizer.decode(body))
+        return self.parse_text(self.tokenizer.decode(body))
 
     def parse_text(self, text: str) -> Message:
         """Calls are read in the `<tool_call>` form (Hermes, Qwen), and only if the template writes that form."""
@@ -103,7 +103,7 @@ class ChatTemplateRenderer:
         return self._encode_pieces(self._pieces(messages, tools))
 
     def _encode_pieces(self, pieces: Sequence[tuple[str, bool]]) -> list[int]:
-        tokenizer = self._tokenizer
+        tokenizer = self.tokenizer
         ids: list[int] = []
         first = True
         for text, is_content in pieces:
@@ -177,7 +177,7 @@ class ChatTemplateRenderer:
     def _disarm(self, value: Any, contents: list[str]) -> Any:
         """`value` with a holder for every string in it that spells a special token; the rest stays readable."""
         if isinstance(value, str):
-            if not self._tokenizer.spells_special(value):
+            if not self.tokenizer.spells_special(value):
                 return value
             # Inside the template's JSON the text must be escaped as JSON would.
             contents.append(json.dumps(value, ensure_ascii=False)[1:-1])
@@ -203,8 +203,8 @@ class ChatTemplateRenderer:
     def _without_gap(self, piece: str) -> str:
         """`piece` without white space in front of its end token (Llama 2's `answer </s>`)."""
         stripped = piece.lstrip()
-        ids = self._tokenizer.encode_with_specials(stripped[:64])
-        return stripped if ids and self._tokenizer.is_special(ids[0]) else piece
+        ids = self.tokenizer.encode_with_specials(stripped[:64])
+        return stripped if ids and self.tokenizer.is_special(ids[0]) else piece
 
     def _up_to_end(self, ids: list[int]) -> list[int]:
         """The completion: up to the end token, itself included. [] if there is none."""
@@ -214,14 +214,14 @@ class ChatTemplateRenderer:
         """The template shows the answer as it is generated: content, then the end token, nothing between."""
         if message.tool_calls:
             return bool(completion)
-        return completion == [*self._tokenizer.encode(message.content), self._end_id]
+        return completion == [*self.tokenizer.encode(message.content), self._end_id]
 
     def _find_end_id(self) -> int:
         """The special token that the template writes behind an answer."""
         pieces = self._pieces([Message("user", "x"), Message("assistant", "y")], ())
         tail = "".join(text for text, _ in pieces[_last_content(pieces) + 1 :])
-        ids = self._tokenizer.encode_with_specials(tail)
-        if not ids or not self._tokenizer.is_special(ids[0]):
+        ids = self.tokenizer.encode_with_specials(tail)
+        if not ids or not self.tokenizer.is_special(ids[0]):
             raise InvalidInput(
                 "the chat template writes no end token behind an answer, so a model could not learn to stop; "
                 "use the human_response format",
@@ -230,7 +230,7 @@ class ChatTemplateRenderer:
         return ids[0]
 
     def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
-        bos = self._tokenizer.bos_token_text
+        bos = self.tokenizer.bos_token_text
         try:
             return self._template.render(
                 messages=messages,
@@ -238,7 +238,7 @@ class ChatTemplateRenderer:
                 add_generation_prompt=False,
                 enable_thinking=False,
                 bos_token=bos,
-                eos_token=self._tokenizer.token_text(self._tokenizer.eos_id),
+                eos_token=self.tokenizer.token_text(self.tokenizer.eos_id),
             )
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise InvalidInput(

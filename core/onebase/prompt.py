@@ -56,7 +56,7 @@ class HumanResponseRenderer:
     call_marker = CALL
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._calls = CallBlock(CALL)
 
     def render_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
@@ -64,14 +64,14 @@ class HumanResponseRenderer:
         return self._encode([*_turns(messages, tools, self._calls), [RESPONSE]]).ids
 
     def render_completion(self, message: Message) -> list[int]:
-        return [*self._tokenizer.encode(self._calls.write(message)), self._tokenizer.eos_id]
+        return [*self.tokenizer.encode(self._calls.write(message)), self.tokenizer.eos_id]
 
     def render_example(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Example:
         require_messages(messages)
         return self._encode(_turns(messages, tools, self._calls))
 
     def render_text(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
-        eos = self._tokenizer.token_text(self._tokenizer.eos_id)
+        eos = self.tokenizer.token_text(self.tokenizer.eos_id)
         turns = _turns(messages, tools, self._calls)
         return "".join(part if isinstance(part, str) else part.text + eos for turn in turns for part in turn)
 
@@ -79,11 +79,11 @@ class HumanResponseRenderer:
         return self._stops
 
     def stop_token_ids(self) -> frozenset[int]:
-        return self._tokenizer.eos_ids
+        return self.tokenizer.eos_ids
 
     def parse(self, ids: Sequence[int]) -> Message:
-        body, ended = until_end(ids, self._tokenizer.eos_ids)
-        text = self._tokenizer.decode(body)
+        body, ended = until_end(ids, self.tokenizer.eos_ids)
+        text = self.tokenizer.decode(body)
         return self.parse_text(text if ended else cut_at_stop(text, self._stops))
 
     def parse_text(self, text: str) -> Message:
@@ -97,7 +97,7 @@ class HumanResponseRenderer:
 
     def _encode(self, turns: "Sequence[_Turn] | Iterator[_Turn]") -> Example:
         """Ids and mask of the segments, bos first."""
-        tokenizer = self._tokenizer
+        tokenizer = self.tokenizer
         ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         mask = [False] * len(ids)
         first = True

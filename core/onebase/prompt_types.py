@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 from onebase.errors import InvalidInput
 from onebase.messages import Message, Tool
+from onebase.tokenizer import TextTokenizer
 
 PromptFormat = Literal["human_response", "chat_template"]
 
@@ -37,6 +38,11 @@ class PromptRenderer(Protocol):
     @property
     def format(self) -> PromptFormat:
         """The name that a version's manifest records."""
+        ...
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer that it renders with."""
         ...
 
     def render_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:

@@ -9,7 +9,7 @@ from onebase.prompt import PromptRenderer, get_renderer
 from onebase.tokenizer import TextTokenizer
 from sample_tokenizers import sentencepiece_folder, smollm2_folder
 
-settings.register_profile("onebase", deadline=None, max_examples=60)
+settings.register_profile("onebase", deadline=None, max_examples=25)
 settings.load_profile("onebase")
 
 
