@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from onebase.errors import InvalidInput
@@ -96,10 +96,12 @@ class JobRecords:
         now: int,
         events: Sequence[tuple[str, NewEvent]] = (),
         checkpoints: Sequence[tuple[str, NewCheckpoint]] = (),
+        forget_steps: Collection[int] = (),
     ) -> JobRow | None:
         """Set columns and tell events, if the job's state is one of `when`; None (and nothing changed) if not.
 
         `events` and `checkpoints` come with their ids; those whose key or step is there already are left out.
+        `forget_steps` drops the checkpoints of those steps.
         """
         async with self._database.write() as session:
             job = await session.scalar(select(JobRow).where(JobRow.id == job_id).with_for_update())
@@ -109,6 +111,9 @@ class JobRecords:
                 setattr(job, name, value)
             await _tell(session, job, events, now)
             await _keep(session, job, checkpoints, now)
+            if forget_steps:
+                gone = delete(CheckpointRow).where(CheckpointRow.job_id == job.id, CheckpointRow.step.in_(forget_steps))
+                await session.execute(gone)
         return job
 
     async def in_states(self, states: Collection[str]) -> Sequence[JobRow]:
@@ -117,10 +122,14 @@ class JobRecords:
         async with self._database.read() as session:
             return (await session.scalars(query)).all()
 
-    async def with_open_process(self) -> Sequence[JobRow]:
-        """The jobs whose training process was not seen to end yet."""
+    async def with_open_run(self) -> Sequence[JobRow]:
+        """The jobs that were begun and whose processes and outcome are not settled yet, whatever their state."""
         async with self._database.read() as session:
-            return (await session.scalars(select(JobRow).where(JobRow.process_open).order_by(JobRow.seq))).all()
+            return (await session.scalars(select(JobRow).where(JobRow.run_open).order_by(JobRow.seq))).all()
+
+    async def ids(self) -> set[str]:
+        async with self._database.read() as session:
+            return set(await session.scalars(select(JobRow.id)))
 
     async def events(self, job_id: str, *, after: str | None, limit: int) -> Page[EventRow]:
         """Newest first."""

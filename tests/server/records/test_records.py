@@ -30,8 +30,8 @@ def a_file(number: int, **values: Any) -> FileRow:
 def a_job(number: int, **values: Any) -> JobRow:
     columns = dict(
         id=f"ftjob-{number}", owner="ann", kind="fine_tuning", state="queued", priority=0, created_at=100,
-        request_digest="d", model="base", adapter="a", seed=1, preset="default", start_from="scratch",
-        hyperparameters={"n_epochs": "auto"}, overrides={}, attempt=0, process_open=False, resumable=False, step=0,
+        request_digest="d", model="base", adapter="a", seed=1, preset="default",
+        hyperparameters={"n_epochs": "auto"}, recipe={}, attempt=0, run_open=False, step=0,
         total_steps=0, result_files=[],
     )  # fmt: skip
     return JobRow(**{**columns, **values})

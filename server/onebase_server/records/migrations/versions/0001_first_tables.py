@@ -50,15 +50,14 @@ def upgrade() -> None:
         sa.Column("suffix", sa.Text(), nullable=True),
         sa.Column("seed", sa.BigInteger(), nullable=False),
         sa.Column("preset", sa.Text(), nullable=False),
-        sa.Column("start_from", sa.Text(), nullable=False),
+        sa.Column("start_from", sa.Text(), nullable=True),
         sa.Column("meta", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("method", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("hyperparameters", sa.JSON(none_as_null=True), nullable=False),
-        sa.Column("overrides", sa.JSON(none_as_null=True), nullable=False),
+        sa.Column("recipe", sa.JSON(none_as_null=True), nullable=False),
         sa.Column("gate", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("attempt", sa.BigInteger(), nullable=False),
-        sa.Column("process_open", sa.Boolean(), nullable=False),
-        sa.Column("resumable", sa.Boolean(), nullable=False),
+        sa.Column("run_open", sa.Boolean(), nullable=False),
         sa.Column("step", sa.BigInteger(), nullable=False),
         sa.Column("total_steps", sa.BigInteger(), nullable=False),
         sa.Column("loss", sa.Double(), nullable=True),
@@ -79,6 +78,7 @@ def upgrade() -> None:
     with op.batch_alter_table("jobs", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_jobs_owner"), ["owner"], unique=False)
         batch_op.create_index("ix_jobs_queue", ["state", "priority", "seq"], unique=False)
+        batch_op.create_index(batch_op.f("ix_jobs_run_open"), ["run_open"], unique=False)
 
     op.create_table(
         "keys",
@@ -199,6 +199,7 @@ def downgrade() -> None:
 
     op.drop_table("keys")
     with op.batch_alter_table("jobs", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_jobs_run_open"))
         batch_op.drop_index("ix_jobs_queue")
         batch_op.drop_index(batch_op.f("ix_jobs_owner"))
 
