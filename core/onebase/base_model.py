@@ -64,6 +64,7 @@ def load_base(
         model = _build(spec, torch.device(device), dtype, quantize, attn_implementation)
     model.requires_grad_(False)
     model.eval()
+    _keep_weights_as_stored(model)
     logger.info("base %s on %s: %.0f MB", spec.id, device, memory_bytes(model) / 1e6)
     return LoadedBase(model=model, tokenizer=tokenizer, spec=spec, compute_dtype=dtype)
 
@@ -101,6 +102,18 @@ def dequantized(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     weight: Any = module.weight
     values: torch.Tensor = dequantize_4bit(weight.data, weight.quant_state)
     return values.to(dtype)
+
+
+def _keep_weights_as_stored(model: nn.Module) -> None:
+    """Forbid bitsandbytes' CPU repacking (AVX512-BF16), which a forward pass without gradients sets off.
+
+    bitsandbytes 0.50.2 repacks a Linear4bit in place and never undoes it: a later backward pass through it gives
+    gradients that are zero or wrong, without a word, and `dequantized` would read scrambled values. Without the
+    `kernels` package it is also slower (measured on SmolLM2-135M: 43 s against 1.4 s for the same evaluation).
+    """
+    for module in linear4bit_modules(model).values():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def memory_bytes(model: nn.Module) -> int:
