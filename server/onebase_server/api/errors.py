@@ -29,6 +29,8 @@ class Row:
     type: str = "invalid_request_error"
     shows_code: bool = True
     """False: OpenAI has `code: null` here, whatever word the class carries."""
+    is_our_fault: bool = False
+    """The message is for the operator: it goes to the log, and the client gets the request id to ask about."""
 
 
 # The nearest class in an error's MRO wins.
@@ -44,8 +46,8 @@ TABLE: dict[type[BaseException], Row] = {
     domain.DeadlineExceeded: Row(503, "server_error"),
     domain.BaseModelError: Row(503, "server_error"),
     domain.TrainingError: Row(500, "server_error"),
-    domain.EngineError: Row(500, "server_error"),
-    domain.OnebaseError: Row(500, "server_error"),
+    domain.EngineError: Row(500, "server_error", is_our_fault=True),
+    domain.OnebaseError: Row(500, "server_error", is_our_fault=True),
 }
 
 # Litestar's own refusals, before a handler runs: the words are ours, since its own name the library's parts.
@@ -78,17 +80,23 @@ def answer_for(error: BaseException, *, request_id: str, method: str = "", path:
     if isinstance(error, RequestRefused):
         error = error.error
     if isinstance(error, domain.OnebaseError):
-        return _ours(error)
+        return _ours(error, request_id)
     if isinstance(error, ClientLeft):
         return _make(CLIENT_LEFT, "The client closed the connection.", "invalid_request_error")
     if isinstance(error, HTTPException) and error.status_code < 500:
         return _litestar(error, method, path)
+    return _our_fault(error, request_id)
+
+
+def _our_fault(error: BaseException, request_id: str, status: int = 500) -> Answer:
     logger.error("request %s failed", request_id, exc_info=error)
-    return _make(500, OUR_FAULT.format(request_id=request_id), "server_error")
+    return _make(status, OUR_FAULT.format(request_id=request_id), "server_error")
 
 
-def _ours(error: domain.OnebaseError) -> Answer:
+def _ours(error: domain.OnebaseError, request_id: str) -> Answer:
     row = next(TABLE[cls] for cls in type(error).__mro__ if cls in TABLE)
+    if row.is_our_fault:
+        return _our_fault(error, request_id, row.status)
     headers: dict[str, str] = {}
     retry_after = getattr(error, "retry_after_s", None)
     if retry_after is not None:
@@ -96,7 +104,10 @@ def _ours(error: domain.OnebaseError) -> Answer:
     if row.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     code = error.code if row.shows_code else None
-    return _make(row.status, error.message, row.type, error.param, code, headers)
+    message = error.message
+    if isinstance(error, domain.AdapterInvalid):  # its own message says where the files lie
+        message = f"This adapter can't be served: {'; '.join(error.problems)}"
+    return _make(row.status, message, row.type, error.param, code, headers)
 
 
 def _litestar(error: HTTPException, method: str, path: str) -> Answer:
