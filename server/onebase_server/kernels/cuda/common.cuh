@@ -1,0 +1,74 @@
+// Shared by every kernel of this folder: types, bf16 without headers (NVRTC has no include path), asynchronous copies,
+// programmatic dependent launch. Legend: T/M tokens, N out features, K in features.
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define DEV __device__ __forceinline__
+
+DEV float lo_bf16(u32 pair) { return __uint_as_float(pair << 16); }
+DEV float hi_bf16(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+DEV float bf16_float(u16 v) { return __uint_as_float((u32)v << 16); }
+
+// Round to nearest even, `low` in the lower half.
+DEV u32 pack_bf16(float low, float high) {
+  u32 out;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+DEV u16 to_bf16(float v) { return (u16)pack_bf16(v, 0.f); }
+
+DEV void unpack8(const uint4& v, float* out) {
+  out[0] = lo_bf16(v.x); out[1] = hi_bf16(v.x);
+  out[2] = lo_bf16(v.y); out[3] = hi_bf16(v.y);
+  out[4] = lo_bf16(v.z); out[5] = hi_bf16(v.z);
+  out[6] = lo_bf16(v.w); out[7] = hi_bf16(v.w);
+}
+DEV uint4 pack8(const float* v) {
+  return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+}
+
+DEV u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+DEV void copy16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+// Zeros instead of the source where `valid` is false.
+DEV void copy16_or_zero(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+DEV void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> DEV void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
+template <int THREADS> DEV void group_barrier(int id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
+}
+
+// Programmatic dependent launch (what an earlier kernel of the step wrote must not be `const __restrict__`: the compiler may
+// move such loads above the wait): the next kernel may start now (it waits before it reads what this one writes) ...
+DEV void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// ... and here this kernel waits for the one before it. Every kernel waits, so that completion is transitive.
+DEV void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+DEV void mma_16x8x16(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+DEV float warp_sum(float v) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1) v += __shfl_xor_sync(0xffffffffu, v, step);
+  return v;
+}

@@ -1,0 +1,344 @@
+// y[M, N] = x[M, K] W^T for W in NF4: M = 1..128 from the tiles, larger M through `nf4_dequantise`.
+//
+// Weights lie in tiles of 16 rows x 64 columns, 576 bytes: 32 lanes x 16 bytes of nibbles (lane = 4 g + t: eight bytes
+// of row g, eight of row g + 8, columns 16 t .. 16 t + 15), then absmax as float[8][2] (rows g, g + 8). A warp takes a tile
+// by one coalesced 16-byte copy a lane. Decoding: one permute makes a shared-memory address of a byte, one load from a
+// table of byte -> bf16 pair (a copy in each bank) gives two weights, ready as an operand of mma.m16n8k16 with weights
+// as A (16 rows) and tokens as B (8 columns). Each lane's columns are contiguous, so x needs no permutation: the
+// order of columns inside a 64-column block is free as long as both operands agree. absmax multiplies the block's fp32 sums.
+#define TILE 576
+#define LUT_BYTES 65536
+
+struct Codes { u16 v[16]; };
+
+// Row `byte` is 256 bytes apart; 32 copies, one a bank, in its first half. Column order: the high nibble is the even column.
+DEV void build_table(u8* lut, const Codes& codes, int tid, int threads) {
+  for (int i = tid; i < 2048; i += threads) {
+    int byte = i >> 3;
+    u32 pair = (u32)codes.v[byte >> 4] | ((u32)codes.v[byte & 15] << 16);
+    *(uint4*)(lut + byte * 256 + (i & 7) * 16) = make_uint4(pair, pair, pair, pair);
+  }
+}
+
+template <int BYTE> DEV u32 decode_byte(const u8* lut, u32 word, u32 lane4) {
+  return *(const u32*)(lut + __byte_perm(word, lane4, 0x5504 | (BYTE << 4)));
+}
+
+// 16 bytes of a lane -> the four A operands of the four 16-column steps.
+DEV void decode_tile(const u8* lut, const uint4& w, u32 lane4, u32* a) {
+  a[0] = decode_byte<0>(lut, w.x, lane4);  a[1] = decode_byte<0>(lut, w.z, lane4);
+  a[2] = decode_byte<1>(lut, w.x, lane4);  a[3] = decode_byte<1>(lut, w.z, lane4);
+  a[4] = decode_byte<2>(lut, w.x, lane4);  a[5] = decode_byte<2>(lut, w.z, lane4);
+  a[6] = decode_byte<3>(lut, w.x, lane4);  a[7] = decode_byte<3>(lut, w.z, lane4);
+  a[8] = decode_byte<0>(lut, w.y, lane4);  a[9] = decode_byte<0>(lut, w.w, lane4);
+  a[10] = decode_byte<1>(lut, w.y, lane4); a[11] = decode_byte<1>(lut, w.w, lane4);
+  a[12] = decode_byte<2>(lut, w.y, lane4); a[13] = decode_byte<2>(lut, w.w, lane4);
+  a[14] = decode_byte<3>(lut, w.y, lane4); a[15] = decode_byte<3>(lut, w.w, lane4);
+}
+
+// acc += absmax * (tile x 8 tokens)
+DEV void tile_product(float* acc, const u32* a, const uint4& b0, const uint4& b1, float2 absmax) {
+  float c[4] = {0.f, 0.f, 0.f, 0.f};
+  mma_16x8x16(c, a[0], a[1], a[2], a[3], b0.x, b0.y);
+  mma_16x8x16(c, a[4], a[5], a[6], a[7], b0.z, b0.w);
+  mma_16x8x16(c, a[8], a[9], a[10], a[11], b1.x, b1.y);
+  mma_16x8x16(c, a[12], a[13], a[14], a[15], b1.z, b1.w);
+  acc[0] = fmaf(absmax.x, c[0], acc[0]);
+  acc[1] = fmaf(absmax.x, c[1], acc[1]);
+  acc[2] = fmaf(absmax.y, c[2], acc[2]);
+  acc[3] = fmaf(absmax.y, c[3], acc[3]);
+}
+
+DEV void copy_tile(u8* slot, const u8* tile, int lane) {
+  copy16(slot + lane * 16, tile + lane * 16);
+  if (lane < 4) copy16(slot + 512 + lane * 16, tile + 512 + lane * 16);
+}
+
+// M <= 8, all of x in shared memory. Persistent: one CTA an SM, a job is 16 rows, its W warps take every W-th pair of
+// blocks of K; each warp keeps D - 1 pairs in flight across jobs, the first ones before the previous kernel has ended.
+template <int W, int D>
+DEV void small_kernel(const u8* __restrict__ weight, const u16* x, u16* y, const Codes& codes,
+                      int M, int N, int K, int ldx, int KB, int tiles) {
+  extern __shared__ __align__(1024) u8 smem[];
+  constexpr int STAGE = 2 * TILE, THREADS = W * 32;
+  const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
+  const u8* lut = smem;
+  u8* ring = smem + LUT_BYTES + warp * D * STAGE;
+  float* sums = (float*)(smem + LUT_BYTES + W * D * STAGE);  // [2][W][M][16]
+  u8* xs = (u8*)(sums + 2 * W * 16 * M);
+  const int row_bytes = KB * 128 + 16;
+  launch_dependents();
+
+  const int in_job = max((KB / 2 - warp + W - 1) / W, 0);  // this warp's pairs of one job
+  int left = in_job * ((tiles - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x), to_job_end = in_job;
+  const u8* source = weight + ((u64)blockIdx.x * KB + 2 * warp) * TILE + lane * 16;
+  const u64 to_next_job = ((u64)gridDim.x * KB - (u64)in_job * W * 2) * TILE;
+  u8* put = ring + lane * 16;
+  auto issue = [&]() {
+    if (left > 0) {
+      copy16(put, source);
+      copy16(put + 512, source + 512);
+      if (lane < 8) copy16(put + 1024, source + 1024);
+      --left;
+      source += W * STAGE;
+      if (--to_job_end == 0) { to_job_end = in_job; source += to_next_job; }
+    }
+    copy_commit();
+    put += STAGE;
+    if (put >= ring + D * STAGE) put -= D * STAGE;
+  };
+  for (int i = 0; i < D - 1; ++i) issue();
+  build_table(smem, codes, tid, THREADS);
+  wait_for_previous();
+  for (int i = tid; i < M * KB * 8; i += THREADS) {
+    int row = i / (KB * 8), chunk = i - row * (KB * 8);
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (chunk * 8 < K) v = *(const uint4*)(x + (u64)row * ldx + chunk * 8);
+    *(uint4*)(xs + row * row_bytes + chunk * 16) = v;
+  }
+  __syncthreads();
+
+  const u32 lane4 = lane * 4;
+  const u8* my_x = xs + g * row_bytes + t * 32;
+  const u8* take = ring;
+  int parity = 0;
+  for (int job = blockIdx.x; job < tiles; job += gridDim.x) {
+    float acc[4] = {0.f, 0.f, 0.f, 0.f};
+    for (int pair = warp; pair < KB / 2; pair += W) {
+      copy_wait<D - 2>();
+      __syncwarp();
+      issue();
+      uint4 b[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) b[i] = make_uint4(0, 0, 0, 0);
+      if (g < M) {
+        const uint4* from = (const uint4*)(my_x + pair * 256);
+        b[0] = from[0]; b[1] = from[1]; b[2] = from[8]; b[3] = from[9];
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        u32 a[16];
+        decode_tile(lut, *(const uint4*)(take + i * TILE + lane * 16), lane4, a);
+        tile_product(acc, a, b[2 * i], b[2 * i + 1], *(const float2*)(take + i * TILE + 512 + g * 8));
+      }
+      take += STAGE;
+      if (take == ring + D * STAGE) take = ring;
+    }
+    float* mine = sums + (parity * W + warp) * M * 16;
+    if (2 * t < M) { mine[2 * t * 16 + g] = acc[0]; mine[2 * t * 16 + g + 8] = acc[2]; }
+    if (2 * t + 1 < M) { mine[(2 * t + 1) * 16 + g] = acc[1]; mine[(2 * t + 1) * 16 + g + 8] = acc[3]; }
+    __syncthreads();
+    if (tid < 16 * M) {
+      float sum = 0.f;
+#pragma unroll
+      for (int w = 0; w < W; ++w) sum += sums[(parity * W + w) * M * 16 + tid];
+      int row = job * 16 + (tid & 15);
+      if (row < N) y[(u64)(tid >> 4) * N + row] = to_bf16(sum);
+    }
+    parity ^= 1;
+  }
+  copy_wait<0>();
+}
+
+// M <= 8 NT. CTA: WN x WK warps, a warp R row tiles, WN warps share a 64-column block of x, WK blocks a step. Stream-K:
+// all (row block, step) units are cut into equal runs, one a CTA; a row block that several CTAs share is summed by the last
+// to arrive, always in the same order. D stages in flight. KB is a multiple of 4.
+template <int NT, int R, int WN, int WK, int D>
+DEV void wide_kernel(const u8* __restrict__ weight, const u16* x, u16* y, const Codes& codes,
+                     float* workspace, int* counters, int M, int N, int K, int ldx, int KB,
+                     int tiles) {
+  constexpr int THREADS = WN * WK * 32, BN = WN * R * 16, MP = NT * 8;
+  constexpr int X_BYTES = MP * 144, W_BYTES = R * TILE, STAGE = WK * X_BYTES + WN * WK * W_BYTES;
+  extern __shared__ __align__(1024) u8 smem[];
+  const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
+  const int kg = warp / WN, wn = warp - kg * WN, group_tid = tid - kg * WN * 32;
+  const u8* lut = smem;
+  u8* ring = smem + LUT_BYTES;
+  int* arrived = (int*)(ring + D * STAGE);
+  float* shared_sums = (float*)(ring + D * STAGE + 16);  // [R * NT * 4][WN * 32], only if WK > 1
+  launch_dependents();
+
+  const int steps = KB / WK, row_blocks = (tiles * 16 + BN - 1) / BN, units = row_blocks * steps;
+  const int first = (int)((u64)blockIdx.x * units / gridDim.x), last = (int)((u64)(blockIdx.x + 1) * units / gridDim.x);
+
+  auto issue_weights = [&](int unit, int slot) {
+    if (unit >= last) return;
+    int rb = unit / steps, kb = (unit - rb * steps) * WK + kg;
+    u8* to = ring + slot * STAGE + WK * X_BYTES + warp * W_BYTES;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      int tile = min((rb * WN + wn) * R + r, tiles - 1);
+      copy_tile(to + r * TILE, weight + ((u64)tile * KB + kb) * TILE, lane);
+    }
+  };
+  auto issue_x = [&](int unit, int slot) {
+    if (unit >= last) return;
+    int column = ((unit % steps) * WK + kg) * 64;
+    u8* to = ring + slot * STAGE + kg * X_BYTES;
+#pragma unroll
+    for (int i = group_tid; i < MP * 8; i += WN * 32) {
+      int row = i >> 3, chunk = i & 7;
+      bool valid = row < M && column + chunk * 8 < K;
+      copy16_or_zero(to + row * 144 + chunk * 16, valid ? x + (u64)row * ldx + column + chunk * 8 : x, valid);
+    }
+  };
+  for (int i = 0; i < D - 1; ++i) { issue_weights(first + i, i); copy_commit(); }
+  build_table(smem, codes, tid, THREADS);
+  wait_for_previous();
+  for (int i = 0; i < D - 1; ++i) { issue_x(first + i, i); copy_commit(); }
+  __syncthreads();
+
+  const u32 lane4 = lane * 4;
+  float acc[R][NT][4] = {};
+  int slot = 0, start = first % steps;
+  for (int unit = first; unit < last; ++unit) {
+    copy_wait<D - 2>();
+    group_barrier<WN * 32>(1 + kg);
+    {
+      int free_slot = slot == 0 ? D - 1 : slot - 1;
+      issue_weights(unit + D - 1, free_slot);
+      issue_x(unit + D - 1, free_slot);
+      copy_commit();
+    }
+    const u8* stage = ring + slot * STAGE;
+    const u8* tile = stage + WK * X_BYTES + warp * W_BYTES;
+    u32 a[R][16];
+    float2 absmax[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      uint4 w = *(const uint4*)(tile + r * TILE + lane * 16);
+      absmax[r] = *(const float2*)(tile + r * TILE + 512 + g * 8);
+      decode_tile(lut, w, lane4, a[r]);
+    }
+    const u8* my_x = stage + kg * X_BYTES + g * 144 + t * 32;
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      uint4 b0 = *(const uint4*)(my_x + n * 8 * 144);
+      uint4 b1 = *(const uint4*)(my_x + n * 8 * 144 + 16);
+#pragma unroll
+      for (int r = 0; r < R; ++r) tile_product(acc[r][n], a[r], b0, b1, absmax[r]);
+    }
+    slot = slot == D - 1 ? 0 : slot + 1;
+
+    const int rb = unit / steps, step = unit - rb * steps;
+    if (step != steps - 1 && unit != last - 1) continue;
+    // The row block (or this CTA's part of it) is done: sum over the WK groups, in order WK-1, ..., 0.
+    if (WK > 1) {
+#pragma unroll
+      for (int from = WK - 1; from > 0; --from) {
+        if (kg != from && kg != from - 1) continue;
+        float* pair = shared_sums + group_tid;
+#pragma unroll
+        for (int i = 0; i < R * NT * 4; ++i)
+          if (kg == from) pair[i * WN * 32] = acc[i / (NT * 4)][i / 4 % NT][i % 4];
+        group_barrier<WN * 64>(WK + from);
+#pragma unroll
+        for (int i = 0; i < R * NT * 4; ++i)
+          if (kg == from - 1) acc[i / (NT * 4)][i / 4 % NT][i % 4] += pair[i * WN * 32];
+        group_barrier<WN * 64>(WK + from);
+      }
+    }
+    const bool whole = start == 0 && step == steps - 1;
+    const int row0 = rb * BN;
+    if (kg == 0) {
+      float* part = workspace + (u64)(blockIdx.x * 2 + (start == 0 ? 1 : 0)) * BN * MP;
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            int row = (wn * R + r) * 16 + g + (c >> 1) * 8, token = n * 8 + 2 * t + (c & 1);
+            if (whole) {
+              if (token < M && row0 + row < N) y[(u64)token * N + row0 + row] = to_bf16(acc[r][n][c]);
+            } else {
+              __stcg(part + token * BN + row, acc[r][n][c]);
+            }
+          }
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) acc[r][n][c] = 0.f;
+    if (!whole) {
+      // Which CTAs share this row block: those whose runs meet [rb * steps, (rb + 1) * steps).
+      auto owner = [&](int u) { return (int)(((u64)(u + 1) * gridDim.x - 1) / units); };
+      const int from = owner(rb * steps), to = owner(rb * steps + steps - 1);
+      __threadfence();
+      __syncthreads();
+      if (tid == 0) {
+        *arrived = atomicAdd(counters + rb, 1);
+        __threadfence();
+      }
+      __syncthreads();
+      if (*arrived == to - from) {
+        if (tid == 0) counters[rb] = 0;
+        for (int i = tid; i < M * (BN / 4); i += THREADS) {
+          int token = i / (BN / 4), row = (i - token * (BN / 4)) * 4;
+          float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+          for (int cta = from; cta <= to; ++cta) {
+            int begin = (int)((u64)cta * units / gridDim.x);
+            const float* part = workspace + (u64)(cta * 2 + (begin <= rb * steps ? 1 : 0)) * BN * MP;
+            float4 v = __ldcg((const float4*)(part + token * BN + row));
+            sum.x += v.x; sum.y += v.y; sum.z += v.z; sum.w += v.w;
+          }
+          if (row0 + row < N)  // N is a multiple of 4 (checked at load)
+            *(uint2*)(y + (u64)token * N + row0 + row) = make_uint2(pack_bf16(sum.x, sum.y), pack_bf16(sum.z, sum.w));
+        }
+      }
+      __syncthreads();
+    }
+    start = 0;
+  }
+  copy_wait<0>();
+}
+
+#define SMALL(name, W, D)                                                                                         \
+  extern "C" __global__ void __launch_bounds__(W * 32, 1)                                                      \
+      name(const u8* weight, const u16* x, u16* y, const __grid_constant__ Codes codes, int M, int N, int K, int ldx, int KB, int tiles) { \
+    small_kernel<W, D>(weight, x, y, codes, M, N, K, ldx, KB, tiles);                                             \
+  }
+#define WIDE(name, NT, R, WN, WK, D)                                                                           \
+  extern "C" __global__ void __launch_bounds__(WN * WK * 32, 1)                                                \
+      name(const u8* weight, const u16* x, u16* y, const __grid_constant__ Codes codes, float* workspace, int* counters, int M, int N, \
+           int K, int ldx, int KB, int tiles) {                                                                \
+    wide_kernel<NT, R, WN, WK, D>(weight, x, y, codes, workspace, counters, M, N, K, ldx, KB, tiles);          \
+  }
+
+// The exact value of bitsandbytes: bf16(code * absmax), both fp32. Warp per tile; out [N, K].
+extern "C" __global__ void __launch_bounds__(256)
+    nf4_dequantise(const u8* __restrict__ weight, u16* __restrict__ out, const float* __restrict__ code, int N, int K,
+                   int KB, int tiles) {
+  __shared__ float table[16 * 32];
+  for (int i = threadIdx.x; i < 512; i += 256) table[i] = code[i >> 5];
+  __syncthreads();
+  launch_dependents();
+  wait_for_previous();
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int total = tiles * KB, stride = gridDim.x * 8;
+  for (int i = blockIdx.x * 8 + (threadIdx.x >> 5); i < total; i += stride) {
+    const u8* tile = weight + (u64)i * TILE;
+    uint4 w = __ldcs((const uint4*)(tile + lane * 16));
+    float2 absmax = *(const float2*)(tile + 512 + g * 8);
+    int row_tile = i / KB, column = (i - row_tile * KB) * 64 + t * 16;
+    if (column >= K) continue;
+    u32 words[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int row = row_tile * 16 + half * 8 + g;
+      float scale = half ? absmax.y : absmax.x, v[16];
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        u32 nibble = (words[half * 2 + (j >> 3)] >> (((j >> 1) & 3) * 8 + ((j & 1) ? 0 : 4))) & 15;
+        v[j] = table[nibble * 32 + lane] * scale;
+      }
+      if (row < N) {
+        uint4* to = (uint4*)(out + (u64)row * K + column);
+        to[0] = pack8(v);
+        to[1] = pack8(v + 8);
+      }
+    }
+  }
+}

@@ -1,0 +1,95 @@
+"""Attention over paged KV on CUDA: our own kernel for decode, torch's flash attention over gathered pages for prefill.
+
+It must not know models or requests: what it needs of a step is in `StepMeta`.
+"""
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from onebase_server.kernels.cuda_build import CudaModule, pointer, read_source
+from onebase_server.kernels.ops import StepMeta
+
+_MAX_SPLITS = 32
+_BUSY_CTAS = 1056
+"""Eight a multiprocessor on an H100: below it the context is split further."""
+_SPLIT_TOKENS = 512
+"""A context longer than this is split in any case, so that one long sequence does not hold up the step."""
+
+
+class DecodeAttention:
+    """One query token a sequence. Compiled for one head size and one number of query heads a kv head."""
+
+    def __init__(self, head: int, group: int, cache_dir: Path | None) -> None:
+        defines = (f"-DHEAD_DIM={head}", f"-DGROUP={group}")
+        self._kernel = CudaModule(read_source("attention.cu"), defines=defines, cache_dir=cache_dir).function(
+            "attention_decode"
+        )
+        self._head = head
+        self._workspace = torch.empty(0, device="cuda")
+        self._counters = torch.zeros(0, dtype=torch.int32, device="cuda")
+
+    def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, meta: StepMeta) -> Tensor:
+        """q [S, H, D] -> [S, H * D]; `scale` includes log2(e). A sequence with no context keeps whatever was there."""
+        seqs, heads, head = q.shape
+        page, groups = k_cache.shape[1:3]
+        busy = -(-_BUSY_CTAS // (seqs * groups))
+        splits = min(max(busy, -(-meta.max_context // _SPLIT_TOKENS)), _MAX_SPLITS)
+        min_chunk = 32 if busy > 4 else 64 if busy > 1 else 256
+        self._reserve(seqs * heads * splits * (head + 2), seqs * groups)
+        out = torch.empty(seqs, heads * head, dtype=q.dtype, device=q.device)
+        tensors = (q, k_cache, v_cache, out, meta.context_lens, meta.block_tables, self._workspace, self._counters)
+        sizes = [ctypes.c_int(v) for v in (meta.block_tables.stride(0), page.bit_length() - 1)]
+        arguments = [*map(pointer, tensors), *sizes, ctypes.c_float(scale), ctypes.c_int(min_chunk)]
+        self._kernel.launch((groups, seqs, splits), 128, arguments)
+        return out
+
+    def _reserve(self, floats: int, counters: int) -> None:
+        """Grow only. A captured graph must have seen its largest step before capture."""
+        if self._workspace.numel() < floats:
+            self._workspace = torch.empty(floats, dtype=torch.float32, device="cuda")
+        if self._counters.numel() < counters:
+            self._counters = torch.zeros(counters, dtype=torch.int32, device="cuda")
+
+
+class PrefillAttention:
+    """Any number of query tokens a sequence: pages gathered once a layer, then variable-length flash attention."""
+
+    def __init__(self) -> None:
+        self._meta: StepMeta | None = None
+        self._rows = self._key_starts = torch.empty(0)
+
+    def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, meta: StepMeta) -> Tensor:
+        page, groups, head = k_cache.shape[1:]
+        if self._meta is not meta:
+            self._plan(meta, page)
+        keys = k_cache.view(-1, groups, head).index_select(0, self._rows)
+        values = v_cache.view(-1, groups, head).index_select(0, self._rows)
+        out = torch.ops.aten._flash_attention_forward(
+            q,
+            keys,
+            values,
+            meta.query_starts,
+            self._key_starts,
+            meta.max_query,
+            meta.max_context,
+            0.0,
+            True,
+            False,
+            scale=scale,
+        )[0]
+        result: Tensor = out.flatten(1)
+        return result
+
+    def _plan(self, meta: StepMeta, page: int) -> None:
+        """Cache rows of every sequence's context, one after the other: shared by all layers. One sync with the host."""
+        lengths = meta.context_lens.long()
+        ends = lengths.cumsum(0)
+        seqs = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        offset = torch.arange(len(seqs), device=lengths.device) - (ends - lengths)[seqs]
+        pages = meta.block_tables[seqs, offset // page].long()
+        self._rows = pages * page + offset % page
+        self._key_starts = torch.nn.functional.pad(ends, (1, 0)).int()
+        self._meta = meta

@@ -1,0 +1,226 @@
+"""CUDA C++ to running kernels without a toolkit: NVRTC (it comes with torch) compiles, the driver loads and launches.
+
+Cubins are cached by a hash of source, options and compiler version. Launches go to torch's current stream, so they
+are captured by CUDA graphs. Nothing here knows what a kernel computes. No library of CUDA's is loaded until used.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onebase.errors import OnebaseError
+
+log = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "cuda"
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class CudaBuildError(OnebaseError):
+    """A kernel could not be compiled, loaded or launched; the message holds the compiler's or driver's words."""
+
+
+def _nvrtc_candidates() -> list[str]:
+    found: list[str] = []
+    for root in [Path(p) for p in sys.path if p]:
+        for pattern in ("nvidia/*/lib/libnvrtc.so.*", "torch/lib/libnvrtc*.so*"):
+            found += [str(p) for p in sorted(root.glob(pattern)) if "alt" not in p.name and "builtins" not in p.name]
+    return [*found, "libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"]
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL:
+    for name in _nvrtc_candidates():
+        try:
+            for builtins in Path(name).parent.glob("libnvrtc-builtins.so.*") if "/" in name else ():
+                ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)  # NVRTC looks it up by its bare name
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise CudaBuildError("NVRTC was not found; install the CUDA build of torch (it brings nvidia-cuda-nvrtc).")
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as e:
+        raise CudaBuildError(f"The NVIDIA driver was not found: {e}") from e
+
+
+def _check(status: int, what: str) -> None:
+    if status == 0:
+        return
+    text = ctypes.c_char_p()
+    _driver().cuGetErrorString(status, ctypes.byref(text))
+    raise CudaBuildError(f"{what}: {(text.value or b'unknown error').decode()} (CUDA error {status})")
+
+
+def _nvrtc_check(status: int, what: str) -> None:
+    if status:
+        raise CudaBuildError(f"{what} failed (NVRTC error {status})")
+
+
+def read_source(name: str, *extra: str) -> str:
+    """One translation unit: common.cuh, the named file of this package's cuda folder, then `extra` lines."""
+    return "\n".join([(SOURCES / "common.cuh").read_text(), (SOURCES / name).read_text(), *extra])
+
+
+def compile_cubin(source: str, architecture: str, defines: Sequence[str] = ()) -> bytes:
+    """Compile for one real architecture (`sm_90`). Raises CudaBuildError with the compiler's log."""
+    nvrtc = _nvrtc()
+    program = ctypes.c_void_p()
+    status = nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"onebase.cu", 0, None, None)
+    _nvrtc_check(status, "nvrtcCreateProgram")
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", *defines]
+    array = (ctypes.c_char_p * len(options))(*[o.encode() for o in options])
+    try:
+        if nvrtc.nvrtcCompileProgram(program, len(options), array):
+            size = ctypes.c_size_t()
+            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            text = ctypes.create_string_buffer(size.value)
+            nvrtc.nvrtcGetProgramLog(program, text)
+            raise CudaBuildError(f"NVRTC could not compile a kernel for {architecture}:\n{text.value.decode()}")
+        size = ctypes.c_size_t()
+        _nvrtc_check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)), "nvrtcGetCUBINSize")
+        cubin = ctypes.create_string_buffer(size.value)
+        _nvrtc_check(nvrtc.nvrtcGetCUBIN(program, cubin), "nvrtcGetCUBIN")
+        return cubin.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _nvrtc_version() -> str:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _nvrtc_check(_nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "nvrtcVersion")
+    return f"{major.value}.{minor.value}"
+
+
+def cached_cubin(source: str, architecture: str, defines: Sequence[str], folder: Path | None) -> bytes:
+    """As `compile_cubin`, through a folder of cubins (written to a temporary name, then renamed)."""
+    if folder is None:
+        return compile_cubin(source, architecture, defines)
+    key = hashlib.sha256("\0".join([source, architecture, *defines, _nvrtc_version()]).encode()).hexdigest()
+    path = folder / f"{key[:32]}.cubin"
+    if path.exists():
+        return path.read_bytes()
+    cubin = compile_cubin(source, architecture, defines)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder)
+    with os.fdopen(handle, "wb") as f:
+        f.write(cubin)
+        f.flush()
+        os.fsync(f.fileno())
+    Path(temporary).replace(path)
+    return cubin
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
+
+
+class _LaunchConfig(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+_thread = threading.local()
+
+
+def _use_primary_context(device: int) -> None:
+    """The driver API launches in the thread's current context: make torch's primary context current, once a thread."""
+    if getattr(_thread, "device", None) == device:
+        return
+    driver, context = _driver(), ctypes.c_void_p()
+    _check(driver.cuInit(0), "cuInit")
+    _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "cuDevicePrimaryCtxRetain")
+    _check(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
+    _thread.device = device
+
+
+class CudaFunction:
+    """One kernel of a loaded module."""
+
+    def __init__(self, handle: ctypes.c_void_p, name: str) -> None:
+        self._handle, self._name, self._shared = handle, name, 0
+        self._overlap = _Attribute(id=_PROGRAMMATIC_SERIALIZATION, value=1)
+
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        args: Sequence[Any],  # ctypes values, passed by address
+        *,
+        shared_bytes: int = 0,
+        overlap: bool = True,
+    ) -> None:
+        """On torch's current stream. `overlap`: may start while the kernel before it ends (the kernel itself waits)."""
+        driver = _driver()
+        _use_primary_context(torch.cuda.current_device())
+        if shared_bytes > self._shared:
+            _check(driver.cuFuncSetAttribute(self._handle, _MAX_DYNAMIC_SHARED, shared_bytes), self._name)
+            self._shared = shared_bytes
+        config = _LaunchConfig(
+            grid=grid,
+            block=(threads, 1, 1),
+            shared_bytes=shared_bytes,
+            stream=torch.cuda.current_stream().cuda_stream,
+            attributes=ctypes.pointer(self._overlap),
+            num_attributes=1 if overlap else 0,
+        )
+        pointers = (ctypes.c_void_p * len(args))(*[ctypes.addressof(a) for a in args])
+        _check(driver.cuLaunchKernelEx(ctypes.byref(config), self._handle, pointers, None), self._name)
+
+
+class CudaModule:
+    """A compiled translation unit, loaded on the current device."""
+
+    def __init__(self, source: str, *, defines: Sequence[str] = (), cache_dir: Path | None = None) -> None:
+        device = torch.cuda.current_device()
+        major, minor = torch.cuda.get_device_capability(device)
+        cubin = cached_cubin(source, f"sm_{major}{minor}", defines, cache_dir)
+        torch.zeros(1, device="cuda")  # creates the primary context
+        _use_primary_context(device)
+        self._module = ctypes.c_void_p()
+        _check(_driver().cuModuleLoadData(ctypes.byref(self._module), cubin), "cuModuleLoadData")
+        self._functions: dict[str, CudaFunction] = {}
+
+    def function(self, name: str) -> CudaFunction:
+        if name not in self._functions:
+            handle = ctypes.c_void_p()
+            _check(_driver().cuModuleGetFunction(ctypes.byref(handle), self._module, name.encode()), name)
+            self._functions[name] = CudaFunction(handle, name)
+        return self._functions[name]
+
+
+def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def available() -> bool:
+    """A CUDA device of compute capability 8.0 or newer, a driver and NVRTC."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        return False
+    try:
+        _driver(), _nvrtc()
+    except CudaBuildError as e:
+        log.warning("CUDA kernels are off: %s", e)
+        return False
+    return True

@@ -1,0 +1,149 @@
+"""`CudaKernels`: the CUDA backend of the `Kernels` protocol for bf16 models.
+
+Launches of our own kernels (cuda/*.cu) and, for prefill, of cuBLAS and torch's flash attention. What a kernel does
+not cover (fp32, odd sizes) goes to the torch twin. No sync with the host in a decode step, so a step can be captured
+in a CUDA graph. It must not know models, sequences or adapters beyond `StepMeta`.
+"""
+
+import ctypes
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onebase_server.kernels.cuda_attention import DecodeAttention, PrefillAttention
+from onebase_server.kernels.cuda_build import CudaModule, pointer, read_source
+from onebase_server.kernels.cuda_nf4 import NF4Matmul, Tiles, repack, supports
+from onebase_server.kernels.ops import LoraPool, NF4Weight, StepMeta
+from onebase_server.kernels.torch_ops import TorchKernels
+
+_MAX_SLICES = 8
+_Borders = ctypes.c_int * (_MAX_SLICES + 1)
+_TOKENWISE = 128
+"""Up to so many tokens a step, each token reads its own adapter's rows; above, tiles of 16 tokens share them."""
+
+
+class CudaKernels:
+    """Use on one stream at a time: split-K and attention workspaces are shared by all launches."""
+
+    def __init__(self, cache_dir: Path | None = None) -> None:
+        self._cache_dir = cache_dir
+        self._twin = TorchKernels()
+        self.nf4 = NF4Matmul(cache_dir)
+        self._lora = CudaModule(read_source("lora.cu"), cache_dir=cache_dir)
+        self._elementwise = CudaModule(read_source("elementwise.cu"), cache_dir=cache_dir)
+        self._decode: dict[tuple[int, int], DecodeAttention] = {}
+        self._prefill = PrefillAttention()
+
+    def prepare(self, weight: NF4Weight) -> NF4Weight:
+        """Tiles replace the packed nibbles, so that the weight is held once."""
+        if not supports(weight):
+            return weight
+        nothing = torch.empty(0, dtype=torch.uint8, device=weight.packed.device)
+        return replace(weight, repacked=repack(weight), packed=nothing, absmax=nothing.float())
+
+    def nf4_matmul(self, x: Tensor, weight: NF4Weight) -> Tensor:
+        if not isinstance(weight.repacked, Tiles):
+            return self._twin.nf4_matmul(x, weight)
+        if x.dtype != torch.bfloat16:
+            return torch.nn.functional.linear(x, self.nf4.dequantise(weight).to(x.dtype))
+        return self.nf4(x, weight)
+
+    def lora_add_(self, y: Tensor, x: Tensor, pool: LoraPool, meta: StepMeta) -> None:
+        if not meta.has_lora or meta.max_rank == 0:
+            return
+        slices, rows, k = pool.a.shape
+        if y.dtype != torch.bfloat16 or k % 64 or any(o % 8 for o in pool.offsets) or slices > _MAX_SLICES:
+            self._twin.lora_add_(y, x, pool, meta)
+            return
+        tokens, n = y.shape
+        chunks = -(-meta.max_rank // 8)
+        v = torch.empty(tokens, slices, chunks * 8, dtype=torch.float32, device=y.device)
+        borders = _Borders(*pool.offsets, *([n] * (_MAX_SLICES - slices)))
+        adapters = [pointer(meta.lora_starts), pointer(meta.lora_ranks)]
+        shrink: list[Any] = [pointer(x), pointer(pool.a), pointer(v), *adapters]
+        expand: list[Any] = [pointer(y), pointer(pool.b), pointer(v), *adapters, borders]
+        one_each = meta.max_query <= 1 or tokens <= _TOKENWISE
+        count = () if one_each else (tokens,)
+        shrink += _ints(*count, slices, rows, k, x.stride(0), chunks * 8)
+        expand += _ints(*count, slices, n, chunks * 8)
+        groups, columns = -(-tokens // 16), -(-n // 1024)
+        if one_each:
+            self._lora.function("lora_shrink").launch((tokens, slices, chunks), 256, shrink)
+            self._lora.function("lora_expand").launch((columns, tokens, 1), 128, expand)
+        else:
+            self._lora.function("lora_shrink_tiles").launch((groups, slices, chunks), 128, shrink)
+            self._lora.function("lora_expand_tiles").launch((columns, groups, 1), 128, expand)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if not _vectorised(x):
+            return self._twin.rms_norm(x, weight, eps)
+        return self._norm(x, None, weight, eps)[0]
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if not _vectorised(x):
+            return self._twin.add_rms_norm(x, residual, weight, eps)
+        return self._norm(x, residual, weight, eps)
+
+    def _norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        x = x.contiguous()
+        k = x.shape[-1]
+        out = torch.empty_like(x)
+        total = x if residual is None else torch.empty_like(x)
+        nothing = ctypes.c_void_p(0)
+        arguments = [
+            pointer(x),
+            nothing if residual is None else pointer(residual),
+            pointer(weight),
+            pointer(out),
+            pointer(total),
+            ctypes.c_int(k),
+            ctypes.c_float(eps),
+        ]
+        self._elementwise.function("rms_norm").launch((x.numel() // k, 1, 1), 512, arguments)
+        return out, total
+
+    def rope_write_kv(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, meta: StepMeta
+    ) -> Tensor:
+        groups, head = k_cache.shape[2], k_cache.shape[3]
+        if qkv.dtype != torch.bfloat16 or head % 16:
+            return self._twin.rope_write_kv(qkv, cos, sin, k_cache, v_cache, meta)
+        tokens, heads = qkv.shape[0], qkv.shape[1] // head - 2 * groups
+        q = torch.empty(tokens, heads, head, dtype=qkv.dtype, device=qkv.device)
+        tensors = (qkv, cos, sin, q, k_cache, v_cache, meta.positions.int(), meta.kv_slots)
+        items = (heads + groups) * head // 16 + groups * head // 8
+        rope = self._elementwise.function("rope_write_kv")
+        rope.launch((-(-items // 256), tokens, 1), 256, [*map(pointer, tensors), *_ints(heads, groups, head)])
+        return q
+
+    def paged_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, meta: StepMeta) -> Tensor:
+        page, groups, head = k_cache.shape[1:]
+        group = q.shape[1] // groups
+        if q.dtype != torch.bfloat16 or head not in (64, 128, 256) or group > 8 or page & (page - 1):
+            return self._twin.paged_attention(q, k_cache, v_cache, scale, meta)
+        if meta.max_query > 1:
+            return self._prefill(q, k_cache, v_cache, scale, meta)
+        if (head, group) not in self._decode:
+            self._decode[head, group] = DecodeAttention(head, group, self._cache_dir)
+        return self._decode[head, group](q, k_cache, v_cache, scale * math.log2(math.e), meta)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        tokens, inner = gate_up.shape[0], gate_up.shape[1] // 2
+        if gate_up.dtype != torch.bfloat16 or inner % 8:
+            return self._twin.silu_mul(gate_up)
+        out = torch.empty(tokens, inner, dtype=gate_up.dtype, device=gate_up.device)
+        grid = (-(-inner // 2048), tokens, 1)
+        self._elementwise.function("silu_mul").launch(grid, 256, [pointer(gate_up), pointer(out), ctypes.c_int(inner)])
+        return out
+
+
+def _vectorised(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0 and x.shape[-1] <= 16384
+
+
+def _ints(*values: int) -> list[ctypes.c_int]:
+    return [ctypes.c_int(v) for v in values]

@@ -1,0 +1,86 @@
+"""NF4 matmul on CUDA against fp64 over a grid of sizes, with poisoned outputs."""
+
+import pytest
+
+from nf4_weights import exact, random_weight, relative_error
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+
+SHAPES = [
+    (24, 64),
+    (16, 128),
+    (960, 576),
+    (576, 1536),
+    (3072, 576),
+    (4096, 4096),
+    (520, 4096),
+    (1000, 11008),
+    (22016, 4096),
+]
+TOKENS = (1, 2, 3, 5, 8, 9, 15, 17, 31, 32, 33, 50, 64, 65, 100, 127, 128)
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_every_variant_equals_fp64_and_itself(kernels, n: int, k: int) -> None:
+    import torch
+
+    weight = random_weight(n, k)
+    reference_weight = exact(weight)
+    prepared = kernels.prepare(weight)
+    nf4, blocks = kernels.nf4, prepared.repacked.blocks
+    for m in TOKENS:
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        reference = x.double() @ reference_weight.T
+        for name in nf4.variants:
+            if not nf4.fits(name, m, blocks):
+                continue
+            outputs = []
+            for _ in range(2):
+                out = torch.full((m, n), float("nan"), device="cuda", dtype=torch.bfloat16)
+                outputs.append(nf4.run(name, x, prepared, out))
+            assert relative_error(outputs[0], reference) < 3e-3, (name, m)
+            assert torch.equal(outputs[0], outputs[1]), (name, m)
+
+
+def test_rows_of_a_wider_tensor_are_read_in_place(kernels) -> None:
+    import torch
+
+    weight = random_weight(256, 512)
+    x = torch.randn(40, 1024, device="cuda", dtype=torch.bfloat16)[:, 512:]
+    out = kernels.nf4_matmul(x, kernels.prepare(weight))
+    assert relative_error(out, x.double() @ exact(weight).T) < 3e-3
+
+
+@pytest.mark.parametrize("m", [129, 300, 2048])
+def test_many_tokens_go_through_the_dequantised_weight(kernels, m: int) -> None:
+    import torch
+
+    weight = random_weight(960, 576)
+    dense = kernels.nf4.dequantise(
+        kernels.prepare(weight), torch.full((960, 576), float("nan"), device="cuda").bfloat16()
+    )
+    assert relative_error(dense, exact(weight)) < 2e-3
+    x = torch.randn(m, 576, device="cuda", dtype=torch.bfloat16)
+    out = kernels.nf4_matmul(x, kernels.prepare(weight))
+    assert relative_error(out, x.double() @ exact(weight).T) < 4e-3
+
+
+def test_a_chain_of_overlapping_launches_reads_finished_inputs(kernels) -> None:
+    """Each launch may start before the one ahead of it has ended: many small ones, no sync between."""
+    import torch
+
+    weights = [random_weight(1024, 1024) for _ in range(6)]
+    prepared = [kernels.prepare(w) for w in weights]
+    gain = torch.ones(1024, device="cuda", dtype=torch.bfloat16)
+    for m in (1, 8, 20, 64, 128):
+        x = torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16)
+        for synchronise in (True, False):
+            out = x
+            for _ in range(4):
+                for w in prepared:
+                    out = kernels.rms_norm(kernels.nf4_matmul(out, w), gain, 1e-6)
+                    if synchronise:
+                        torch.cuda.synchronize()
+            if synchronise:
+                expected = out
+        assert torch.equal(out, expected), m
