@@ -4,6 +4,7 @@ The fake model says what `world.says` tells it to, or, under an adapter, `<name>
 """
 
 import asyncio
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +14,10 @@ from typing import Any, cast
 
 import httpx
 import numpy as np
-from fakes import FakeRunner, FakeTokenizer
+from litestar import Litestar
 from safetensors.numpy import save_file
 
-from litestar import Litestar
+from fakes import FakeRunner, FakeTokenizer
 from onebase.bases import BaseSpec
 from onebase.home import Home
 from onebase.manifest import BaseIdentity
@@ -33,6 +34,7 @@ from onebase_server.settings import Settings
 
 BASE = "tiny/base"
 IDENTITY = BaseIdentity(id=BASE, revision="1", config_hash="0" * 32, quantization="nf4-dq64")
+NUMBERS = itertools.count(1.0)
 LOOPBACK = ("127.0.0.1", 50000)
 
 
@@ -55,7 +57,8 @@ class World:
 
     def request(self, method: str, path: str, **options: Any) -> httpx.Response:
         async def send() -> httpx.Response:
-            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False, client=self.client)
+            app = cast(Any, self.app)  # the ASGI dicts are typed twice
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=self.client)
             async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
                 return await http.request(method, path, **{"headers": self.headers, **options})
 
@@ -114,10 +117,13 @@ def error_of(reply: httpx.Response) -> dict[str, Any]:
 
 
 def lora_folder(path: Path) -> Path:
-    """PEFT's two files with one tiny pair of matrices."""
+    """PEFT's two files with one tiny pair of matrices, never the same twice: equal content is one version."""
     path.mkdir(parents=True, exist_ok=True)
     name = "base_model.model.model.layers.0.self_attn.q_proj"
-    tensors = {f"{name}.lora_A.weight": np.zeros((2, 8), np.float32), f"{name}.lora_B.weight": np.zeros((8, 2), np.float32)}
+    tensors = {
+        f"{name}.lora_A.weight": np.zeros((2, 8), np.float32),
+        f"{name}.lora_B.weight": np.full((8, 2), next(NUMBERS), np.float32),
+    }
     save_file(tensors, str(path / "adapter_model.safetensors"))
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
     (path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": BASE, "bias": "none"}))

@@ -18,11 +18,14 @@ async def list_models(
     deps: Deps,
     versions: Annotated[bool, QueryParameter(description="Also list every version as `name@N`.")] = False,
 ) -> ModelList:
-    """The base first, then the adapters by name."""
+    """The base first, then the adapters by name, each with its aliases (`ft:...`)."""
     backend = deps.backend.get()
     cards = [base_card(backend)]
     for entry in deps.store.list():
-        cards.append(adapter_card(entry.name, deps.store.resolve(entry.name), backend))
+        if entry.current is not None:
+            cards.append(adapter_card(entry.name, entry.current, backend))
+        by_number = {each.version: each for each in entry.versions}
+        cards += [adapter_card(alias, by_number[number], backend) for alias, number in sorted(entry.aliases.items())]
         if versions:
             cards += [adapter_card(each.id, each, backend) for each in entry.versions]
     return ModelList(object="list", data=cards)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from api_world import World, open_world
 
 
@@ -29,10 +30,10 @@ def shared_world(tmp_path_factory: pytest.TempPathFactory, loop: Any) -> Iterato
 
 
 @pytest.fixture
-def world(shared_world: World) -> Iterator[World]:
+def world(shared_world: World) -> World:
     """The shared server, saying its usual words."""
     shared_world.says = "Hello there."
-    yield shared_world
+    return shared_world
 
 
 @pytest.fixture

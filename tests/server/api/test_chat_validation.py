@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from api_world import World, chat_body, error_of
 
 HI = {"role": "user", "content": "Hi"}
@@ -26,7 +27,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (said({"role": "tool", "content": "1"}), "messages[0].tool_call_id", "missing_required_parameter"),
     (said({"role": "tool", "tool_call_id": "x"}), "messages[0].content", "missing_required_parameter"),
     (said({"role": "function", "content": "1"}), "messages[0].name", "missing_required_parameter"),
-    (said(HI, {"role": "user", "content": [{"type": "text"}]}), "messages[1].content[0].text", "missing_required_parameter"),
+    (
+        said(HI, {"role": "user", "content": [{"type": "text"}]}),
+        "messages[1].content[0].text",
+        "missing_required_parameter",
+    ),
     (said({"role": "user", "content": [{"text": "Hi"}]}), "messages[0].content[0].type", "missing_required_parameter"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing_required_parameter"),
     ({"response_format": {}}, "response_format.type", "missing_required_parameter"),
@@ -108,7 +113,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "messages[0].content[0].type",
         "invalid_value",
     ),
-    (said({"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}), "messages[0].content[0].type", "invalid_value"),
+    (
+        said({"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}),
+        "messages[0].content[0].type",
+        "invalid_value",
+    ),
     (said({**HI, "tool_calls": [CALL]}), "messages[0].tool_calls", "invalid_value"),
     ({"stop": ""}, "stop", "invalid_value"),
     ({"stop": ["a", ""]}, "stop[1]", "string_below_min_length"),
@@ -142,7 +151,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "param", "code"), REFUSED, ids=[f"{param}-{code}-{i}" for i, (_, param, code) in enumerate(REFUSED)])
+@pytest.mark.parametrize(
+    ("fields", "param", "code"), REFUSED, ids=[f"{param}-{code}-{i}" for i, (_, param, code) in enumerate(REFUSED)]
+)
 def test_a_wrong_field_is_named(world: World, fields: dict[str, Any], param: str, code: str) -> None:
     reply = world.chat(**fields)
     assert reply.status_code == 400, reply.text
@@ -174,7 +185,8 @@ ACCEPTED: list[dict[str, Any]] = [
     {"logit_bias": {"5": -100, "299": 100}},
     {"max_tokens": 10**9},
     {"top_k": -1},
-    {"top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1, "min_tokens": 1, "ignore_eos": False, "stop_token_ids": [7]},
+    {"top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1, "min_tokens": 1},
+    {"ignore_eos": False, "stop_token_ids": [7]},
     {"response_format": {"type": "text"}},
     {"tools": [TOOL]},
     {"tools": [TOOL], "tool_choice": "none"},
@@ -186,7 +198,7 @@ ACCEPTED: list[dict[str, Any]] = [
     said(HI, {"role": "assistant", "content": "Well,"}),
     said({**HI, "name": "ann"}),
     said(HI, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "tool_call_id": "call_1", "content": "4"}),
-    said(HI, {"role": "assistant", "content": "", "refusal": None, "annotations": [], "audio": None, "function_call": None}, HI),
+    said(HI, {"role": "assistant", "content": "", "annotations": [], "audio": None, "function_call": None}, HI),
     said(HI, {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, HI),
     said(HI, {"role": "assistant", "content": None, "refusal": "I won't."}, HI),
     said({"role": "function", "name": "look", "content": "4"}),
@@ -206,7 +218,9 @@ ACCEPTED: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("fields", ACCEPTED, ids=[f"{'-'.join(list(fields)[:3])}-{i}" for i, fields in enumerate(ACCEPTED)])
+@pytest.mark.parametrize(
+    "fields", ACCEPTED, ids=[f"{'-'.join(list(fields)[:3])}-{i}" for i, fields in enumerate(ACCEPTED)]
+)
 def test_what_openai_takes_is_taken(world: World, fields: dict[str, Any]) -> None:
     reply = world.chat(**fields)
     assert reply.status_code == 200, reply.text
@@ -223,7 +237,9 @@ def test_validation_comes_before_the_model_is_looked_up(world: World) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"temperature": 9}, {"model": "nobody"}, {"messages": []}], ids=str)
-def test_what_is_known_before_the_first_token_is_a_plain_error_in_a_stream_too(world: World, fields: dict[str, Any]) -> None:
+def test_what_is_known_before_the_first_token_is_a_plain_error_in_a_stream_too(
+    world: World, fields: dict[str, Any]
+) -> None:
     reply = world.chat(stream=True, **fields)
     assert reply.status_code in (400, 404)
     assert reply.headers["content-type"] == "application/json"
@@ -236,7 +252,9 @@ def test_a_prompt_that_fills_the_context_is_refused_in_openais_words(world: Worl
     error = error_of(reply)
     assert reply.status_code == 400
     assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
-    assert error["message"].startswith("This model's maximum context length is 512 tokens. However, your messages resulted in ")
+    assert error["message"].startswith(
+        "This model's maximum context length is 512 tokens. However, your messages resulted in "
+    )
 
 
 def test_a_configured_bound_on_n_is_kept(world: World) -> None:

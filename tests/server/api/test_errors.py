@@ -4,9 +4,9 @@ import json
 from typing import Any
 
 import pytest
-from api_world import World, chat_body, error_of, with_settings
 from litestar.exceptions import HTTPException
 
+from api_world import World, chat_body, error_of, with_settings
 from onebase import errors as domain
 from onebase_server.api.errors import TABLE, answer_for
 
@@ -115,7 +115,10 @@ def test_an_unknown_model_is_404_with_near_names(world: World) -> None:
     assert "pirate" in error["message"]
 
 
-@pytest.mark.parametrize("model", ["", " ", "PIRATE", "pirate ", "pirate@", "pirate@9", "pirate@0", "pirate@x", "../pirate", "tiny/Base", "ft:a:b"])
+@pytest.mark.parametrize(
+    "model",
+    ["", " ", "PIRATE", "pirate ", "pirate@", "pirate@9", "pirate@0", "pirate@x", "../pirate", "tiny/Base", "ft:a:b"],
+)
 def test_only_an_exact_name_is_a_model(world: World, model: str) -> None:
     reply = world.chat(model=model)
     assert reply.status_code == 404, reply.text
@@ -123,7 +126,12 @@ def test_only_an_exact_name_is_a_model(world: World, model: str) -> None:
 
 
 ALL_ERRORS: dict[str, tuple[Exception, int, str, str | None]] = {
-    "input": (domain.InvalidInput("bad", param="x", code="invalid_value"), 400, "invalid_request_error", "invalid_value"),
+    "input": (
+        domain.InvalidInput("bad", param="x", code="invalid_value"),
+        400,
+        "invalid_request_error",
+        "invalid_value",
+    ),
     "overflow": (domain.ContextLengthExceeded(8, 9), 400, "invalid_request_error", "context_length_exceeded"),
     "adapter": (domain.AdapterInvalid("p", ["wrong shape"]), 400, "invalid_request_error", "invalid_adapter"),
     "no key": (domain.Unauthenticated("no"), 401, "invalid_request_error", "invalid_api_key"),
@@ -151,13 +159,17 @@ def test_each_error_has_its_row(error: Exception, status: int, kind: str, code: 
 
 
 def test_every_error_class_of_the_tree_has_a_row_or_a_parent_with_one() -> None:
-    classes = [each for each in vars(domain).values() if isinstance(each, type) and issubclass(each, domain.OnebaseError)]
+    classes = [
+        each for each in vars(domain).values() if isinstance(each, type) and issubclass(each, domain.OnebaseError)
+    ]
     assert all(any(parent in TABLE for parent in each.__mro__) for each in classes)
 
 
 @pytest.mark.parametrize(("seconds", "header"), [(0.2, "1"), (2.2, "3")])
 def test_a_limit_says_when_to_come_back(seconds: float, header: str) -> None:
-    assert answer_for(domain.RateLimited("slow", retry_after_s=seconds), request_id="r").headers["Retry-After"] == header
+    assert (
+        answer_for(domain.RateLimited("slow", retry_after_s=seconds), request_id="r").headers["Retry-After"] == header
+    )
 
 
 def test_401_names_the_scheme() -> None:
