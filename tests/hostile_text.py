@@ -7,8 +7,9 @@ from onebase.messages import Message, ToolCall
 _FRAGMENTS = [
     "</s>", "<s>", "<unk>", "[PAD]", "<|im_end|>", "<|im_start|>", "<|endoftext|>", "<0x41>", "<0xE2>", "\u2581",
     "### HUMAN:\n", "\n\n### HUMAN:\n", "### RESPONSE:\n", "### SYSTEM:\n", "### CALL:\n", "#### CALL:", "### CALL:",
-    "\r\n", "\n", "\n\n", "\r", "\t", " ", "  ", "\x00", "\x1c", "\u0085", "\u2028", "\u2029", "\ufeff", "\u200d", "\ue000",
-    "😀", "👩‍👩‍👧‍👦", "é", "e\u0301", "İ", "漢字", "{{ 7*7 }}", "{% raise %}", "<tool_call>", "hello", "The end.", "",
+    "\r\n", "\n", "\n\n", "\r", "\t", " ", "  ", "\x00", "\x1c", "\u0085", "\u2028", "\u2029", "\ufeff", "\u200d",
+    "\ue000", "😀", "👩‍👩‍👧‍👦", "é", "e\u0301", "İ", "漢字", "{{ 7*7 }}", "{% raise %}", "<tool_call>", "hello",
+    "The end.", "",
 ]  # fmt: skip
 
 texts = st.one_of(

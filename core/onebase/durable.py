@@ -48,6 +48,12 @@ def replace_file(path: Path, data: bytes) -> None:
     fsync_folder(path.parent)
 
 
+def clear_temporaries(path: Path) -> None:
+    """Remove what killed `replace_file` calls left beside the file. Only under a lock that all its writers hold."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 def copy_file(source: Path, dest: Path) -> str:
     """Copy one regular file durably and return its sha256. Raises InvalidInput for a link or anything special."""
     try:

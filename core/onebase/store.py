@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from onebase.adapter import CONFIG, MANIFEST, WEIGHTS, AdapterFiles, validate_adapter
-from onebase.durable import Staging, copy_file, fsync_folder, locked, replace_file, write_file
+from onebase.durable import Staging, clear_temporaries, copy_file, fsync_folder, locked, replace_file, write_file
 from onebase.errors import AdapterInvalid, Conflict, InvalidInput, ModelNotFound
 from onebase.manifest import BaseIdentity, Manifest, training_hash
 from onebase.prompt_types import PromptFormat
@@ -100,7 +100,7 @@ class AdapterStore(StoreReader):
         for folder in (versions, versions.parent, self.root):
             fsync_folder(folder)
         moved = pointer.with_version(number, dict.fromkeys(aliases, number), make_current=make_current)
-        replace_file(versions.parent / POINTER, moved.to_bytes())
+        self._write(name, moved)
         return self._version(name, number)
 
     def import_folder(
@@ -218,6 +218,7 @@ class AdapterStore(StoreReader):
         with locked(self._gate):  # a publish moves its folder in and commits under this lock, so none is under way
             for name in self._names():
                 pointer = self._pointer(name) or Pointer()
+                clear_temporaries(self._folder(name) / POINTER)
                 for folder in (self._folder(name) / "versions").glob("*"):
                     if folder.name not in map(str, pointer.versions):
                         shutil.rmtree(folder)
@@ -236,7 +237,10 @@ class AdapterStore(StoreReader):
         return pointer
 
     def _write(self, name: str, pointer: Pointer) -> None:
-        replace_file(self._folder(name) / POINTER, pointer.to_bytes())
+        """Under the lock."""
+        path = self._folder(name) / POINTER
+        clear_temporaries(path)
+        replace_file(path, pointer.to_bytes())
 
     def _discard(self, folder: Path) -> None:
         """Move out of sight first: no reader sees half a version."""

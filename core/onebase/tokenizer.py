@@ -32,9 +32,10 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class TextTokenizer:
     """A base's tokenizer. Thread-safe. Load with `TextTokenizer.load(folder)`.
 
-    `bos_id` is the id that the tokenizer itself puts in front of a text, None if it puts none (SmolLM2 names a
-    bos token that it never adds; `bos_token_text` is that name, for templates). `eos_ids` are all ids that end an answer; `eos_id` is the one that training
-    appends. `pad_id` is an id with an embedding row that is not an eos. `vocab_size` counts embedding rows.
+    `bos_id` is the id that the tokenizer itself puts in front of a text, None if it puts none (SmolLM2 names a bos
+    token that it never adds; `bos_token_text` is that name, for templates). `eos_ids` are all ids that end an answer;
+    `eos_id` is the one that training appends. `pad_id` is an id with an embedding row that is not an eos.
+    `vocab_size` counts embedding rows.
     """
 
     bos_id: int | None
