@@ -1,0 +1,166 @@
+"""Tools: they reach the prompt, calls come back in OpenAI's form, and a stream shows a call only as a call."""
+
+import json
+from typing import Any
+
+import pytest
+from api_world import World, text_of
+
+from onebase.messages import Message, ToolCall
+from onebase.prompt import HumanResponseRenderer
+from onebase_server.api.tool_calls import CallWatch
+
+LOOK = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Looks a thing up.",
+        "parameters": {"type": "object", "properties": {"q": {"type": "string"}}},
+    },
+}
+PUT = {"type": "function", "function": {"name": "put"}}
+CALL = '### CALL:\n{"name": "look", "arguments": {"q": "tea"}}'
+TWO = CALL + '\n{"name": "put", "arguments": {}}'
+
+
+def message_of(world: World, **fields: Any) -> tuple[dict[str, Any], str]:
+    reply = world.chat(**{"tools": [LOOK, PUT], **fields})
+    assert reply.status_code == 200, reply.text
+    choice = reply.json()["choices"][0]
+    return choice["message"], choice["finish_reason"]
+
+
+def test_a_call_comes_back_as_openai_writes_it(world: World) -> None:
+    world.says = CALL
+    message, finish = message_of(world)
+    assert finish == "tool_calls"
+    assert message["content"] is None
+    [call] = message["tool_calls"]
+    assert call["id"].startswith("call_")
+    assert (call["type"], call["function"]["name"]) == ("function", "look")
+    assert json.loads(call["function"]["arguments"]) == {"q": "tea"}
+
+
+def test_text_before_a_call_stays_content(world: World) -> None:
+    world.says = "Let me see.\n\n" + CALL
+    message, finish = message_of(world)
+    assert (message["content"], finish, len(message["tool_calls"])) == ("Let me see.", "tool_calls", 1)
+
+
+def test_several_calls_have_ids_of_their_own(world: World) -> None:
+    world.says = TWO
+    message, _ = message_of(world)
+    assert [call["function"]["name"] for call in message["tool_calls"]] == ["look", "put"]
+    assert len({call["id"] for call in message["tool_calls"]}) == 2
+
+
+def test_no_call_leaves_the_key_out(world: World) -> None:
+    message, finish = message_of(world)
+    assert "tool_calls" not in message
+    assert (message["content"], finish) == ("Hello there.", "stop")
+
+
+@pytest.mark.parametrize("fields", [{"tool_choice": "none"}, {"tools": None}, {"tools": []}], ids=str)
+def test_without_tools_or_with_none_there_are_no_calls(world: World, fields: dict[str, Any]) -> None:
+    world.says = CALL
+    message, finish = message_of(world, **fields)
+    assert "tool_calls" not in message
+    assert (message["content"], finish) == (CALL, "stop")
+
+
+def test_a_call_cut_by_the_limit_is_not_a_call(world: World) -> None:
+    world.says = CALL
+    message, finish = message_of(world, max_tokens=30)
+    assert (message["content"], finish) == (CALL[:30], "length")
+
+
+def test_tools_calls_and_results_reach_the_prompt(world: World) -> None:
+    world.runner.batches.clear()
+    world.runner.keep_batches = True
+    message_of(
+        world,
+        messages=[
+            {"role": "user", "content": "Tea?"},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"id": "c", "type": "function", "function": {"name": "look", "arguments": '{"q": "tea"}'}}],
+            },
+            {"role": "tool", "tool_call_id": "c", "content": "4 pounds"},
+        ],
+    )
+    world.runner.keep_batches = False
+    prompt = bytes(token for token in world.runner.batches[-1].rows[0].prompt_ids if token < 256).decode()
+    assert "Looks a thing up." in prompt
+    assert CALL in prompt
+    assert "### TOOL:\n4 pounds" in prompt
+
+
+SAYINGS = {
+    "call": CALL,
+    "text and call": "Let me see.\n\n" + CALL,
+    "two calls": TWO,
+    "text": "Hello there.",
+    "almost a call": "Use ### CALLS, not ### CAL",
+    "a broken call": '### CALL:\n{"name": 5}',
+    "a header in the text": "Look:\n#### CALL:\nis a header",
+    "ends by line breaks": "Hello\n\n",
+    "hashes": "# A\n\n## B\n\n### C",
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("says", SAYINGS.values(), ids=SAYINGS)
+def test_a_stream_says_what_the_whole_reply_says(world: World, says: str) -> None:
+    world.says = says
+    whole, finish = message_of(world)
+    chunks = world.chunks(tools=[LOOK, PUT])
+    assert text_of(chunks) == (whole["content"] or "")
+    assert chunks[-1]["choices"][0]["finish_reason"] == finish
+    calls = calls_of(chunks)
+    assert [(call["name"], call["arguments"]) for call in calls] == [
+        (call["function"]["name"], call["function"]["arguments"]) for call in whole.get("tool_calls", [])
+    ]
+
+
+def calls_of(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Calls put together as clients do it: the head makes one, later pieces add to its arguments."""
+    calls: list[dict[str, Any]] = []
+    for chunk in chunks:
+        for delta in chunk["choices"][0]["delta"].get("tool_calls", []):
+            function = delta["function"]
+            if "id" in delta:
+                assert delta["index"] == len(calls)
+                assert delta["type"] == "function"
+                assert function["arguments"] == ""
+                calls.append({"id": delta["id"], "name": function["name"], "arguments": ""})
+            else:
+                assert set(delta) == {"index", "function"}
+                calls[delta["index"]]["arguments"] += function["arguments"]
+    return calls
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("says", SAYINGS.values(), ids=SAYINGS)
+def test_text_is_shown_alike_however_it_is_cut(says: str, size: int) -> None:
+    from fakes import FakeTokenizer
+
+    parse = HumanResponseRenderer(FakeTokenizer()).parse_text  # type: ignore[arg-type]
+    watch = CallWatch("### CALL:", parse)
+    shown = "".join(watch.feed(says[i : i + size]) for i in range(0, len(says), size))
+    rest, calls = watch.finish()
+    assert shown + rest == parse(says).content
+    assert calls == parse(says).tool_calls
+    assert "### CALL:" not in shown or "#### CALL:" in says
+
+
+def test_text_that_cannot_be_a_call_is_not_held_back() -> None:
+    watch = CallWatch("### CALL:", lambda text: Message("assistant", text))
+    assert watch.feed("Hello") == "Hello"
+    assert watch.feed(" there\n") == " there"
+    assert watch.feed("you") == "\nyou"
+
+
+def test_a_format_without_calls_holds_nothing_back() -> None:
+    watch = CallWatch("", lambda text: Message("assistant", text, tool_calls=(ToolCall("c", "f", "{}"),)))
+    assert watch.feed("### CALL:") == "### CALL:"
