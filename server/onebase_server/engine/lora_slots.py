@@ -6,6 +6,7 @@ when the free ones are scattered, the owners are moved together. Nothing here kn
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,8 @@ class LoraSlots:
             for i in range(layers)
         ]
         self._owners: dict[int, SlotRows] = {}
+        self.rank_table = np.zeros((rows, 8), dtype=np.int32)
+        """[rows, 8]: at an adapter's first row, the true rank of each of its modules (q k v o gate up down)."""
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +70,8 @@ class LoraSlots:
             else:
                 self.a[name][:, :, start:end].zero_()
                 self.b[name][:, start:end].zero_()
-        self._owners[slot] = SlotRows(start, adapter.rank, adapter.module_ranks)
+        self._owners[slot] = own = SlotRows(start, adapter.rank, adapter.module_ranks)
+        self._note_ranks(own)
 
     def clear(self, slot: int) -> None:
         """The slot's rows are free. Their values stay until they are overwritten; no token points at them."""
@@ -108,4 +112,9 @@ class LoraSlots:
                     self.a[name][:, :, target] = self.a[name][:, :, source].clone()
                     self.b[name][:, target] = self.b[name][:, source].clone()
                 own.start = at
+                self._note_ranks(own)
             at += own.rank
+
+    def _note_ranks(self, own: SlotRows) -> None:
+        ranks = [rank for name in PROJECTIONS for rank in own.module_ranks[name]]
+        self.rank_table[own.start, : len(ranks)] = ranks

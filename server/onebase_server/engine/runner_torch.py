@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from onebase.adapter import BaseIdentity
+from onebase_server.engine.cpu_forward import CpuForward, covers
 from onebase_server.engine.host_adapter import TorchHostAdapter, read_host_adapter
 from onebase_server.engine.lora_slots import LoraSlots
 from onebase_server.engine.model_forward import KVCache, ModelForward
@@ -21,6 +22,7 @@ from onebase_server.engine.runner import HostAdapter, RunnerLimits, StepBatch, S
 from onebase_server.engine.sampler import Sampler
 from onebase_server.engine.types import AdapterRef
 from onebase_server.engine.weights import ModelWeights, read_weights
+from onebase_server.kernels.cpu_ops import CpuKernels
 from onebase_server.kernels.ops import Kernels, StepMeta
 
 Forward = Callable[[Tensor, StepMeta, frozenset[str], Tensor], Tensor]
@@ -60,8 +62,7 @@ class TorchRunner:
         self.cache = KVCache(weights, config.num_pages, config.page_size)
         rows = config.lora_rows or config.num_slots * config.max_lora_rank
         self.slots = LoraSlots(weights, rows)
-        pools = [self.slots.layer(i) for i in range(weights.geometry.layers)]
-        self.forward: Forward = ModelForward(weights, kernels, self.cache, pools)
+        self.forward: Forward = _forward(weights, kernels, self.cache, self.slots)
         self.sampler = Sampler(weights.geometry.vocab, self.device, eos_token_ids)
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._loading: dict[int, torch.cuda.Event] = {}
@@ -159,6 +160,14 @@ class TorchRunner:
     def _put(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+
+
+def _forward(weights: ModelWeights, kernels: Kernels, cache: KVCache, slots: LoraSlots) -> Forward:
+    """The C++ forward where its kernels are in use and fit the model, else the one over single operations."""
+    if isinstance(kernels, CpuKernels) and covers(weights, cache.page_size):
+        return CpuForward(weights, kernels, cache, slots)
+    pools = [slots.layer(i) for i in range(weights.geometry.layers)]
+    return ModelForward(weights, kernels, cache, pools)
 
 
 def build_runner(

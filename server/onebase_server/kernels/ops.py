@@ -86,9 +86,7 @@ class Kernels(Protocol):
         write k, v into the caches [P, page_size, G, D] at meta.kv_slots, return q [T, H, D]."""
         ...
 
-    def paged_attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, meta: StepMeta
-    ) -> Tensor:
+    def paged_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, meta: StepMeta) -> Tensor:
         """Causal attention of each token over its own sequence's pages -> [T, H * D]. Grouped queries."""
         ...
 

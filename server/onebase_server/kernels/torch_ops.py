@@ -65,9 +65,7 @@ class TorchKernels:
         v_cache.view(-1, groups, head)[meta.kv_slots] = v.to(v_cache.dtype)
         return _rotate(q, c, s)
 
-    def paged_attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, meta: StepMeta
-    ) -> Tensor:
+    def paged_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, meta: StepMeta) -> Tensor:
         out = torch.empty_like(q)
         page = k_cache.shape[1]
         starts, lengths = meta.query_starts.tolist(), meta.context_lens.tolist()

@@ -1,0 +1,86 @@
+// The same attention on AMX for bf16: up to 16 (token, head) rows are one tile of queries. Weights of V are rounded to
+// bf16, as flash attention does. Rows of a tile don't touch each other, so a row's result is the same alone.
+#pragma once
+
+#include "attention.h"
+#include "matmul_amx.h"
+
+#ifdef ONEBASE_AMX
+namespace onebase {
+
+// Tiles 0-3 accumulate [rows][16]; 4 queries or weights; 5 keys [16 pairs][16]; 6 values [8 pairs][16]; 7 weights.
+inline void configure_attention(int rows) {
+    TileConfig config;
+    for (int t = 0; t < 5; t++) {
+        config.rows[t] = uint8_t(rows);
+        config.bytes[t] = 64;
+    }
+    config.rows[5] = 16, config.bytes[5] = 64;
+    config.rows[6] = 8, config.bytes[6] = 64;
+    config.rows[7] = uint8_t(rows), config.bytes[7] = 32;
+    _tile_loadconfig(&config);
+}
+
+constexpr int MAX_HEAD = 256;
+
+#define ONEBASE_SCORE(C)                                                                   \
+    _tile_zero(C);                                                                         \
+    if (C < tiles) {                                                                       \
+        const bf16* keys = k.tile(paging.tile(first + C * KEYS), group);                   \
+        for (int d = 0; d < k.head; d += 32) {                                             \
+            _tile_loadd(4, q + d, ldq * 2);                                                \
+            _tile_loadd(5, keys + d * KEYS, 64);                                           \
+            _tile_dpbf16ps(C, 4, 5);                                                       \
+        }                                                                                  \
+    }                                                                                      \
+    _tile_stored(C, s + C * KEYS, SPLIT * 4);
+#define ONEBASE_VALUE(C)                                 \
+    if (d + C * LANES < k.head) {                        \
+        _tile_loadd(6, values + C * 32, k.head * 4);     \
+        _tile_dpbf16ps(C, 7, 6);                         \
+    }
+
+// q: `rows` rows of `ldq` values (gathered by the caller), out [rows][head] fp32.
+inline void attend_amx(const Cache<bf16>& k, const Cache<bf16>& v, int group, const Paging& paging, const bf16* q, int ldq,
+                       Row* rows, int count, float scale, float* out) {
+    alignas(64) float s[16 * SPLIT];
+    alignas(64) bf16 weights[16 * SPLIT];
+    alignas(64) float added[16 * 64];
+    int last = 0;
+    for (int r = 0; r < count; r++) last = rows[r].position > last ? rows[r].position : last;
+    memset(out, 0, sizeof(float) * count * k.head);
+    configure_attention(count);
+    for (int first = 0; first <= last; first += SPLIT) {
+        const int left = (last - first) / KEYS + 1, tiles = left < SPLIT / KEYS ? left : SPLIT / KEYS;
+        ONEBASE_SCORE(0) ONEBASE_SCORE(1) ONEBASE_SCORE(2) ONEBASE_SCORE(3)
+        float factors[16];
+        for (int r = 0; r < count; r++) {
+            factors[r] = online_softmax(s + r * SPLIT, first, scale, rows[r]);
+            for (int i = 0; i < SPLIT; i += LANES) store_narrow(weights + r * SPLIT + i, load(s + r * SPLIT + i));
+        }
+        for (int d = 0; d < k.head; d += 64) {
+            _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+            for (int t = 0; t < tiles; t++) {
+                const bf16* values = v.tile(paging.tile(first + t * KEYS), group) + d * 2;
+                _tile_loadd(7, weights + t * KEYS, SPLIT * 2);
+                ONEBASE_VALUE(0) ONEBASE_VALUE(1) ONEBASE_VALUE(2) ONEBASE_VALUE(3)
+            }
+            _tile_stored(0, added, 256); _tile_stored(1, added + 16, 256);
+            _tile_stored(2, added + 32, 256); _tile_stored(3, added + 48, 256);
+            for (int r = 0; r < count; r++)
+                for (int i = 0; i < 64 && d + i < k.head; i += LANES) {
+                    float* at = out + r * k.head + d + i;
+                    store(at, load(at) * splat(factors[r]) + load(added + r * 64 + i));
+                }
+        }
+    }
+    for (int r = 0; r < count; r++) {
+        const v16f inverse = splat(1.0f / rows[r].total);
+        for (int d = 0; d < k.head; d += LANES) store(out + r * k.head + d, load(out + r * k.head + d) * inverse);
+    }
+}
+#undef ONEBASE_SCORE
+#undef ONEBASE_VALUE
+
+}  // namespace onebase
+#endif

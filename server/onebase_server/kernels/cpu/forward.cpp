@@ -1,0 +1,87 @@
+// What Python calls (ctypes, plain C): enabling AMX, sizes, the whole forward, and single operations for the tests.
+#include "forward.h"
+
+#if defined(__linux__) && defined(ONEBASE_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+using namespace onebase;
+
+namespace {
+
+// Tokens [count][k] in bf16 -> blocks of pairs, for the matmul on its own.
+void pack(const bf16* x, int count, int k, uint32_t* out) {
+    const int columns = count < 16 ? count : 16;
+    for (int t = 0; t < count; t++)
+        for (int i = 0; i < k / 2; i++)
+            memcpy(&out[(size_t(t / columns) * (k / 2) + i) * columns + t % columns], x + size_t(t) * k + 2 * i, 4);
+}
+
+int max_rank_of(const Step& s) {
+    int rank = 0;
+    for (int t = 0; t < s.num_tokens; t++) rank = s.lora_ranks[t] > rank ? s.lora_ranks[t] : rank;
+    return rank;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Sizes of the structs, for Python to compare with its own.
+void onebase_sizes(int32_t* out) {
+    out[0] = sizeof(Linear), out[1] = sizeof(Layer), out[2] = sizeof(Model), out[3] = sizeof(Step);
+}
+
+// 1 if this build has AMX and the kernel lets this process use it.
+int onebase_enable_amx() {
+#if defined(__linux__) && defined(ONEBASE_AMX)
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+#else
+    return 0;
+#endif
+}
+
+int64_t onebase_workspace_bytes(const Model* m, int tokens, int max_rank, int threads) {
+    return int64_t(Workspace(*m, tokens, max_rank, threads, nullptr).bytes);
+}
+
+void onebase_forward(const Model* m, const Step* s) {
+    const int rank = max_rank_of(*s);
+#ifdef ONEBASE_AMX
+    if (m->use_amx && m->is_bf16) {
+        Forward<bf16, true>(*m, *s, rank).run();
+        return;
+    }
+#endif
+    if (m->is_bf16) Forward<bf16, false>(*m, *s, rank).run();
+    else Forward<float, false>(*m, *s, rank).run();
+}
+
+// y [count][padded n] fp32 = x [count][k] . W; x bf16 for AMX, fp32 otherwise (already rounded if `round`).
+void onebase_nf4_matmul(const Linear* w, const float* code, const void* x, int count, int use_amx, int round, int threads,
+                        uint8_t* scratch, int64_t scratch_each, float* y) {
+    const int columns = count < 16 ? count : 16, blocks = (count + columns - 1) / columns;
+    uint32_t* packed = nullptr;
+    if (use_amx) {
+        packed = new uint32_t[size_t(blocks) * columns * (w->k / 2)]();
+        pack((const bf16*)x, count, w->k, packed);
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        const int thread = omp_get_thread_num();
+        const Range strips = share(padded(w->n) / STRIP, thread, threads);
+        uint8_t* own = scratch + thread * scratch_each;
+#ifdef ONEBASE_AMX
+        if (use_amx) {
+            nf4_matmul_amx(*w, code, Tokens{packed, count, columns, w->k}, strips, (bf16*)own, y);
+            _tile_release();
+        }
+#endif
+        if (!use_amx && round) nf4_matmul_wide<true>(*w, code, (const float*)x, count, strips, (float*)own, y);
+        if (!use_amx && !round) nf4_matmul_wide<false>(*w, code, (const float*)x, count, strips, (float*)own, y);
+    }
+    delete[] packed;
+}
+
+}  // extern "C"
