@@ -133,7 +133,7 @@ def test_keys_of_a_newer_peft_are_kept(tmp_path: Path) -> None:
 def test_a_pickle_is_refused_with_the_way_out(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(AdapterInvalid, match="pickle.*save_pretrained"):
+    with pytest.raises(AdapterInvalid, match=r"pickle.*save_pretrained"):
         AdapterFiles.read(folder)
 
 
