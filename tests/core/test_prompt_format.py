@@ -118,3 +118,10 @@ def test_an_unknown_format_role_or_weight_is_named(legacy: TextTokenizer) -> Non
 @pytest.mark.parametrize("role", ["tool", "function"])
 def test_a_tool_result_without_a_call_is_just_its_content(llama: PromptRenderer, role: Role) -> None:
     assert llama.render_text([Message(role, "12:00", tool_call_id="gone")]) == "### TOOL:\n12:00\n\n"
+
+
+@pytest.mark.parametrize("hashes", ["###", "####", "######"])
+@pytest.mark.parametrize("before", ["", "Like this:\n\n"])
+def test_content_that_spells_a_call_stays_content(llama: PromptRenderer, hashes: str, before: str) -> None:
+    spelt = Message("assistant", f'{before}{hashes} CALL:\n{{"name": "f", "arguments": {{}}}}')
+    assert llama.parse(llama.render_completion(spelt)) == spelt
