@@ -29,19 +29,21 @@ RESULTS = "fine-tune-results"
 PART = ".part"
 CHUNK = 1 << 20
 MAX_NAME = 512
+ABANDONED_S = 3600
 
 
 class Upload:
     """A file on its way in. Always ends in `finish` (kept) or `discard`; `write` raises InvalidInput past `limit`."""
 
-    def __init__(self, folder: Path, limit: int) -> None:
-        self.id = f"file-{secrets.token_hex(12)}"
+    def __init__(self, folder: Path, limit: int, file_id: str | None = None) -> None:
+        self.id = file_id or f"file-{secrets.token_hex(12)}"
         self.bytes = 0
         self._limit = limit
         self._hash = hashlib.sha256()
         self.path = folder / self.id
         self.part = folder / (self.id + PART)
-        self._out: IO[bytes] = os.fdopen(os.open(self.part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._out: IO[bytes] = os.fdopen(os.open(self.part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "wb")
 
     @property
     def sha256(self) -> str:
@@ -92,7 +94,6 @@ class FileService:
 
     def begin(self) -> Upload:
         """A place for an upload's bytes; the caller passes it to `keep`, or discards it."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         return Upload(self._folder, self._limit)
 
     async def keep(
@@ -124,11 +125,13 @@ class FileService:
         await self._records.add(row)
         return row
 
-    async def add(self, data: bytes, *, filename: str, purpose: str, owner: str) -> FileRow:
-        """Keep bytes that the server made, such as a job's results."""
-        upload = self.begin()
-        upload.write(data)
-        return await self.keep(upload, filename=filename, purpose=purpose, owner=owner)
+    async def add_once(self, file_id: str, data: bytes, *, filename: str, purpose: str, owner: str) -> str:
+        """Keep bytes that the server made, such as a job's results, under an id of its choice. Again: no change."""
+        if await self._records.get(file_id, None) is None:
+            upload = Upload(self._folder, self._limit, file_id)
+            upload.write(data)
+            await self.keep(upload, filename=filename, purpose=purpose, owner=owner)
+        return file_id
 
     async def get(self, file_id: str, owner: str | None) -> FileRow:
         """Raises NotFound."""
@@ -169,18 +172,30 @@ class FileService:
         await self._records.delete(row.id)
         (self._folder / row.id).unlink(missing_ok=True)
 
-    async def sweep(self, *, uploads_too: bool) -> None:
-        """Remove expired files; at a start (`uploads_too`) also bytes that no row names, left by a crash."""
+    async def sweep(self) -> None:
+        """Remove expired files, and bytes that no row names: left by a crash, or of an upload that comes in now.
+
+        Which of the two, their age tells: nobody uploads for an hour without a byte.
+        """
         for row in await self._records.expired(int(self._now())):
             await self._records.delete(row.id)
             (self._folder / row.id).unlink(missing_ok=True)
-        if not uploads_too or not self._folder.is_dir():
+        if not self._folder.is_dir():
             return
+        paths = list(self._folder.iterdir())
         known = await self._records.ids()
-        for path in self._folder.iterdir():
-            if path.name not in known:
+        for path in paths:
+            if path.name not in known and is_abandoned(path, self._now()):
                 logger.info("removing %s: no record names it", path)
                 path.unlink(missing_ok=True)
+
+
+def is_abandoned(path: Path, now: float) -> bool:
+    """Whether nothing was written there for an hour."""
+    try:
+        return now - path.stat().st_mtime > ABANDONED_S
+    except FileNotFoundError:
+        return False
 
 
 def _check_names(filename: str, purpose: str) -> None:

@@ -67,6 +67,12 @@ class JobRecords:
                 session.add(_event_row(row, event, event_id, row.created_at))
         return row, True
 
+    async def has_key(self, owner: str, idempotency_key: str | None) -> bool:
+        """Whether the owner has made a job with this key."""
+        query = select(JobRow.seq).where(JobRow.owner == owner, JobRow.idempotency_key == idempotency_key)
+        async with self._database.read() as session:
+            return idempotency_key is not None and await session.scalar(query) is not None
+
     async def get(self, job_id: str, owner: str | None = None) -> JobRow | None:
         query = select(JobRow).where(JobRow.id == job_id)
         if owner is not None:
@@ -126,6 +132,10 @@ class JobRecords:
         """The jobs that were begun and whose processes and outcome are not settled yet, whatever their state."""
         async with self._database.read() as session:
             return (await session.scalars(select(JobRow).where(JobRow.run_open).order_by(JobRow.seq))).all()
+
+    async def count(self, states: Collection[str]) -> int:
+        async with self._database.read() as session:
+            return await session.scalar(select(func.count()).where(JobRow.state.in_(states))) or 0
 
     async def ids(self) -> set[str]:
         async with self._database.read() as session:

@@ -1,5 +1,7 @@
 """Files are kept whole or not at all, and what a crash leaves behind is swept."""
 
+import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -117,16 +119,20 @@ async def test_an_expired_file_is_gone_and_then_swept(files: FileService, folder
     clock.now = 4600
     with pytest.raises(NotFound):
         await files.get(row.id, "ann")
-    await files.sweep(uploads_too=False)
+    await files.sweep()
     assert list(folder.iterdir()) == []
 
 
-async def test_a_start_removes_what_a_crash_left(files: FileService, folder: Path) -> None:
+async def test_a_sweep_removes_what_a_crash_left_and_spares_what_is_on_its_way(
+    files: FileService, folder: Path, clock: Clock
+) -> None:
     row = await keep(files)
-    half = files.begin()
-    half.write(b"half")
-    half.sync()
+    left, coming = files.begin(), files.begin()
+    left.sync()
     (folder / "file-without-row").write_bytes(b"x")
-    await files.sweep(uploads_too=True)
-    assert [path.name for path in folder.iterdir()] == [row.id]
-    half.discard()
+    clock.now = time.time()
+    for old in (left.part, folder / "file-without-row", folder / row.id):
+        os.utime(old, (clock.now - 4000, clock.now - 4000))
+    await files.sweep()
+    assert {path.name for path in folder.iterdir()} == {row.id, coming.part.name}
+    coming.discard()

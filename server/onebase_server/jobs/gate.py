@@ -1,0 +1,72 @@
+"""The gate before a retrained version takes over: candidate and current, measured alike, compared by stated margins.
+
+Measuring is a process of the trainer's package (`evaluate`), which writes one JSON file for each version; judging is
+here, on numbers only.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from onebase_server.jobs.orders import Gate
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One version on the held-out conversations. `loss` in nats a response token, `stop_rate` in 0..1."""
+
+    version: str
+    loss: float
+    stop_rate: float
+    examples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    passed: bool
+    reason: str
+    candidate: Measured
+    current: Measured | None
+
+    def report(self) -> dict[str, Any]:
+        """As the job shows it."""
+        return asdict(self)
+
+
+def judge(gate: Gate, candidate: Measured, current: Measured | None) -> Verdict:
+    """A first version has nothing to be worse than, but must have been measurable."""
+    problems = []
+    if not math.isfinite(candidate.loss):
+        problems.append(f"its response loss is {candidate.loss}")
+    if current is not None:
+        if candidate.loss > current.loss + gate.max_loss_increase:
+            problems.append(
+                f"its response loss {candidate.loss:.4f} is more than {gate.max_loss_increase} above the current "
+                f"version's {current.loss:.4f}"
+            )
+        drop = current.stop_rate - candidate.stop_rate
+        if drop > gate.max_stop_rate_drop:
+            problems.append(
+                f"{candidate.stop_rate:.0%} of its answers end by themselves, more than {gate.max_stop_rate_drop:.0%} "
+                f"below the current version's {current.stop_rate:.0%}"
+            )
+    if not problems:
+        return Verdict(True, "the gate holds", candidate, current)
+    kept = "nothing is served" if current is None else f"{current.version} stays"
+    return Verdict(
+        False, f"{candidate.version} was not published: {' and '.join(problems)}; {kept}", candidate, current
+    )
+
+
+def read_measured(path: Path, version: str) -> Measured | None:
+    """What `evaluate` wrote; None if it has not, or not wholly."""
+    try:
+        values: Mapping[str, Any] = json.loads(path.read_text("utf-8"))
+        return Measured(
+            version, float(values["response_loss"]), float(values["stop_rate"]), int(values.get("examples", 0))
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None

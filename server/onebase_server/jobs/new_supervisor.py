@@ -1,0 +1,208 @@
+"""The supervisor: sees to it that every job in the table gets its turn and an end. One task of the server's loop.
+
+The table is the queue. A start takes up what an earlier server left: live processes are watched on, dead ones are
+settled or queued again. One supervisor works on a home folder at a time (a lock in it); further servers on the same
+home answer requests and leave the work to the one.
+"""
+
+import asyncio
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from onebase.bases import resolve_base
+from onebase.home import Home
+from onebase.store import AdapterStore
+from onebase_server.jobs.checkpoints import FindBase
+from onebase_server.jobs.files import FileService, is_abandoned
+from onebase_server.jobs.hyperparameters import decided
+from onebase_server.jobs.ledger import Ledger
+from onebase_server.jobs.process import RunCommand
+from onebase_server.jobs.run_folder import RunFolder
+from onebase_server.jobs.run_life import RunLife, RunTimes, ServerStopsError
+from onebase_server.jobs.settle import JobError, Settler, job_error
+from onebase_server.jobs.states import FINE_TUNING, QUEUED, RUNNING, VALIDATING
+from onebase_server.jobs.training_lines import FileProblem, check_training_file
+from onebase_server.records.jobs import NewEvent
+from onebase_server.records.tables import JobRow
+
+logger = logging.getLogger(__name__)
+
+LOCK = "supervisor.lock"
+JOB_PREFIXES = ("ftjob-", "run-")
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisorConfig:
+    """`max_running`: training processes at a time. `look_s`: how often other processes' changes are looked for."""
+
+    max_running: int = 1
+    look_s: float = 1.0
+    sweep_s: float = 600.0
+    times: RunTimes = field(default_factory=RunTimes)
+
+
+class Supervisor:
+    """`await start()`, `await stop()`. Stopping lets running processes go on: the next server takes them up."""
+
+    def __init__(
+        self,
+        home: Home,
+        ledger: Ledger,
+        files: FileService,
+        store: AdapterStore,
+        command: RunCommand | None = None,
+        config: SupervisorConfig | None = None,
+        find_base: FindBase | None = None,
+    ) -> None:
+        self._home = home
+        self._ledger = ledger
+        self._records = ledger.records
+        self._files = files
+        self._store = store
+        self._settler = Settler(ledger, files, store)
+        self._command = command or RunCommand()
+        self._config = config or SupervisorConfig()
+        self._find_base = find_base or partial(resolve_base, home)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._runs: set[str] = set()
+        self._loop: asyncio.Task[None] | None = None
+        self._stopping = False
+        self._lock: int | None = None
+
+    async def start(self) -> None:
+        self._loop = asyncio.create_task(self._supervise(), name="job supervisor")
+
+    async def stop(self) -> None:
+        self._stopping = True
+        self._ledger.news.tell()
+        await asyncio.gather(*filter(None, [self._loop, *self._tasks.values()]))
+        if self._lock is not None:
+            os.close(self._lock)
+
+    async def _supervise(self) -> None:
+        swept_at = float("-inf")
+        now: Callable[[], float] = asyncio.get_running_loop().time
+        while not self._stopping:
+            try:
+                if self._lock is None:
+                    self._lock = self._take_lock()
+                if self._lock is not None:
+                    await self._dispatch()
+                    if now() - swept_at > self._config.sweep_s:
+                        swept_at = now()
+                        await self._clean_up()
+            except Exception:
+                logger.exception("the job supervisor could not do its round")
+            await self._ledger.news.wait(self._config.look_s)
+
+    def _take_lock(self) -> int | None:
+        self._home.locks.mkdir(parents=True, exist_ok=True)
+        fd = os.open(self._home.locks / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        return fd
+
+    async def _clean_up(self) -> None:
+        """What crashes left half made, in files, store and runs."""
+        await self._files.sweep()
+        await asyncio.to_thread(self._store.sweep)
+        paths = list(self._home.runs.iterdir()) if self._home.runs.is_dir() else []
+        known = await self._records.ids()
+        for path in paths:
+            if path.name.startswith(JOB_PREFIXES) and path.name not in known and is_abandoned(path, time.time()):
+                RunFolder(self._home.runs, path.name).remove()
+
+    async def _dispatch(self) -> None:
+        for job in await self._records.with_open_run():
+            if job.id not in self._tasks:
+                self._begin(job.id, self._take_up(job), is_run=True)
+        waiting = await self._records.in_states((VALIDATING, QUEUED))
+        for job in waiting:
+            if job.state == VALIDATING and job.id not in self._tasks:
+                self._begin(job.id, self._validate(job), is_run=False)
+        for job in waiting:
+            if len(self._runs) >= self._config.max_running:
+                return
+            if job.state == QUEUED and not job.run_open and job.id not in self._tasks:
+                self._begin(job.id, self._run(job), is_run=True)
+
+    def _begin(self, job_id: str, work: Coroutine[Any, Any, None], *, is_run: bool) -> None:
+        if is_run:
+            self._runs.add(job_id)
+        task = asyncio.create_task(self._guarded(job_id, work), name=f"job {job_id}")
+        self._tasks[job_id] = task
+
+    async def _guarded(self, job_id: str, work: Coroutine[Any, Any, None]) -> None:
+        """However it ends, the job may be taken up again, and the next one gets its turn."""
+        try:
+            await work
+        except ServerStopsError:
+            return
+        except Exception:
+            logger.exception("job %s could not be carried on; trying again", job_id)
+            await asyncio.sleep(self._config.look_s)
+        finally:
+            self._runs.discard(job_id)
+            self._tasks.pop(job_id, None)
+            self._ledger.news.tell()
+
+    async def _validate(self, job: JobRow) -> None:
+        folder = RunFolder(self._home.runs, job.id)
+        checked = await asyncio.to_thread(_check_files, job, folder)
+        if not isinstance(checked, int):
+            await self._settler.fail(job, folder, checked)
+            return
+        values: dict[str, Any] = {"state": QUEUED}
+        if job.kind == FINE_TUNING:
+            values["hyperparameters"] = decided(job.hyperparameters, checked)
+        event = NewEvent("validated", "Files validated, moving job to queued state")
+        await self._ledger.change(job.id, values, when=(VALIDATING,), events=[event])
+
+    async def _run(self, job: JobRow) -> None:
+        event = NewEvent(f"started:{job.attempt + 1}", "Fine-tuning job started")
+        values = {
+            "state": RUNNING,
+            "run_open": True,
+            "attempt": job.attempt + 1,
+            "started_at": job.started_at or self._ledger.now(),
+        }
+        started = await self._ledger.change(job.id, values, when=(QUEUED,), events=[event])
+        if started is not None:  # else it was cancelled just now
+            await self._life(started).carry_out(started, taken_up=False)
+
+    async def _take_up(self, job: JobRow) -> None:
+        await self._life(job).carry_out(job, taken_up=True)
+
+    def _life(self, job: JobRow) -> RunLife:
+        return RunLife(
+            job,
+            self._home,
+            self._ledger,
+            self._settler,
+            self._store,
+            self._command,
+            self._config.times,
+            self._find_base,
+            lambda: self._stopping,
+        )
+
+
+def _check_files(job: JobRow, folder: RunFolder) -> int | JobError:
+    """The number of training examples, or why the job can't be trained."""
+    found = check_training_file(folder.training)
+    if isinstance(found, FileProblem):
+        return job_error(found.code, found.message, "training_file")
+    if job.validation_file is not None:
+        validation = check_training_file(folder.validation, kind="validation", minimum=1)
+        if isinstance(validation, FileProblem):
+            return job_error(validation.code, validation.message, "validation_file")
+    return found.examples

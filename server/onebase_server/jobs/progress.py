@@ -1,0 +1,128 @@
+"""A running job's news: the trainer's status and metrics files become columns and events.
+
+Everything here may be done again after a crash: events are known by their step, and the metrics file is read from its
+beginning by whoever takes a run up. Knows nothing of processes and of the job's end.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onebase_server.jobs.checkpoints import Checkpoints
+from onebase_server.jobs.ledger import Ledger
+from onebase_server.jobs.run_folder import RunFolder, TrainerStatus
+from onebase_server.jobs.states import RUNNING
+from onebase_server.records.jobs import NewEvent
+from onebase_server.records.tables import JobRow
+
+# The metrics file's names -> how an event's message says them.
+SPOKEN = {
+    "train_loss": "training loss",
+    "valid_loss": "validation loss",
+    "full_valid_loss": "full validation loss",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """One line of the metrics file: what was measured at a step."""
+
+    step: int
+    total_steps: int
+    values: Mapping[str, float]
+
+    @property
+    def message(self) -> str:
+        shown = [f"{words}={self.values[name]:.2f}" for name, words in SPOKEN.items() if name in self.values]
+        return f"Step {self.step}/{self.total_steps}: {', '.join(shown)}"
+
+    @property
+    def event(self) -> NewEvent:
+        kind = "eval" if "train_loss" not in self.values else "step"
+        data = {"step": self.step, "total_steps": self.total_steps, **self.values}
+        return NewEvent(f"{kind}:{self.step}", self.message, type="metrics", data=data)
+
+
+class MetricsTail:
+    """Reads the metrics file as it grows; a line that is still being written is left for the next time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def new(self) -> list[StepMetrics]:
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                whole, newline, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return []
+        if not newline:
+            return []
+        self._offset += len(whole) + 1
+        return [found for line in whole.split(b"\n") if (found := parse_metrics(line)) is not None]
+
+
+def parse_metrics(line: bytes) -> StepMetrics | None:
+    """None for a line that says nothing: another process wrote it, and a half line may stand in the middle."""
+    try:
+        raw = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(raw, dict) or not isinstance(raw.get("step"), int):
+        return None
+    values = {
+        name: float(value)
+        for name, value in raw.items()
+        if name not in ("step", "total_steps") and isinstance(value, int | float) and abs(value) < float("inf")
+    }
+    return StepMetrics(raw["step"], int(raw.get("total_steps") or 0), values) if values else None
+
+
+class Reporter:
+    """Tells of one run. `tick` is called while its process lives, and once more when it has ended."""
+
+    def __init__(self, job: JobRow, folder: RunFolder, ledger: Ledger, checkpoints: Checkpoints | None) -> None:
+        self._job_id = job.id
+        self._folder = folder
+        self._ledger = ledger
+        self._checkpoints = checkpoints
+        self._tail = MetricsTail(folder.metrics)
+        self._metrics: dict[int, Mapping[str, float]] = {}
+        self._told: TrainerStatus | None = None
+
+    async def tick(self) -> None:
+        """Write down what is new, if the job still runs."""
+        news = self._tail.new()
+        for each in news:
+            self._metrics[each.step] = {**self._metrics.get(each.step, {}), **each.values}
+        status = self._folder.read_status()
+        points = await self._checkpoints.new(self._metrics) if self._checkpoints else []
+        if not news and not points and status == self._told:
+            return
+        events = [each.event for each in news]
+        for point in points:
+            text = f"Checkpoint created at step {point.step} with Snapshot ID: {point.model}"
+            events.append(NewEvent(f"checkpoint:{point.step}", text, data={"step": point.step}))
+        await self._ledger.change(
+            self._job_id,
+            columns_of(status, self._ledger.now()),
+            when=(RUNNING,),
+            events=events,
+            checkpoints=points,
+            forget_steps=await self._checkpoints.outdated() if self._checkpoints else (),
+        )
+        self._told = status
+
+
+def columns_of(status: TrainerStatus, now: int) -> dict[str, Any]:
+    values: dict[str, Any] = {"heartbeat_at": now, "message": status.message}
+    for name in ("loss", "tokens_per_s", "eta_s", "trained_tokens"):
+        value = getattr(status, name)
+        if value is not None:
+            values[name] = value
+    if status.total_steps:
+        values |= {"step": status.step, "total_steps": status.total_steps}
+    return values

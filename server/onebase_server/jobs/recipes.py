@@ -1,0 +1,93 @@
+"""A job -> the recipe that its training process reads, and the command lines of its processes. Pure data.
+
+Training is another package behind a process border: this writes its documented file format and imports nothing of it.
+What does not depend on the number of examples is fixed when the job is made (`fixed_part`), and kept in its row.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from onebase.durable import replace_file
+from onebase_server.jobs.hyperparameters import to_recipe
+from onebase_server.jobs.names import adapter_name
+from onebase_server.jobs.orders import FineTuningOrder, RetrainOrder
+from onebase_server.jobs.run_folder import RunFolder
+from onebase_server.jobs.states import FINE_TUNING
+from onebase_server.records.tables import JobRow
+
+# What a retrain may set -> (section, key) of the recipe.
+KNOBS: Final[Mapping[str, tuple[str, str]]] = {
+    "epochs": ("train", "epochs"),
+    "max_steps": ("train", "max_steps"),
+    "batch_size": ("train", "batch_size"),
+    "learning_rate": ("train", "learning_rate"),
+    "early_stopping": ("train", "early_stopping"),
+    "r": ("lora", "r"),
+    "alpha": ("lora", "alpha"),
+    "dropout": ("lora", "dropout"),
+    "target_modules": ("lora", "target_modules"),
+    "use_rslora": ("lora", "use_rslora"),
+    "max_tokens": ("data", "max_tokens"),
+    "eval_fraction": ("data", "eval_fraction"),
+    "device": ("compute", "device"),
+    "dtype": ("compute", "dtype"),
+    "threads": ("compute", "threads"),
+}
+HELD_OUT: Final = 0.1
+
+
+def fixed_part(order: FineTuningOrder | RetrainOrder, job_id: str, seed: int) -> dict[str, Any]:
+    """The recipe without its files, and without hyperparameters that may still be "auto"."""
+    recipe: dict[str, Any] = {"base": order.base.path, "data": {}, "train": {"seed": seed}}
+    if order.prompt_format is not None:
+        recipe["data"]["prompt_format"] = order.prompt_format
+    if order.start_from is not None:
+        recipe["resume_from"] = order.start_from
+    if isinstance(order, FineTuningOrder):
+        recipe["name"] = adapter_name(order.base.id, order.suffix, job_id)
+        # All of the file is learnt, as at OpenAI: what is held out is the validation file, if there is one.
+        recipe["data"]["eval_fraction"] = 0.0
+        return recipe
+    recipe["name"] = order.adapter
+    recipe["preset"] = order.preset
+    if order.gate is not None:  # the gate measures on what was held out, so something must be
+        recipe["data"]["eval_fraction"] = HELD_OUT
+    for knob, value in order.hyperparameters.items():
+        section, key = KNOBS[knob]
+        recipe.setdefault(section, {})[key] = value
+    return recipe
+
+
+def whole_recipe(job: JobRow, folder: RunFolder) -> dict[str, Any]:
+    """With the run's files and the decided hyperparameters."""
+    recipe = {key: dict(value) if isinstance(value, dict) else value for key, value in job.recipe.items()}
+    recipe["data"]["train"] = [job.dataset if job.dataset is not None else str(folder.training)]
+    if job.validation_file is not None:
+        recipe["data"]["eval"] = [str(folder.validation)]
+    if job.kind == FINE_TUNING:
+        recipe["train"] |= to_recipe(job.hyperparameters)
+    return recipe
+
+
+def write_recipe(job: JobRow, folder: RunFolder) -> None:
+    text = yaml.safe_dump(whole_recipe(job, folder), sort_keys=False, allow_unicode=True)
+    replace_file(folder.recipe, text.encode())
+
+
+def train_command(folder: RunFolder, home: Path, alias: str) -> list[str]:
+    """Train and publish a version that nobody is served yet. A run that finds checkpoints of its own goes on there."""
+    return [
+        "train", str(folder.recipe), "--home", str(home), "--status", str(folder.status),
+        "--metrics", str(folder.metrics), "--work", str(folder.work), "--alias", alias, "--candidate",
+    ]  # fmt: skip
+
+
+def evaluate_command(folder: RunFolder, home: Path, version: str, max_examples: int) -> list[str]:
+    """Measure a version on what the recipe holds out; the result is one JSON file."""
+    return [
+        "evaluate", str(folder.recipe), "--home", str(home), "--status", str(folder.status),
+        "--adapter", version, "--max-examples", str(max_examples), "--out", str(folder.evaluation(version)),
+    ]  # fmt: skip

@@ -1,0 +1,227 @@
+"""One run, from its first process to its end: start, watch, stop, evaluate, settle. The supervisor has many of these.
+
+What to do next is read from the table, the store and the run's folder each time, never from memory: so a server that
+takes a run up in the middle walks the same path as the one that began it.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from onebase.home import Home
+from onebase.store import AdapterStore, Version
+from onebase_server.jobs.checkpoints import Checkpoints, FindBase
+from onebase_server.jobs.gate import Verdict, judge, read_measured
+from onebase_server.jobs.ledger import Ledger
+from onebase_server.jobs.orders import Gate
+from onebase_server.jobs.process import RunCommand, RunProcess
+from onebase_server.jobs.progress import Reporter
+from onebase_server.jobs.recipes import evaluate_command, train_command, write_recipe
+from onebase_server.jobs.run_folder import RunFolder
+from onebase_server.jobs.settle import Settler, job_error
+from onebase_server.jobs.states import CANCELLED, FINE_TUNING, PUBLISHING, RUNNING
+from onebase_server.records.tables import JobRow
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RunTimes:
+    """Seconds, and how often a lost process is started again."""
+
+    poll_s: float = 0.25
+    cancel_grace_s: float = 3.0
+    """What a process gets to end cleanly before it is killed."""
+    stall_s: float = 900.0
+    """Silence after which a process counts as stuck."""
+    max_attempts: int = 5
+
+
+class ServerStopsError(Exception):
+    """The server stops; the run goes on without it."""
+
+
+class RunLife:
+    """Carries out one job. `stopping` says whether the server is going down."""
+
+    def __init__(
+        self,
+        job: JobRow,
+        home: Home,
+        ledger: Ledger,
+        settler: Settler,
+        store: AdapterStore,
+        command: RunCommand,
+        times: RunTimes,
+        find_base: FindBase,
+        stopping: Callable[[], bool],
+    ) -> None:
+        self._id = job.id
+        self._home = home
+        self._ledger = ledger
+        self._settler = settler
+        self._store = store
+        self._command = command
+        self._times = times
+        self._find_base = find_base
+        self._stopping = stopping
+        self._folder = RunFolder(home.runs, job.id)
+        self._stalled = False
+        self._evaluations = 0
+
+    async def carry_out(self, job: JobRow, *, taken_up: bool) -> None:
+        """Until the run is settled. `taken_up`: another server began it, and its process may still live.
+
+        Raises ServerStopsError when the server stops first.
+        """
+        process: RunProcess | None = None
+        if taken_up and self._folder.is_alive():
+            process = RunProcess(self._folder)
+            logger.info("job %s taken up: its process lives", self._id)
+        elif not taken_up:
+            process = await self._train(job)
+        if process is not None:
+            await self._watch(process)
+        while True:
+            job = await self._ledger.get(self._id)
+            if job.state != RUNNING:
+                return await self._settle_unwatched(job)
+            version = self._settler.published(job)
+            if version is None:
+                return await self._settle_untrained(job, process)
+            verdict = self._judge(job, version)
+            if isinstance(verdict, Verdict) and not verdict.passed:
+                error = job_error("gate_not_passed", verdict.reason)
+                return await self._settler.fail(
+                    job, self._folder, error, gate_report=verdict.report(), version=version.id
+                )
+            if verdict is None:
+                return await self._publish(job, version)
+            if isinstance(verdict, Verdict):
+                await self._ledger.change(self._id, {"gate_report": verdict.report()}, when=(RUNNING,))
+                return await self._publish(job, version)
+            if not await self._evaluate(job, verdict):
+                return None
+
+    async def _publish(self, job: JobRow, version: Version) -> None:
+        if await self._settler.publish(job, self._folder, version):
+            await self._settler.succeed(job, self._folder, version)
+        else:
+            await self._settle_unwatched(await self._ledger.get(self._id))
+
+    async def _settle_unwatched(self, job: JobRow) -> None:
+        """Cancelled, paused, or left in the middle of publishing by a crash."""
+        if job.state == PUBLISHING:
+            version = self._settler.published(job)
+            assert version is not None, "publishing begins only once the version is in the store"
+            await self._settler.succeed(job, self._folder, version)
+        elif job.state == CANCELLED:
+            await self._settler.discard(job, self._folder)
+        else:
+            await self._settler.let_go(job)
+
+    async def _settle_untrained(self, job: JobRow, process: RunProcess | None) -> None:
+        """No version came of it: the trainer said why, or it was lost."""
+        status = self._folder.read_status()
+        if status.state == "failed":
+            given = status.error or {}
+            error = job_error(
+                str(given.get("code") or "training_failed"),
+                str(given.get("message") or status.message or "the training process failed without a word"),
+                given.get("param") if isinstance(given.get("param"), str) else None,
+            )
+            return await self._settler.fail(job, self._folder, error)
+        reason = self._cause_of_death(process)
+        if job.attempt < self._times.max_attempts:
+            return await self._settler.requeue(job, reason)
+        code = "trainer_stalled" if self._stalled else "trainer_died"
+        last = self._folder.log_tail(400).splitlines()[-1:] or ["nothing"]
+        message = f"{reason}, {job.attempt} times; its log {self._folder.log} ends: {last[0]}"
+        return await self._settler.fail(job, self._folder, job_error(code, message))
+
+    def _cause_of_death(self, process: RunProcess | None) -> str:
+        if self._stalled:
+            return f"The training process said nothing for {self._times.stall_s:.0f} seconds"
+        code = None if process is None else process.exit_code
+        if code is None:
+            return "The training process was lost"
+        if code < 0:
+            return f"The training process was killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
+        return f"The training process ended with exit code {code} and no result"
+
+    # Processes
+
+    async def _train(self, job: JobRow) -> RunProcess | None:
+        alias = job.fine_tuned_model or ""
+        if self._settler.published(job) is not None:  # it was paused just when it had finished
+            return None
+        await asyncio.to_thread(write_recipe, job, self._folder)
+        process = await self._start(train_command(self._folder, self._home.root, alias))
+        logger.info("job %s started, attempt %d", self._id, job.attempt)
+        return process
+
+    async def _start(self, arguments: list[str]) -> RunProcess:
+        return await asyncio.to_thread(self._command.start, arguments, self._folder) or RunProcess(self._folder)
+
+    async def _watch(self, process: RunProcess) -> None:
+        """Until the process has ended, telling what it does; stops it if the job is cancelled or paused, or stalls."""
+        reporter = await self._reporter()
+        kill_at: float | None = None
+        started = time.time()
+        while process.is_alive():
+            await self._ledger.news.wait(self._times.poll_s)
+            if self._stopping():
+                process.let_go()
+                raise ServerStopsError
+            await reporter.tick()
+            job = await self._ledger.get(self._id)
+            silent_s = time.time() - max(started, self._folder.last_sign_of_life())
+            if job.state != RUNNING and kill_at is None:
+                process.interrupt()
+                kill_at = time.monotonic() + self._times.cancel_grace_s
+            elif kill_at is not None and time.monotonic() > kill_at:
+                process.kill()
+            elif silent_s > self._times.stall_s:
+                self._stalled = True
+                process.kill()
+        await reporter.tick()
+
+    async def _reporter(self) -> Reporter:
+        job = await self._ledger.get(self._id)
+        checkpoints = None
+        if job.kind == FINE_TUNING:
+            kept = await self._ledger.records.checkpoints(self._id, after=None, limit=100)
+            known = {point.step: point.version for point in kept.rows}
+            checkpoints = Checkpoints(job, self._folder, self._store, self._find_base, known)
+        return Reporter(job, self._folder, self._ledger, checkpoints)
+
+    # The gate
+
+    def _judge(self, job: JobRow, candidate: Version) -> "Verdict | list[Version] | None":
+        """The verdict; None if there is no gate; or the versions that have to be measured first."""
+        if job.gate is None:
+            return None
+        entry = self._store.get(candidate.name)
+        current = entry.current if entry is not None else None
+        versions = [candidate] if current is None or current.id == candidate.id else [candidate, current]
+        measured = [read_measured(self._folder.evaluation(version.id), version.id) for version in versions]
+        missing = [version for version, found in zip(versions, measured, strict=True) if found is None]
+        if missing:
+            return missing
+        first, *others = [found for found in measured if found is not None]
+        return judge(Gate(**job.gate), first, others[0] if others else None)
+
+    async def _evaluate(self, job: JobRow, versions: list[Version]) -> bool:
+        """Measure the first of them. False if it can't be done, and the job has failed for it."""
+        if self._evaluations > self._times.max_attempts:
+            message = f"{versions[0].id} could not be evaluated, so it was not published; the log is {self._folder.log}"
+            await self._settler.fail(job, self._folder, job_error("gate_not_measured", message))
+            return False
+        self._evaluations += 1
+        await self._ledger.change(self._id, {"message": f"evaluating {versions[0].id}"}, when=(RUNNING,))
+        gate = Gate(**(job.gate or {}))
+        arguments = evaluate_command(self._folder, self._home.root, versions[0].id, gate.max_examples)
+        await self._watch(await self._start(arguments))
+        return True

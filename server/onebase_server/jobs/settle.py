@@ -1,0 +1,124 @@
+"""How a job ends: published, failed, cancelled, or back in the queue. Each way is safe to walk again after a crash.
+
+The adapter store is the truth. A job's own alias in it says whether its training ended well, whatever became of the
+process that wrote it; the state in the table follows. Knows nothing of processes.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from onebase.errors import Conflict, ModelNotFound
+from onebase.store import AdapterStore, Version
+from onebase_server.jobs.files import RESULTS, FileService
+from onebase_server.jobs.ledger import Ledger
+from onebase_server.jobs.names import short
+from onebase_server.jobs.progress import MetricsTail
+from onebase_server.jobs.results import results_csv
+from onebase_server.jobs.run_folder import RunFolder
+from onebase_server.jobs.states import FAILED, FINE_TUNING, PUBLISHING, QUEUED, RUNNING, SUCCEEDED
+from onebase_server.records.jobs import NewEvent
+from onebase_server.records.tables import JobRow
+
+logger = logging.getLogger(__name__)
+
+JobError = Mapping[str, Any]
+
+
+def job_error(code: str, message: str, param: str | None = None) -> dict[str, Any]:
+    """OpenAI's `error` of a failed job."""
+    return {"code": code, "message": message, "param": param}
+
+
+class Settler:
+    """Writes the ends of jobs into the store, the files and the table."""
+
+    def __init__(self, ledger: Ledger, files: FileService, store: AdapterStore) -> None:
+        self._ledger = ledger
+        self._files = files
+        self._store = store
+
+    def published(self, job: JobRow) -> Version | None:
+        """The version that the job's training has put into the store, if it got so far."""
+        try:
+            return self._store.resolve(job.fine_tuned_model or "")
+        except ModelNotFound:
+            return None
+
+    async def publish(self, job: JobRow, folder: RunFolder, version: Version) -> bool:
+        """From here on it can't be cancelled any more. False if it was, just before."""
+        result = None
+        if job.kind == FINE_TUNING:
+            result = await self._keep_results(job, folder)
+        values = {
+            "state": PUBLISHING,
+            "version": version.id,
+            "result_files": [] if result is None else [result],
+            "trained_tokens": _trained_tokens(job, version),
+        }
+        return await self._ledger.change(job.id, values, when=(RUNNING,)) is not None
+
+    async def succeed(self, job: JobRow, folder: RunFolder, version: Version) -> None:
+        """Serve the version under the adapter's name, then say so."""
+        await asyncio.to_thread(self._store.set_current, version.name, version.version)
+        await asyncio.to_thread(folder.remove_checkpoints)
+        model = job.fine_tuned_model if job.kind == FINE_TUNING else version.id
+        await self._ledger.change(
+            job.id,
+            {"state": SUCCEEDED, "finished_at": self._ledger.now(), "run_open": False, "eta_s": None, "error": None},
+            when=(PUBLISHING,),
+            events=[
+                NewEvent("model", f"New fine-tuned model created: {model}"),
+                NewEvent("succeeded", "The job has successfully completed"),
+            ],
+        )
+        logger.info("job %s succeeded: %s", job.id, version.id)
+
+    async def fail(self, job: JobRow, folder: RunFolder, error: JobError, **values: Any) -> None:
+        """What was served before stays served."""
+        await asyncio.to_thread(folder.remove_checkpoints)
+        await self._ledger.change(
+            job.id,
+            {
+                "state": FAILED, "finished_at": self._ledger.now(), "run_open": False, "eta_s": None,
+                "error": dict(error), **values,
+            },
+            when=(RUNNING, "validating_files"),
+            events=[NewEvent("failed", f"The job failed: {error['message']}", level="error")],
+        )  # fmt: skip
+        logger.warning("job %s failed: %s", job.id, error["message"])
+
+    async def discard(self, job: JobRow, folder: RunFolder) -> None:
+        """A cancelled job's run is over: what it published at the last moment is taken back."""
+        version = self.published(job)
+        if version is not None:
+            try:
+                await asyncio.to_thread(self._store.remove, version.id)
+            except (ModelNotFound, Conflict):  # gone already, or an admin serves it on purpose
+                logger.info("version %s of the cancelled job %s stays", version.id, job.id)
+        await asyncio.to_thread(folder.remove_checkpoints)
+        await self._ledger.change(job.id, {"run_open": False}, when=(job.state,))
+
+    async def requeue(self, job: JobRow, reason: str) -> None:
+        """Its process was lost: it goes on from its last checkpoint when its turn comes."""
+        event = NewEvent(f"requeued:{job.attempt}", f"{reason}; the job goes back to the queue", level="warn")
+        await self._ledger.change(
+            job.id, {"state": QUEUED, "run_open": False, "eta_s": None}, when=(RUNNING,), events=[event]
+        )
+        logger.warning("job %s: %s; queued again", job.id, reason)
+
+    async def let_go(self, job: JobRow) -> None:
+        """A paused (or meanwhile resumed) job's run is over; its checkpoints wait for the next one."""
+        await self._ledger.change(job.id, {"run_open": False}, when=(job.state,))
+
+    async def _keep_results(self, job: JobRow, folder: RunFolder) -> str:
+        data = results_csv(await asyncio.to_thread(MetricsTail(folder.metrics).new))
+        file_id = f"file-results-{short(job.id)}{job.seq}"
+        return await self._files.add_once(file_id, data, filename="step_metrics.csv", purpose=RESULTS, owner=job.owner)
+
+
+def _trained_tokens(job: JobRow, version: Version) -> int | None:
+    """The trainer's own count, from its last status or from the version's manifest."""
+    found = version.manifest.metrics.get("trained_tokens")
+    return int(found) if isinstance(found, int | float) else job.trained_tokens

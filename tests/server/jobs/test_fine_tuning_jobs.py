@@ -1,0 +1,134 @@
+"""A fine-tuning job from its file to a served version, over real processes that follow a script."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs_world import JobsWorld, jobs_world
+from onebase.errors import InvalidInput, Overloaded
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_job_walks_through_its_states_and_ends_as_a_model(world: JobsWorld) -> None:
+    world.script(steps=4, every=2)
+    job = await world.fine_tune(suffix="My Bot!")
+    assert (job.state, job.hyperparameters["n_epochs"]) == ("validating_files", "auto")
+    job = await world.ended(job)
+    assert job.state == "succeeded", job.error
+    assert job.hyperparameters == {"n_epochs": 10, "batch_size": 4, "learning_rate_multiplier": 1}
+    assert (job.step, job.total_steps, job.trained_tokens) == (4, 4, 1000)
+    name = f"ft:tiny/base:onebase:my-bot:{job.id[-8:]}"
+    assert job.fine_tuned_model == name
+    assert world.store.resolve(name).id == job.version == world.store.resolve(f"my-bot-{job.id[-8:]}").id
+    told = [event.message for event in await world.told(job)]
+    assert told[:4] + sorted(told[4:-2]) + told[-2:] == [
+        f"Created fine-tuning job: {job.id}",
+        f"Validating training file: {job.training_file}",
+        "Files validated, moving job to queued state",
+        "Fine-tuning job started",
+        f"Checkpoint created at step 2 with Snapshot ID: {name}:ckpt-step-2",
+        f"Checkpoint created at step 4 with Snapshot ID: {name}:ckpt-step-4",
+        "Step 1/4: training loss=2.00",
+        "Step 2/4: training loss=1.00",
+        "Step 3/4: training loss=0.67",
+        "Step 4/4: training loss=0.50",
+        f"New fine-tuned model created: {name}",
+        "The job has successfully completed",
+    ]
+
+
+async def test_its_result_file_is_openais_table(world: JobsWorld) -> None:
+    world.script(steps=2)
+    job = await world.ended(await world.fine_tune())
+    (file_id,) = job.result_files
+    row = await world.files.get(file_id, "ann")
+    assert (row.purpose, row.filename) == ("fine-tune-results", "step_metrics.csv")
+    with world.files.open(row) as content:
+        assert content.read().decode().splitlines() == [
+            "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy",
+            "1,2.00000,0.50000,,",
+            "2,1.00000,0.75000,,",
+        ]
+
+
+async def test_each_checkpoint_is_a_model_and_three_stay(world: JobsWorld) -> None:
+    world.script(steps=5, every=1, step_s=0.05)
+    job = await world.ended(await world.fine_tune())
+    points = (await world.jobs.checkpoints(job.id, "ann", after=None, limit=10)).rows
+    assert [point.step for point in points] == [5, 4, 3]
+    served = {world.store.resolve(point.model).id for point in points}
+    assert served == {point.version for point in points}
+    assert points[0].metrics["train_loss"] == 0.4
+    entry = world.store.get(job.adapter)
+    assert entry is not None
+    assert len(entry.versions) == 4
+    assert entry.current is not None
+    assert entry.current.id == job.version
+
+
+@pytest.mark.parametrize(
+    ("lines", "code"),
+    [(3, "invalid_n_examples"), (0, None)],
+)
+async def test_a_file_that_can_not_be_trained_on_fails_the_job_and_starts_nothing(
+    world: JobsWorld, lines: int, code: str | None
+) -> None:
+    if code is None:
+        upload = world.files.begin()
+        upload.write(b'{"messages": [{"content": "no role"}]}\n' * 10)
+        row = await world.files.keep(upload, filename="x.jsonl", purpose="fine-tune", owner="ann")
+        job = await world.fine_tune(training_file=row.id)
+    else:
+        job = await world.fine_tune(lines=lines)
+    job = await world.ended(job)
+    assert job.state == "failed"
+    assert job.error is not None
+    assert (job.error["code"], job.error["param"]) == (code or "invalid_training_file", "training_file")
+    assert world.starts(job) == []
+    assert (await world.told(job))[-1].level == "error"
+
+
+async def test_a_file_of_somebody_else_does_not_exist(world: JobsWorld) -> None:
+    row = await world.upload(owner="bob")
+    with pytest.raises(InvalidInput, match="does not exist") as caught:
+        await world.fine_tune(training_file=row.id)
+    assert caught.value.param == "training_file"
+    assert list(world.home.runs.iterdir()) == []
+
+
+async def test_an_idempotency_key_makes_one_job(world: JobsWorld) -> None:
+    file = await world.upload()
+    first = await world.fine_tune(training_file=file.id, key="k")
+    again = await world.fine_tune(training_file=file.id, key="k")
+    assert again.id == first.id
+    assert [path.name for path in world.home.runs.iterdir()] == [first.id]
+    with pytest.raises(InvalidInput, match="another request"):
+        await world.fine_tune(training_file=file.id, key="k", suffix="other")
+
+
+async def test_more_jobs_than_may_wait_are_refused_and_leave_nothing(tmp_path: Path) -> None:
+    async with jobs_world(tmp_path, start=False, waiting=2) as world:
+        jobs = [await world.fine_tune(key=str(number)) for number in range(2)]
+        with pytest.raises(Overloaded):
+            await world.fine_tune()
+        again = await world.fine_tune(training_file=jobs[0].training_file, key="0")
+        assert again.id == jobs[0].id
+        assert {path.name for path in world.home.runs.iterdir()} == {job.id for job in jobs}
+
+
+async def test_one_job_trains_at_a_time_the_most_urgent_first(tmp_path: Path) -> None:
+    async with jobs_world(tmp_path, start=False) as world:
+        jobs = [await world.fine_tune(priority=priority) for priority in (0, 0, 5)]
+    async with jobs_world(tmp_path) as world:
+        ended = [await world.ended(job) for job in jobs]
+        starts = [(world.folder(job).path / "starts").stat().st_mtime_ns for job in ended]
+        assert starts[2] < starts[0] < starts[1]
+
+
+async def test_events_can_be_followed_to_the_end(world: JobsWorld) -> None:
+    job = await world.fine_tune()
+    messages = [event.message async for event in world.jobs.follow(job.id)]
+    assert messages[0].startswith("Created fine-tuning job")
+    assert messages[-1] == "The job has successfully completed"
+    assert len(messages) == len(set(messages))

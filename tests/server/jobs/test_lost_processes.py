@@ -1,0 +1,152 @@
+"""Trainers that crash, hang, are cancelled or paused, and servers that go away: no job is lost, and none runs twice."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from jobs_world import FAST, JobsWorld, jobs_world
+from onebase.errors import InvalidInput, ModelNotFound
+from onebase_server.jobs.process import holders
+from onebase_server.jobs.run_life import RunTimes
+from onebase_server.records.tables import JobRow
+
+pytestmark = pytest.mark.anyio
+
+
+def nothing_published(world: JobsWorld, job: JobRow) -> bool:
+    try:
+        world.store.resolve(job.fine_tuned_model or "")
+    except ModelNotFound:
+        return True
+    return False
+
+
+async def training(world: JobsWorld, job: JobRow, step: int = 1) -> JobRow:
+    return await world.until(job, lambda row: row.state == "running" and row.step >= step)
+
+
+async def test_a_crashed_trainer_goes_on_from_its_checkpoint(world: JobsWorld) -> None:
+    world.script(steps=4, every=1, ends=["crash", "succeed"])
+    job = await world.ended(await world.fine_tune())
+    assert (job.state, job.attempt, world.starts(job)) == ("succeeded", 2, ["train", "train"])
+    steps = [event.data["step"] for event in await world.told(job) if event.type == "metrics" and event.data]
+    assert steps == [1, 2, 3, 4]
+    warnings = [event.message for event in await world.told(job) if event.level == "warn"]
+    assert warnings == ["The training process was killed by signal 9 (out of memory?); the job goes back to the queue"]
+
+
+async def test_a_trainer_that_always_crashes_fails_its_job_and_the_next_job_runs(world: JobsWorld) -> None:
+    world.script(steps=2, every=5, ends=["crash"])
+    job = await world.ended(await world.fine_tune())
+    assert job.error is not None
+    assert (job.state, job.error["code"], job.attempt) == ("failed", "trainer_died", FAST.max_attempts)
+    world.script()
+    assert (await world.ended(await world.fine_tune())).state == "succeeded"
+
+
+async def test_what_the_trainer_says_is_the_jobs_error(world: JobsWorld) -> None:
+    world.script(ends=["fail"])
+    job = await world.ended(await world.fine_tune())
+    assert job.error == {"code": "training_failed", "message": "the loss is not finite", "param": None}
+    assert nothing_published(world, job)
+    assert not world.folder(job).work.exists()
+
+
+async def test_a_silent_trainer_is_killed_and_started_again(tmp_path: Path) -> None:
+    async with jobs_world(tmp_path, times=RunTimes(poll_s=0.01, stall_s=1.5, max_attempts=2)) as world:
+        world.script(steps=2, every=1, ends=["hang", "succeed"])
+        job = await world.ended(await world.fine_tune())
+    assert (job.state, job.attempt) == ("succeeded", 2)
+
+
+@pytest.mark.parametrize("deaf", [False, True], ids=["clean", "deaf to SIGTERM"])
+async def test_cancelling_ends_the_process_and_publishes_nothing(world: JobsWorld, deaf: bool) -> None:
+    world.script(steps=400, step_s=0.05, deaf=deaf)
+    job = await training(world, await world.fine_tune())
+    assert len(holders(world.folder(job))) == 1
+    job = await world.jobs.cancel(job.id, "ann")
+    assert job.state == "cancelled"
+    job = await world.ended(job)
+    assert holders(world.folder(job)) == []
+    assert nothing_published(world, job)
+    with pytest.raises(InvalidInput, match="is cancelled"):
+        await world.jobs.cancel(job.id, "ann")
+
+
+async def test_a_waiting_job_is_cancelled_without_a_process(tmp_path: Path) -> None:
+    async with jobs_world(tmp_path, start=False) as world:
+        job = await world.fine_tune()
+        assert (await world.jobs.cancel(job.id, "ann")).state == "cancelled"
+    async with jobs_world(tmp_path) as world:
+        other = await world.ended(await world.fine_tune())
+        assert other.state == "succeeded"
+        assert world.starts(job) == []
+
+
+async def test_a_paused_job_frees_its_process_and_goes_on_where_it_was(world: JobsWorld) -> None:
+    world.script(steps=40, every=1, step_s=0.05)
+    job = await training(world, await world.fine_tune(), step=3)
+    assert (await world.jobs.pause(job.id, "ann")).state == "paused"
+    job = await world.until(job, lambda row: not row.run_open)
+    assert holders(world.folder(job)) == []
+    with pytest.raises(InvalidInput, match="can't be paused"):
+        await world.jobs.pause(job.id, "ann")
+    world.script(steps=6, every=1)
+    assert (await world.jobs.resume(job.id, "ann")).state == "queued"
+    job = await world.ended(job)
+    steps = [event.data["step"] for event in await world.told(job) if event.type == "metrics" and event.data]
+    assert (job.state, len(steps)) == ("succeeded", len(set(steps)))
+
+
+async def test_a_new_server_takes_up_a_living_trainer(tmp_path: Path) -> None:
+    async with jobs_world(tmp_path) as world:
+        world.script(steps=20, every=10, step_s=0.05)
+        job = await training(world, await world.fine_tune())
+    async with jobs_world(tmp_path) as world:
+        job = await world.ended(job)
+        assert (job.state, job.attempt, world.starts(job)) == ("succeeded", 1, ["train"])
+
+
+async def test_a_new_server_can_cancel_the_trainer_that_it_took_up(tmp_path: Path) -> None:
+    async with jobs_world(tmp_path) as world:
+        world.script(steps=4000, step_s=0.05, deaf=True)
+        job = await training(world, await world.fine_tune())
+    async with jobs_world(tmp_path) as world:
+        await world.jobs.cancel(job.id, None)
+        job = await world.ended(job)
+        assert holders(world.folder(job)) == []
+
+
+async def test_what_ended_while_no_server_ran_is_settled_by_the_next(tmp_path: Path) -> None:
+    async with jobs_world(tmp_path) as world:
+        world.script(steps=4, every=1, step_s=0.05)
+        good = await training(world, await world.fine_tune())
+    wait_until_gone(world, good)
+    async with jobs_world(tmp_path) as world:
+        good = await world.ended(good)
+        assert (good.state, world.starts(good)) == ("succeeded", ["train"])
+        world.script(steps=400, every=1, step_s=0.05)
+        lost = await training(world, await world.fine_tune(), step=2)
+    for process in holders(world.folder(lost)):
+        os.kill(process.pid, signal.SIGKILL)
+    wait_until_gone(world, lost)
+    async with jobs_world(tmp_path) as world:
+        world.script(steps=5, every=1)
+        lost = await world.ended(lost)
+        assert (lost.state, lost.attempt) == ("succeeded", 2)
+
+
+def wait_until_gone(world: JobsWorld, job: JobRow) -> None:
+    while world.folder(job).is_alive():
+        os.sched_yield()
+
+
+async def test_of_two_servers_on_one_home_one_supervises(tmp_path: Path) -> None:
+    async with jobs_world(tmp_path) as first, jobs_world(tmp_path) as second:
+        first.script(steps=3, step_s=0.05)
+        jobs = [await world.fine_tune() for world in (first, second)]
+        for job in jobs:
+            ended = await second.ended(job)
+            assert (ended.state, second.starts(ended)) == ("succeeded", ["train"])

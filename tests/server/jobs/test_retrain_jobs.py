@@ -1,0 +1,109 @@
+"""Retraining: the next version takes over only if the gate holds, and stored chats become its data."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs_world import LINE, JobsWorld
+from onebase.errors import InvalidInput
+from onebase_server.jobs.orders import Gate
+from onebase_server.records.tables import ChatRow, FeedbackRow
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text((json.dumps(LINE) + "\n") * 10)
+    return path
+
+
+def current(world: JobsWorld) -> str:
+    return world.store.resolve("bot").id
+
+
+async def test_each_retraining_is_the_adapters_next_version(world: JobsWorld, dataset: Path) -> None:
+    for number in (1, 2):
+        job = await world.ended(await world.retrain(dataset=dataset))
+        assert (job.state, job.version, current(world)) == ("succeeded", f"bot@{number}", f"bot@{number}")
+    assert (await world.told(job))[-2].message == "New fine-tuned model created: bot@2"
+
+
+async def test_a_first_version_passes_the_gate_and_a_worse_one_does_not(world: JobsWorld, dataset: Path) -> None:
+    world.script(loss={"bot@1": 1.0, "bot@2": 1.5, "bot@3": 1.01})
+    first = await world.ended(await world.retrain(dataset=dataset, gate=Gate()))
+    assert (first.state, world.starts(first)) == ("succeeded", ["train", "evaluate"])
+    worse = await world.ended(await world.retrain(dataset=dataset, gate=Gate()))
+    assert worse.state == "failed"
+    assert worse.error is not None
+    assert worse.error["code"] == "gate_not_passed"
+    assert "bot@2 was not published" in worse.error["message"]
+    assert "bot@1 stays" in worse.error["message"]
+    assert (current(world), world.starts(worse)) == ("bot@1", ["train", "evaluate", "evaluate"])
+    near = await world.ended(await world.retrain(dataset=dataset, gate=Gate(max_loss_increase=0.02)))
+    assert (near.state, current(world)) == ("succeeded", "bot@3")
+    assert near.gate_report is not None
+    assert near.gate_report["current"] == {"version": "bot@1", "loss": 1.0, "stop_rate": 1.0, "examples": 10}
+
+
+async def test_a_version_that_does_not_stop_does_not_pass(world: JobsWorld, dataset: Path) -> None:
+    world.script(stop_rate={"bot@2": 0.5})
+    await world.ended(await world.retrain(dataset=dataset))
+    job = await world.ended(await world.retrain(dataset=dataset, gate=Gate()))
+    assert job.error is not None
+    assert "50% of its answers end by themselves" in job.error["message"]
+
+
+async def test_a_job_cancelled_at_its_gate_takes_its_version_back(world: JobsWorld, dataset: Path) -> None:
+    await world.ended(await world.retrain(dataset=dataset))
+    world.script(evaluate_s=60)
+    job = await world.retrain(dataset=dataset, gate=Gate())
+    job = await world.until(job, lambda row: (row.message or "").startswith("evaluating"))
+    await world.jobs.cancel(job.id, None)
+    job = await world.ended(job)
+    entry = world.store.get("bot")
+    assert entry is not None
+    assert [version.id for version in entry.versions] == ["bot@1"]
+
+
+async def test_chats_marked_good_become_the_next_versions_data(world: JobsWorld) -> None:
+    for number in range(12):
+        await world.chats.add(a_chat(number, finish="length" if number == 11 else "stop"))
+        rating, better = ("bad", "Better!") if number == 0 else ("good", None)
+        feedback = FeedbackRow(
+            id=f"fb-{number}", owner="ann", chat_id=f"chat-{number}", created_at=1, rating=rating, better_answer=better
+        )
+        await world.chats.judge(feedback, None)
+    job = await world.ended(await world.retrain(stored_chats=True))
+    assert job.state == "succeeded", job.error
+    lines = [json.loads(line) for line in world.folder(job).training.read_text().splitlines()]
+    assert [line["messages"][-1]["content"] for line in lines] == ["Better!", *(f"Arr {n}" for n in range(1, 11))]
+    assert [message.get("weight") for message in lines[1]["messages"]] == [None, 0, None, None]
+
+
+async def test_too_few_good_chats_are_refused_with_what_to_do(world: JobsWorld) -> None:
+    with pytest.raises(InvalidInput, match=r"0 stored chat.*at least 10"):
+        await world.retrain(stored_chats=True)
+    assert list(world.home.runs.iterdir()) == []
+
+
+async def test_exactly_one_source_must_be_named(world: JobsWorld, dataset: Path) -> None:
+    with pytest.raises(InvalidInput, match="exactly one"):
+        await world.retrain()
+    with pytest.raises(InvalidInput, match="exactly one"):
+        await world.retrain(dataset=dataset, stored_chats=True)
+
+
+def a_chat(number: int, finish: str) -> ChatRow:
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Ahoy", "name": None},
+        {"role": "user", "content": f"Say {number}"},
+    ]
+    answer = {"role": "assistant", "content": f"Arr {number}", "refusal": None}
+    return ChatRow(
+        id=f"chat-{number}", owner="ann", created_at=1, model="bot", adapter="bot", version="bot@1",
+        request={"messages": messages}, response={"choices": [{"finish_reason": finish, "message": answer}]},
+    )  # fmt: skip
