@@ -183,6 +183,7 @@ class Scheduler:
             if len(self.running) < self._limits.max_batch_sequences:
                 follower.cached_tokens = leader.cached_tokens
                 follower.keys = list(leader.keys)
+                follower.turn = (*leader.turn[:3], follower.index)
                 self.start(follower, [])
                 follower.num_computed = len(follower.ids)  # nothing to compute, until `_share_prompts`
                 plan.forks.append((leader, follower))
