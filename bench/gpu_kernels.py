@@ -12,23 +12,29 @@ from functools import partial
 import torch
 
 from nf4_weights import random_weight
-from onebase_server.kernels.cuda_nf4 import NF4Matmul, Small, Wide, repack
+from onebase_server.kernels.cuda_nf4 import Group, NF4Matmul, Small, Variant, Wide, repack
 from onebase_server.kernels.ops import NF4Weight
 
 SHAPES = ((12288, 4096), (4096, 4096), (22016, 4096), (11008, 4096), (4096, 11008))
 TOKENS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)
-EXTRA: dict[str, Small | Wide] = {
-    "small_8w": Small(8, 12),
-    "wide8_r1": Wide(1, 1, 4, 4, 8),
-    "wide8_n8": Wide(1, 2, 8, 2, 6),
-    "wide16_n8": Wide(2, 2, 8, 2, 5),
-    "wide16_r4": Wide(2, 4, 4, 2, 5),
-    "wide32_n8": Wide(4, 2, 8, 2, 4),
-    "wide32_r4": Wide(4, 4, 4, 2, 4),
-    "wide64_n8": Wide(8, 2, 8, 1, 5),
-    "wide64_r1": Wide(8, 1, 4, 4, 3),
-    "wide128_r1": Wide(16, 1, 8, 1, 4),
-    "wide128_w16": Wide(16, 1, 16, 1, 4),
+EXTRA: dict[str, Variant] = {
+    "small_8w": Small(8, 8),
+    "wg8_14": Group(8, 1, 1, 4, 10),
+    "wg8_41": Group(8, 1, 4, 1, 12),
+    "wg16_41": Group(16, 1, 4, 1, 10),
+    "wg16_14": Group(16, 1, 1, 4, 8),
+    "wg32_41": Group(32, 1, 4, 1, 10),
+    "wg32_14": Group(32, 1, 1, 4, 5),
+    "wg48_22": Group(48, 1, 2, 2, 5),
+    "wg64_22": Group(64, 1, 2, 2, 4),
+    "wg64_221": Group(64, 2, 2, 1, 8),
+    "wg64_31": Group(64, 1, 3, 1, 8),
+    "wg64_21": Group(64, 1, 2, 1, 10),
+    "wg96_221": Group(96, 2, 2, 1, 6),
+    "wg96_31": Group(96, 1, 3, 1, 6),
+    "wg128_221": Group(128, 2, 2, 1, 6),
+    "wg128_31": Group(128, 1, 3, 1, 6),
+    "wide32": Wide(4, 2, 4, 4, 4),
 }
 
 
@@ -84,9 +90,11 @@ def main(everything: bool) -> None:
         del weights
 
 
-def useful(variant: Small | Wide, m: int) -> bool:
-    """Not a variant for four times as many tokens."""
-    return isinstance(variant, Small) or variant.token_tiles * 8 < 4 * max(m, 8)
+def useful(variant: Variant, m: int) -> bool:
+    """Not a variant for three times as many tokens."""
+    if isinstance(variant, Small):
+        return True
+    return (variant.tokens if isinstance(variant, Group) else variant.token_tiles * 8) < 3 * max(m, 8)
 
 
 if __name__ == "__main__":

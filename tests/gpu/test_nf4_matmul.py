@@ -20,14 +20,21 @@ SHAPES = [
 TOKENS = (1, 2, 3, 5, 8, 9, 15, 17, 31, 32, 33, 50, 64, 65, 100, 127, 128)
 
 
+@pytest.fixture(scope="module")
+def every_variant(_device: None):
+    from onebase_server.kernels.cuda_nf4 import WIDE, NF4Matmul
+
+    return NF4Matmul(extra=WIDE)
+
+
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_every_variant_equals_fp64_and_itself(kernels, n: int, k: int) -> None:
+def test_every_variant_equals_fp64_and_itself(kernels, every_variant, n: int, k: int) -> None:
     import torch
 
     weight = random_weight(n, k)
     reference_weight = exact(weight)
     prepared = kernels.prepare(weight)
-    nf4, blocks = kernels.nf4, prepared.repacked.blocks
+    nf4, blocks = every_variant, prepared.repacked.blocks
     for m in TOKENS:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         reference = x.double() @ reference_weight.T

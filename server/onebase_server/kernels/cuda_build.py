@@ -72,9 +72,14 @@ def _nvrtc_check(status: int, what: str) -> None:
         raise CudaBuildError(f"{what} failed (NVRTC error {status})")
 
 
-def read_source(name: str, *extra: str) -> str:
-    """One translation unit: common.cuh, the named file of this package's cuda folder, then `extra` lines."""
-    return "\n".join([(SOURCES / "common.cuh").read_text(), (SOURCES / name).read_text(), *extra])
+def read_source(*names: str, extra: Sequence[str] = ()) -> str:
+    """One translation unit: common.cuh, the named files of this package's cuda folder, then `extra` lines."""
+    return "\n".join([*((SOURCES / name).read_text() for name in ("common.cuh", *names)), *extra])
+
+
+def is_hopper() -> bool:
+    """Compute capability 9.0: the only one with wgmma."""
+    return bool(torch.cuda.get_device_capability() == (9, 0))
 
 
 def compile_cubin(source: str, architecture: str, defines: Sequence[str] = ()) -> bytes:
@@ -195,7 +200,8 @@ class CudaModule:
     def __init__(self, source: str, *, defines: Sequence[str] = (), cache_dir: Path | None = None) -> None:
         device = torch.cuda.current_device()
         major, minor = torch.cuda.get_device_capability(device)
-        cubin = cached_cubin(source, f"sm_{major}{minor}", defines, cache_dir)
+        architecture = "sm_90a" if is_hopper() else f"sm_{major}{minor}"
+        cubin = cached_cubin(source, architecture, defines, cache_dir)
         torch.zeros(1, device="cuda")  # creates the primary context
         _use_primary_context(device)
         self._module = ctypes.c_void_p()

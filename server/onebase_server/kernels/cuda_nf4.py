@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from onebase_server.kernels.cuda_build import CudaModule, pointer, read_source
+from onebase_server.kernels.cuda_build import CudaModule, is_hopper, pointer, read_source
 from onebase_server.kernels.cuda_dispatch import Choice, measured_choice
 from onebase_server.kernels.ops import BLOCK, NF4Weight
 
@@ -90,14 +90,66 @@ class Wide:
         return 2 * self.rows * self.token_tiles * 8
 
 
-SMALL = {name: Small(*sizes) for name, sizes in {"small": (16, 6), "small_5": (16, 5), "small_4": (16, 4)}.items()}
-WIDE = {
+@dataclass(frozen=True, slots=True)
+class Group:
+    """`wg_kernel<N, R, WR, WK, D>` (Hopper): up to N tokens, 64 R WR rows and 64 WK columns a step, D steps."""
+
+    tokens: int
+    row_tiles: int
+    row_groups: int
+    k_groups: int
+    depth: int
+
+    @property
+    def name(self) -> str:
+        return f"nf4_wg_{self.tokens}_{self.row_tiles}_{self.row_groups}_{self.k_groups}_{self.depth}"
+
+    @property
+    def threads(self) -> int:
+        return self.row_groups * self.k_groups * 128
+
+    @property
+    def rows(self) -> int:
+        return self.row_groups * self.row_tiles * 64
+
+    @property
+    def source(self) -> str:
+        sizes = f"{self.tokens}, {self.row_tiles}, {self.row_groups}, {self.k_groups}, {self.depth}"
+        return f"WG({self.name}, {sizes})"
+
+    @property
+    def shared_bytes(self) -> int:
+        stage = self.k_groups * self.tokens * 128 + self.threads // 32 * self.row_tiles * _TILE_BYTES
+        sums = self.rows * self.tokens * 4 if self.k_groups > 1 else 0
+        return _TABLE_BYTES + self.depth * (-(-stage // 1024) * 1024) + sums
+
+    @property
+    def partial_floats(self) -> int:
+        """Of one CTA."""
+        return self.rows * self.tokens
+
+
+Variant = Small | Wide | Group
+
+SMALL: dict[str, Variant] = {"small": Small(16, 4), "small_3": Small(16, 3)}
+WIDE: dict[str, Variant] = {
     "wide8": Wide(1, 2, 4, 4, 6),
     "wide16": Wide(2, 2, 4, 4, 5),
     "wide32": Wide(4, 2, 4, 4, 4),
     "wide64": Wide(8, 2, 4, 2, 4),
     "wide128": Wide(16, 2, 8, 1, 4),
 }
+"""Tensor cores of any generation since Ampere."""
+GROUP: dict[str, Variant] = {
+    "wg8": Group(8, 1, 2, 2, 8),
+    "wg16": Group(16, 1, 2, 2, 8),
+    "wg32": Group(32, 1, 2, 2, 6),
+    "wg48": Group(48, 1, 4, 1, 8),
+    "wg64": Group(64, 1, 4, 1, 7),
+    "wg96": Group(96, 1, 2, 1, 7),
+    "wg128": Group(128, 1, 2, 1, 6),
+}
+"""Hopper."""
 MAX_TOKENS = 128
 _MAX_ROW_BLOCKS = 65536
 
@@ -123,10 +175,10 @@ def repack(weight: NF4Weight) -> Tiles:
     n, k = weight.shape
     rows, blocks = -(-n // _TILE_ROWS) * _TILE_ROWS, -(-k // BLOCK // _BLOCKS_MULTIPLE) * _BLOCKS_MULTIPLE
     packed = functional.pad(weight.packed.view(n, k // 2), (0, blocks * 32 - k // 2, 0, rows - n), value=0x77)
+    packed = packed.view(rows // 16, 2, 8, blocks, 4, 2, 4)  # tile, half, g, block, s, h, t
     absmax = functional.pad(weight.absmax / CODE_SCALE, (0, blocks - k // BLOCK, 0, rows - n))
     tiles = torch.empty(rows // 16, blocks, _TILE_BYTES, dtype=torch.uint8, device=packed.device)
-    nibbles = packed.view(rows // 16, 2, 8, blocks, 4, 8).permute(0, 3, 2, 4, 1, 5)  # tile, block, g, t, half, byte
-    tiles[:, :, :512] = nibbles.reshape(rows // 16, blocks, 512)
+    tiles[:, :, :512] = packed.permute(0, 3, 2, 6, 1, 4, 5).reshape(rows // 16, blocks, 512)  # g, t, half, s, h
     scales = absmax.view(rows // 16, 2, 8, blocks).permute(0, 3, 2, 1).contiguous()  # tile, block, g, half
     tiles[:, :, 512:] = scales.view(rows // 16, blocks, 16).view(torch.uint8)
     exact = (weight.code.double() * CODE_SCALE).float()
@@ -137,16 +189,18 @@ def repack(weight: NF4Weight) -> Tiles:
 class NF4Matmul:
     """Launches. One object a device: it owns the split-K workspace, so use it on one stream at a time."""
 
-    def __init__(self, cache_dir: Path | None = None, extra: dict[str, Small | Wide] | None = None) -> None:
-        self.variants: dict[str, Small | Wide] = {**SMALL, **WIDE, **(extra or {})}
-        source = read_source("nf4.cu", *[v.source for v in self.variants.values()])
-        self._module = CudaModule(source, cache_dir=cache_dir)
+    def __init__(self, cache_dir: Path | None = None, extra: dict[str, Variant] | None = None) -> None:
+        self.variants: dict[str, Variant] = {**SMALL, **(GROUP if is_hopper() else WIDE), **(extra or {})}
+        lines = [v.source for v in self.variants.values()]
+        source = read_source("wgmma.cuh", "nf4.cu", extra=lines)
+        self._module = CudaModule(source, defines=["-DHOPPER"] if is_hopper() else [], cache_dir=cache_dir)
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         self._processors = properties.multi_processor_count
         self._shared_limit = properties.shared_memory_per_block_optin
-        floats = max(v.partial_floats for v in self.variants.values() if isinstance(v, Wide)) * self._processors
+        floats = max(v.partial_floats for v in self.variants.values() if not isinstance(v, Small)) * self._processors
         self._workspace = torch.empty(floats, dtype=torch.float32, device="cuda")
         self._counters = torch.zeros(_MAX_ROW_BLOCKS, dtype=torch.int32, device="cuda")
+        self._flags = torch.zeros(self._processors, dtype=torch.int32, device="cuda")
         self._gpu = properties.name
 
     def __call__(self, x: Tensor, weight: NF4Weight) -> Tensor:
@@ -165,7 +219,7 @@ class NF4Matmul:
         choice = measured_choice(self._gpu, m, n, k)
         if choice is not None and self.fits(choice, m, blocks):
             return choice
-        for name in (*SMALL, *WIDE):
+        for name in self.variants:
             if self.fits(name, m, blocks):
                 return name
         return "dequantise"
@@ -174,7 +228,8 @@ class NF4Matmul:
         variant = self.variants[name]
         if isinstance(variant, Small):
             return m <= 8 and variant.shared_bytes(m, blocks) <= self._shared_limit
-        return m <= 8 * variant.token_tiles and variant.shared_bytes <= self._shared_limit
+        tokens = variant.tokens if isinstance(variant, Group) else 8 * variant.token_tiles
+        return m <= tokens and variant.shared_bytes <= self._shared_limit
 
     def run(self, name: str, x: Tensor, weight: NF4Weight, out: Tensor | None = None) -> Tensor:
         """One kernel by name. x [M, K] bf16, rows contiguous and aligned to 16 bytes."""
@@ -196,7 +251,10 @@ class NF4Matmul:
             return y
         row_blocks = -(-tiles.row_tiles * 16 // variant.rows)
         grid = min(self._processors, row_blocks * tiles.blocks // variant.k_warps)
-        workspace = [pointer(self._workspace), pointer(self._counters)]
+        workspace = [
+            pointer(self._workspace),
+            pointer(self._flags if isinstance(variant, Group) else self._counters),
+        ]
         arguments = [*head, *workspace, *sizes]
         function.launch((grid, 1, 1), variant.threads, arguments, shared_bytes=variant.shared_bytes)
         return y

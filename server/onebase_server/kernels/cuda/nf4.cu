@@ -1,11 +1,11 @@
 // y[M, N] = x[M, K] W^T for W in NF4: M = 1..128 from the tiles, larger M through `nf4_dequantise`.
 //
-// Weights lie in tiles of 16 rows x 64 columns, 576 bytes: 32 lanes x 16 bytes of nibbles (lane = 4 g + t: eight bytes
-// of row g, eight of row g + 8, columns 16 t .. 16 t + 15), then absmax as float[8][2] (rows g, g + 8). A warp takes a tile
-// by one coalesced 16-byte copy a lane. Decoding: one permute makes a shared-memory address of a byte, one load from a
-// table of byte -> bf16 pair (a copy in each bank) gives two weights, ready as an operand of mma.m16n8k16 with weights
-// as A (16 rows) and tokens as B (8 columns). Each lane's columns are contiguous, so x needs no permutation: the
-// order of columns inside a 64-column block is free as long as both operands agree. absmax multiplies the block's fp32 sums.
+// Weights lie in tiles of 16 rows x 64 columns, 576 bytes: 32 lanes x 16 bytes of nibbles, then absmax as float[8][2] (rows g,
+// g + 8). Lane 4 g + t holds eight bytes of row g, then eight of row g + 8; byte 2 s + h has columns 16 s + 8 h + 2 t and + 1:
+// the A operand of four mma.m16n8k16 (weights are A, 16 rows; tokens are B, 8 columns). A warp takes a tile by one
+// coalesced 16-byte copy a lane. Decoding: one permute makes a shared-memory address of a byte, one load from a table of
+// byte -> bf16 pair (a copy in each bank) gives two weights. absmax multiplies the block's fp32 sums, so nothing but
+// the 16 codes is rounded.
 #define TILE 576
 #define LUT_BYTES 65536
 
@@ -90,11 +90,16 @@ DEV void small_kernel(const u8* __restrict__ weight, const u16* x, u16* y, const
   for (int i = 0; i < D - 1; ++i) issue();
   build_table(smem, codes, tid, THREADS);
   wait_for_previous();
+  // Inside a block, lane t's columns are made contiguous: pair t of 16-byte chunk c goes to 32 t + 4 c.
   for (int i = tid; i < M * KB * 8; i += THREADS) {
     int row = i / (KB * 8), chunk = i - row * (KB * 8);
     uint4 v = make_uint4(0, 0, 0, 0);
     if (chunk * 8 < K) v = *(const uint4*)(x + (u64)row * ldx + chunk * 8);
-    *(uint4*)(xs + row * row_bytes + chunk * 16) = v;
+    u8* to = xs + row * row_bytes + (chunk >> 3) * 128 + (chunk & 7) * 4;
+    *(u32*)to = v.x;
+    *(u32*)(to + 32) = v.y;
+    *(u32*)(to + 64) = v.z;
+    *(u32*)(to + 96) = v.w;
   }
   __syncthreads();
 
@@ -210,11 +215,10 @@ DEV void wide_kernel(const u8* __restrict__ weight, const u16* x, u16* y, const 
       absmax[r] = *(const float2*)(tile + r * TILE + 512 + g * 8);
       decode_tile(lut, w, lane4, a[r]);
     }
-    const u8* my_x = stage + kg * X_BYTES + g * 144 + t * 32;
+    const u32 my_x = shared_address(stage + kg * X_BYTES + (lane & 7) * 144 + (lane >> 3) * 16);
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-      uint4 b0 = *(const uint4*)(my_x + n * 8 * 144);
-      uint4 b1 = *(const uint4*)(my_x + n * 8 * 144 + 16);
+      uint4 b0 = load_matrices(my_x + n * 8 * 144), b1 = load_matrices(my_x + n * 8 * 144 + 64);
 #pragma unroll
       for (int r = 0; r < R; ++r) tile_product(acc[r][n], a[r], b0, b1, absmax[r]);
     }
@@ -224,6 +228,7 @@ DEV void wide_kernel(const u8* __restrict__ weight, const u16* x, u16* y, const 
     if (step != steps - 1 && unit != last - 1) continue;
     // The row block (or this CTA's part of it) is done: sum over the WK groups, in order WK-1, ..., 0.
     if (WK > 1) {
+      __syncthreads();  // a group that ran ahead must not overwrite sums of the row block before
 #pragma unroll
       for (int from = WK - 1; from > 0; --from) {
         if (kg != from && kg != from - 1) continue;
@@ -295,6 +300,200 @@ DEV void wide_kernel(const u8* __restrict__ weight, const u16* x, u16* y, const 
   copy_wait<0>();
 }
 
+#ifdef HOPPER
+#define WGMMA_FENCE() asm volatile("wgmma.fence.sync.aligned;" ::: "memory")
+#define WGMMA_COMMIT() asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")
+#define WGMMA_WAIT() asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory")
+
+// Tokens as B of wgmma, from shared memory. N tokens at most; WR x WK warpgroups of 4 warps, R x 64 rows each: WR warpgroups
+// share a 64-column block of x, WK blocks a step. Stream-K as above, but the CTA that begins a row block ends it: it
+// runs to it last, when the others' parts (their first work) are long written. All CTAs are resident: grid <= SMs.
+// A step: wgmma of this step's operands (decoded before) || copies, decoding of the next step; then absmax.
+template <int N, int R, int WR, int WK, int D>
+DEV void wg_kernel(const u8* __restrict__ weight, const u16* x, u16* y, const Codes& codes, float* partials, int* flags,
+                   int M, int rows, int K, int ldx, int KB, int tiles) {
+  constexpr int THREADS = WR * WK * 128, GROUP = WR * 128, SUMS = N / 2;
+  constexpr int X_BYTES = N * 128, W_BYTES = R * TILE;
+  constexpr int STAGE = (WK * X_BYTES + THREADS / 32 * W_BYTES + 1023) / 1024 * 1024;
+  extern __shared__ __align__(1024) u8 smem[];
+  const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
+  const int kg = tid / GROUP, group_tid = tid - kg * GROUP, wr = group_tid >> 7, quarter = warp & 3;
+  const u8* lut = smem;
+  u8* ring = smem + LUT_BYTES;
+  float* shared_sums = (float*)(ring + D * STAGE);  // [R * SUMS][GROUP], only if WK > 1
+  launch_dependents();
+
+  const int steps = KB / WK, row_blocks = (tiles + WR * R * 4 - 1) / (WR * R * 4), units = row_blocks * steps;
+  const int first = (int)((u64)blockIdx.x * units / gridDim.x), last = (int)((u64)(blockIdx.x + 1) * units / gridDim.x);
+  const int first_block = first / steps, first_step = first - first_block * steps;
+
+  // Copies run D - 1 steps ahead; their own position in the run.
+  int w_left = last - first, w_step = first_step, w_tile = (first_block * WR + wr) * R * 4 + quarter;
+  const u8* w_from = weight + ((u64)w_tile * KB + first_step * WK + kg) * TILE;
+  auto issue_weights = [&](int slot) {
+    if (w_left <= 0) return;
+    --w_left;
+    u8* to = ring + slot * STAGE + WK * X_BYTES + warp * W_BYTES;
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+      if (w_tile + r * 4 < tiles) copy_tile(to + r * TILE, w_from + (u64)r * 4 * KB * TILE, lane);
+    w_from += WK * TILE;
+    if (++w_step == steps) {
+      w_step = 0;
+      w_tile += WR * R * 4;
+      w_from += (u64)(WR * R * 4 - 1) * KB * TILE;
+    }
+  };
+  int x_left = last - first, x_step = first_step;
+  const int x_row = group_tid >> 3, x_chunk = group_tid & 7;
+  const u32 x_to = x_row * 128 + ((x_chunk ^ (x_row & 7)) << 4);
+  const u16* x_from = x + (u64)x_row * ldx + x_chunk * 8;
+  auto issue_x = [&](int slot) {
+    if (x_left <= 0) return;
+    --x_left;
+    const int column = (x_step * WK + kg) * 64;
+    u8* to = ring + slot * STAGE + kg * X_BYTES + x_to;
+#pragma unroll
+    for (int i = 0; i < (N * 8 + GROUP - 1) / GROUP; ++i) {
+      const int row = x_row + i * (GROUP / 8);
+      if (row >= N) break;
+      const bool valid = row < M && column < K;
+      copy16_or_zero(to + i * GROUP * 16, valid ? x_from + (u64)i * (GROUP / 8) * ldx + column : x, valid);
+    }
+    if (++x_step == steps) x_step = 0;
+  };
+  for (int i = 0; i < D - 1; ++i) { issue_weights(i); copy_commit(); }
+  build_table(smem, codes, tid, THREADS);
+  wait_for_previous();
+  for (int i = 0; i < D - 1; ++i) { issue_x(i); copy_commit(); }
+
+  const u32 lane4 = lane * 4;
+  const u8* my_tile = ring + WK * X_BYTES + warp * W_BYTES;
+  // Address / 16, 1024 bytes between groups of eight tokens, 128-byte swizzle.
+  const u64 x_layout = ((u64)1 << 62) | ((u64)64 << 32) | ((u64)1 << 16);
+  const u32 my_x = shared_address(ring + kg * X_BYTES);
+  float acc[R][SUMS] = {}, sums[SUMS] = {};
+  // Operands of two consecutive wgmma groups, in registers of their own: one set is read while the other is written.
+  u32 even[16], odd[16];
+  float2 even_absmax, odd_absmax;
+  copy_wait<D - 2>();
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncthreads();
+  decode_tile(lut, *(const uint4*)(my_tile + lane * 16), lane4, even);
+  even_absmax = *(const float2*)(my_tile + 512 + g * 8);
+
+  int slot = 0, rb = first_block, step = first_step;
+  bool began = first_step == 0;
+  auto multiply = [&](int r, const u32* a, float2 absmax, u32* decoded, float2& next_absmax) {
+    const int next_slot = slot == D - 1 ? 0 : slot + 1;
+    const u64 b = x_layout | ((my_x + slot * STAGE) >> 4);
+    WGMMA_FENCE();
+#pragma unroll
+    for (int s = 0; s < 4; ++s) Wgmma<N>::run(sums, a + 4 * s, b + 2 * s, s > 0);
+    WGMMA_COMMIT();
+    if (r == R - 1) {
+      copy_wait<D - 3>();
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      group_barrier<GROUP>(1 + kg);  // the next step's x is whole; everyone has left the step before this one
+      const int free_slot = slot == 0 ? D - 1 : slot - 1;
+      issue_weights(free_slot);
+      issue_x(free_slot);
+      copy_commit();
+    }
+    const u8* next = r == R - 1 ? my_tile + next_slot * STAGE : my_tile + slot * STAGE + (r + 1) * TILE;
+    decode_tile(lut, *(const uint4*)(next + lane * 16), lane4, decoded);
+    next_absmax = *(const float2*)(next + 512 + g * 8);
+    WGMMA_WAIT();
+#pragma unroll
+    for (int i = 0; i < SUMS; ++i) acc[r][i] = fmaf(i & 2 ? absmax.y : absmax.x, sums[i], acc[r][i]);
+    if (r == R - 1) slot = next_slot;
+  };
+  auto finish_step = [&](int unit) {
+    const bool ends = step == steps - 1;
+    if (ends || unit == last - 1) {
+      if (WK > 1) {
+        __syncthreads();  // a group that ran ahead must not overwrite sums of the row block before
+#pragma unroll
+        for (int from = WK - 1; from > 0; --from) {
+          if (kg != from && kg != from - 1) continue;
+          float* pair = shared_sums + group_tid;
+#pragma unroll
+          for (int i = 0; i < R * SUMS; ++i)
+            if (kg == from) pair[i * GROUP] = acc[i / SUMS][i % SUMS];
+          group_barrier<GROUP * 2>(WK + from);
+#pragma unroll
+          for (int i = 0; i < R * SUMS; ++i)
+            if (kg == from - 1) acc[i / SUMS][i % SUMS] += pair[i * GROUP];
+          group_barrier<GROUP * 2>(WK + from);
+        }
+      }
+      if (kg == 0) {
+        if (!began) {
+          float* part = partials + (u64)blockIdx.x * (R * SUMS * GROUP) + group_tid;
+#pragma unroll
+          for (int i = 0; i < R * SUMS; ++i) __stcg(part + i * GROUP, acc[i / SUMS][i % SUMS]);
+          __threadfence();
+          group_barrier<GROUP>(15);
+          if (group_tid == 0) asm volatile("st.release.gpu.u32 [%0], 1;" ::"l"(flags + blockIdx.x) : "memory");
+        } else {
+          if (!ends) {
+            const int to = (int)(((u64)(rb + 1) * steps * gridDim.x - 1) / units);  // the CTA of the row block's last unit
+            for (int cta = blockIdx.x + 1; cta <= to; ++cta) {
+              if (lane == 0) {
+                u32 set = 0;
+                while (!set) asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(set) : "l"(flags + cta) : "memory");
+              }
+              __syncwarp();
+              const float* part = partials + (u64)cta * (R * SUMS * GROUP) + group_tid;
+#pragma unroll
+              for (int i = 0; i < R * SUMS; ++i) acc[i / SUMS][i % SUMS] += __ldcg(part + i * GROUP);
+            }
+            group_barrier<GROUP>(15);
+            for (int cta = blockIdx.x + 1 + group_tid; cta <= to; cta += GROUP) flags[cta] = 0;
+          }
+          // Lanes of rows g and g ^ 1 exchange, so that each stores two neighbouring rows of one token.
+#pragma unroll
+          for (int r = 0; r < R; ++r) {
+            const int row0 = (((rb * WR + wr) * R + r) * 4 + quarter) * 16 + (g & 6);
+#pragma unroll
+            for (int i = 0; i < SUMS; i += 2) {
+              const float keep = g & 1 ? acc[r][i + 1] : acc[r][i], give = g & 1 ? acc[r][i] : acc[r][i + 1];
+              const float got = __shfl_xor_sync(0xffffffffu, give, 4);
+              const int token = i / 4 * 8 + 2 * t + (g & 1), row = row0 + (i & 2 ? 8 : 0);
+              const u32 pair = g & 1 ? pack_bf16(got, keep) : pack_bf16(keep, got);
+              if (token < M && row < rows) *(u32*)(y + (u64)token * rows + row) = pair;
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < R * SUMS; ++i) acc[i / SUMS][i % SUMS] = 0.f;
+      began = true;
+    }
+    if (++step == steps) { step = 0; ++rb; }
+  };
+  for (int unit = first; unit < last; ++unit) {
+    multiply(0, even, even_absmax, odd, odd_absmax);
+    if (R == 2) {
+      multiply(R - 1, odd, odd_absmax, even, even_absmax);
+    } else {
+      finish_step(unit);
+      if (++unit == last) break;
+      multiply(0, odd, odd_absmax, even, even_absmax);
+    }
+    finish_step(unit);
+  }
+  copy_wait<0>();
+}
+
+#define WG(name, N, R, WR, WK, D)                                                                                     \
+  extern "C" __global__ void __launch_bounds__(WR * WK * 128, 1)                                                      \
+      name(const u8* weight, const u16* x, u16* y, const __grid_constant__ Codes codes, float* partials, int* flags, int M, \
+           int rows, int K, int ldx, int KB, int tiles) {                                                             \
+    wg_kernel<N, R, WR, WK, D>(weight, x, y, codes, partials, flags, M, rows, K, ldx, KB, tiles);                     \
+  }
+#endif
+
 #define SMALL(name, W, D)                                                                                         \
   extern "C" __global__ void __launch_bounds__(W * 32, 1)                                                      \
       name(const u8* weight, const u16* x, u16* y, const __grid_constant__ Codes codes, int M, int N, int K, int ldx, int KB, int tiles) { \
@@ -320,24 +519,30 @@ extern "C" __global__ void __launch_bounds__(256)
   const int total = tiles * KB, stride = gridDim.x * 8;
   for (int i = blockIdx.x * 8 + (threadIdx.x >> 5); i < total; i += stride) {
     const u8* tile = weight + (u64)i * TILE;
-    uint4 w = __ldcs((const uint4*)(tile + lane * 16));
+    const int row_tile = i / KB, column = (i - row_tile * KB) * 64 + t * 8;
     float2 absmax = *(const float2*)(tile + 512 + g * 8);
-    int row_tile = i / KB, column = (i - row_tile * KB) * 64 + t * 16;
-    if (column >= K) continue;
-    u32 words[4] = {w.x, w.y, w.z, w.w};
+    if (column >= K) continue;  // K is a multiple of 64: a block is inside or padding
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      int row = row_tile * 16 + half * 8 + g;
-      float scale = half ? absmax.y : absmax.x, v[16];
+      // Bytes t and t + 4 of the four lanes of row g: 16-byte chunks t and t + 4 of the block.
+      uint2 words[4];
 #pragma unroll
-      for (int j = 0; j < 16; ++j) {
-        u32 nibble = (words[half * 2 + (j >> 3)] >> (((j >> 1) & 3) * 8 + ((j & 1) ? 0 : 4))) & 15;
-        v[j] = table[nibble * 32 + lane] * scale;
+      for (int j = 0; j < 4; ++j) words[j] = *(const uint2*)(tile + (g * 4 + j) * 16 + half * 8);
+      const int row = row_tile * 16 + half * 8 + g;
+      const float scale = half ? absmax.y : absmax.x;
+      float v[2][8];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        u32 low = words[j].x >> (t * 8), high = words[j].y >> (t * 8);
+        v[0][2 * j] = table[(low >> 4 & 15) * 32 + lane] * scale;
+        v[0][2 * j + 1] = table[(low & 15) * 32 + lane] * scale;
+        v[1][2 * j] = table[(high >> 4 & 15) * 32 + lane] * scale;
+        v[1][2 * j + 1] = table[(high & 15) * 32 + lane] * scale;
       }
       if (row < N) {
-        uint4* to = (uint4*)(out + (u64)row * K + column);
-        to[0] = pack8(v);
-        to[1] = pack8(v + 8);
+        u16* to = out + (u64)row * K + column;
+        *(uint4*)to = pack8(v[0]);
+        *(uint4*)(to + 32) = pack8(v[1]);
       }
     }
   }
