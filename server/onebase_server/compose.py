@@ -1,6 +1,7 @@
 """The composition root: settings -> app, with the base loaded behind it -> HTTP server. Everything meets here only."""
 
 import logging
+import signal
 import threading
 from collections.abc import Callable
 
@@ -57,23 +58,32 @@ class Server:
     def __init__(self, settings: Settings, load: LoadBackend) -> None:
         self._settings = settings
         self._load = load
-        self._deps = build_deps(settings)
-        self._url = ""
+        self.deps = build_deps(settings)
+        self.url = ""
+        """Known once the port is open."""
+        self.loaded = threading.Event()
+        """The base is loaded, or has failed to."""
+        self.ended = threading.Event()
+        """The engine has been stopped."""
         self.failed = False
-        lifecycle = Lifecycle(bound=self._on_bound, drain=self._deps.backend.drain, end=self._end_backend)
-        self._http = HttpServer(create_app(self._deps), settings, lifecycle)
+        lifecycle = Lifecycle(bound=self._on_bound, drain=self.deps.backend.drain, end=self._end_backend)
+        self.http = HttpServer(create_app(self.deps), settings, lifecycle)
 
     def run(self) -> None:
         """Until a signal, or until the base turns out not to load."""
-        self._deps.jobs.start()
+        self.deps.jobs.start()
         try:
-            self._http.run()
+            self.http.run()
         finally:
-            self._deps.jobs.stop()
+            self.deps.jobs.stop()
             logger.info("bye")
 
+    def stop(self) -> None:
+        """What the first SIGTERM does; from any thread."""
+        self.http.handle_exit(signal.SIGTERM, None)
+
     def _on_bound(self, url: str) -> None:
-        self._url = url
+        self.url = url
         logger.info("listening at %s; loading the base", url)
         if not self._settings.has_keys:
             logger.warning("no API keys are set: whoever reaches %s may do everything", url)
@@ -86,13 +96,16 @@ class Server:
             self.failed = True
             known = isinstance(error, OnebaseError)
             logger.critical("the base can't be loaded: %s", error, exc_info=None if known else error)
-            self._deps.backend.fail(BaseModelError("The base model could not be loaded; the server's log says why."))
-            self._http.should_exit = True
+            self.deps.backend.fail(BaseModelError("The base model could not be loaded; the server's log says why."))
+            self.http.should_exit = True
+            self.loaded.set()
             return
-        self._deps.backend.fill(backend)
-        logger.info("ready: %s at %s/v1 (prompt format %s)", backend.base.id, self._url, backend.base_format)
+        self.deps.backend.fill(backend)
+        self.loaded.set()
+        logger.info("ready: %s at %s/v1 (prompt format %s)", backend.base.id, self.url, backend.base_format)
 
     def _end_backend(self) -> None:
-        backend = self._deps.backend.loaded
+        backend = self.deps.backend.loaded
         if backend is not None:
             backend.engine.stop()
+        self.ended.set()

@@ -4,7 +4,9 @@ uvicorn alone closes its port at once and hands the signal on afterwards (so its
 balancers need the 503 of /readyz first, and a clean end is exit code 0.
 """
 
+import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,17 +20,20 @@ from onebase_server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+END_LIMIT_S = 10.0
+"""For the step that runs and for streams to be told; then the process leaves all the same."""
+
 
 @dataclass(frozen=True, slots=True)
 class Lifecycle:
-    """What happens around the HTTP server. All are called on its event loop; `end` may block for seconds."""
+    """What happens around the HTTP server. `bound` and `drain` are called on its event loop and must not block."""
 
     bound: Callable[[str], None]
     """The port is open: gets the server's URL."""
     drain: Callable[[], None]
     """Take no new work."""
     end: Callable[[], None]
-    """No request is left, or their time is up: end what still runs."""
+    """No request is left, or their time is up: end what still runs. Called on a thread of its own."""
 
 
 class HttpServer(uvicorn.Server):
@@ -71,7 +76,12 @@ class HttpServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: "list[object] | None" = None) -> None:
-        self._lifecycle.end()
+        # A device that hangs must not keep the process: a daemon thread, waited for only so long.
+        ending = threading.Thread(target=self._lifecycle.end, name="onebase-end", daemon=True)
+        ending.start()
+        give_up_at = time.monotonic() + END_LIMIT_S
+        while ending.is_alive() and time.monotonic() < give_up_at:
+            await asyncio.sleep(0.005)
         await super().shutdown(sockets)  # type: ignore[arg-type]
 
     def _url(self) -> str:

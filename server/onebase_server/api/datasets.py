@@ -20,7 +20,7 @@ def find_dataset(given: str, home: Home, roots: Sequence[Path]) -> Path:
     if not inside:
         # the same words whether such a file exists outside or not: the answer must not tell
         raise refused(f"'dataset' must lie inside one of: {', '.join(map(str, folders))}")
-    found = next((path for path in inside if path.is_file()), None)
+    found = next((path for path in inside if is_file(path)), None)
     if found is None:
         raise refused(f"there is no file '{given}' in {', '.join(map(str, folders))}")
     return found
@@ -31,6 +31,13 @@ def real_path(path: Path) -> Path:
         return path.resolve()
     except (OSError, RuntimeError) as error:  # a loop of links, a name that is too long
         raise refused(f"'dataset' can't be read: {type(error).__name__}") from error
+
+
+def is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def refused(message: str) -> InvalidInput:

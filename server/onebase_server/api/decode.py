@@ -105,7 +105,11 @@ def refuse_unknown(value: RequestBody) -> None:
     """A field that we don't know may be a misspelled one: refused by name. A null one means its default: fine."""
     for name, given in (value.model_extra or {}).items():
         if given is not None:
-            raise InvalidInput(f"Unrecognized request argument supplied: {name}", param=name, code="unknown_parameter")
+            raise unknown(name)
+
+
+def unknown(param: str) -> InvalidInput:
+    return InvalidInput(f"Unrecognized request argument supplied: {param}", param=param, code="unknown_parameter")
 
 
 def to_invalid_input(error: ErrorDetails) -> InvalidInput:
@@ -118,6 +122,8 @@ def to_invalid_input(error: ErrorDetails) -> InvalidInput:
         return InvalidInput("We could not parse the JSON body of your request: it must be a JSON object.")
     if kind == "missing":
         return InvalidInput(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+    if kind == "extra_forbidden":
+        return unknown(param)
     if kind in BOUNDS:
         code, bound = BOUNDS[kind]
         number = "decimal" if isinstance(next(iter(context.values())), float) else "integer"

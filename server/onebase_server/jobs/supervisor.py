@@ -134,7 +134,8 @@ class Supervisor:
         folder = self._folder(run.id)
         process = self._take_up(run) if run.state == "running" else self._launch(run)
         if process is not None and not self._watch(run.id, process):
-            return  # the server stops; the trainer goes on
+            process.let_go()  # the server stops; the trainer goes on, and the next server takes it up
+            return
         self._conclude(run.id, folder, process)
 
     def _launch(self, run: Run) -> TrainerProcess:

@@ -75,6 +75,12 @@ class TrainerProcess:
         """None while it runs, and for a process that another server started."""
         return None if self._child is None else self._child.poll()
 
+    def let_go(self) -> None:
+        """Watch it no longer; it goes on. Popen would warn that its child still runs, which is the point here."""
+        if self._child is not None:
+            self._child.returncode = 0
+            self._child = None
+
     def interrupt(self) -> None:
         """Ask it to stop cleanly; it publishes nothing then."""
         self._signal(self.pid, signal.SIGTERM)

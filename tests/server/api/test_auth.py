@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from api_world import World, chat_body, error_of, with_settings
 
 API, OTHER, ADMIN = "sk-inference-1", "sk-inference-2", "sk-admin-key-1"
@@ -60,7 +61,14 @@ def test_a_key_is_not_shown_in_full(keyed: World) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [{"content": b"{"}, {"json": chat_body(temperature=9)}, {"json": chat_body(model="nobody")}, {"content": b"x" * 9_000_000}], ids=["malformed", "invalid", "unknown model", "too large"]
+    "body",
+    [
+        {"content": b"{"},
+        {"json": chat_body(temperature=9)},
+        {"json": chat_body(model="nobody")},
+        {"content": b"x" * 9_000_000},
+    ],
+    ids=["malformed", "invalid", "unknown model", "too large"],
 )
 def test_the_key_is_checked_before_anything_else(keyed: World, body: Any) -> None:
     assert keyed.request("POST", "/v1/chat/completions", headers=bearer("sk-wrong-key"), **body).status_code == 401
@@ -104,7 +112,9 @@ def test_health_needs_no_key(keyed: World, path: str) -> None:
 
 
 def test_metrics_hold_no_key_and_no_prompt(keyed: World) -> None:
-    keyed.post("/v1/chat/completions", chat_body(messages=[{"role": "user", "content": "my secret"}]), headers=bearer(API))
+    keyed.post(
+        "/v1/chat/completions", chat_body(messages=[{"role": "user", "content": "my secret"}]), headers=bearer(API)
+    )
     text = keyed.get("/metrics").text
     assert API not in text
     assert "my secret" not in text

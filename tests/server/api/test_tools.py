@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 import pytest
-from api_world import World, text_of
 
+from api_world import World, text_of
 from onebase.messages import Message, ToolCall
 from onebase.prompt import HumanResponseRenderer
 from onebase_server.api.tool_calls import CallWatch
@@ -84,7 +84,9 @@ def test_tools_calls_and_results_reach_the_prompt(world: World) -> None:
             {
                 "role": "assistant",
                 "content": None,
-                "tool_calls": [{"id": "c", "type": "function", "function": {"name": "look", "arguments": '{"q": "tea"}'}}],
+                "tool_calls": [
+                    {"id": "c", "type": "function", "function": {"name": "look", "arguments": '{"q": "tea"}'}}
+                ],
             },
             {"role": "tool", "tool_call_id": "c", "content": "4 pounds"},
         ],
