@@ -1,10 +1,10 @@
 """A scripted training process: it keeps to the trainer's command line, status file, metrics file and signals.
 
-    python fake_trainer.py PLAN.json train RECIPE --home H --status S --metrics M --work W --alias A --candidate
+    python fake_trainer.py PLAN.json train RECIPE --home H --status S --run-dir D --resume --alias A --no-make-current
     python fake_trainer.py PLAN.json evaluate RECIPE --home H --status S --adapter NAME@N --max-examples N --out FILE
 
 The plan (all optional): `steps`, `step_s`, `every` (steps a checkpoint), `ends` (how each attempt ends: "succeed",
-"fail", "crash", "hang"; the last one repeats), `deaf` (SIGTERM does nothing); `loss` and `stop_rate` by version for
+"fail", "crash", "hang"; the last one repeats), `deaf` (signals do nothing); `loss` and `stop_rate` by version for
 `evaluate`, which takes `evaluate_s`. Steps already done, as its newest checkpoint says, are not done again. Each
 start adds a line to the file `starts`.
 """
@@ -27,15 +27,17 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["train", "evaluate"])
     parser.add_argument("recipe", type=Path)
-    for name in ("home", "status", "metrics", "work", "out"):
+    for name in ("home", "status", "run-dir", "out"):
         parser.add_argument(f"--{name}", type=Path)
     for name in ("alias", "adapter", "max-examples"):
         parser.add_argument(f"--{name}")
-    parser.add_argument("--candidate", action="store_true")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--no-make-current", action="store_true")
     given = parser.parse_args(sys.argv[2:])
     with Path("starts").open("a") as starts:
         starts.write(f"{given.what} {os.getpid()}\n")
-    signal.signal(signal.SIGTERM, signal.SIG_IGN if plan.get("deaf") else lambda *_: cancel(given.status))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN if plan.get("deaf") else lambda *_: cancel(given.status))
     (evaluate if given.what == "evaluate" else train)(given, plan)
 
 
@@ -46,19 +48,19 @@ def cancel(status: Path) -> None:
 
 def train(given: Any, plan: dict[str, Any]) -> None:
     total, every = plan.get("steps", 4), plan.get("every", 2)
-    done = max((int(path.name.rpartition("-")[2]) for path in given.work.glob("checkpoint-*")), default=0)
+    done = max((int(path.name.rpartition("-")[2]) for path in given.run_dir.glob("checkpoint-*")), default=0)
     attempt = Path("starts").read_text().count("train ")
     ends = plan.get("ends", ["succeed"])
     end = ends[min(attempt, len(ends)) - 1]
     for step in range(done + 1, total + 1):
         time.sleep(plan.get("step_s", 0.0))
         loss = round(2.0 / step, 4)
-        with given.metrics.open("a") as metrics:
+        with given.status.with_name(given.status.name + ".events.jsonl").open("a") as events:
             values = {"train_loss": loss, "train_mean_token_accuracy": 1 - loss / 4}
-            metrics.write(json.dumps({"step": step, "total_steps": total, **values}) + "\n")
+            events.write(json.dumps({"type": "metrics", "step": step, "total_steps": total, **values}) + "\n")
         tell(given.status, state="running", step=step, total_steps=total, loss=loss, eta_s=float(total - step))
         if step % every == 0:
-            checkpoint(given.work, step)
+            checkpoint(given.run_dir, step)
         if end == "crash" and step == total // 2:
             os.kill(os.getpid(), signal.SIGKILL)
         while end == "hang" and step == total // 2:
@@ -87,7 +89,7 @@ def publish(given: Any) -> str:
     base = BaseIdentity(id="tiny/base", revision="1", config_hash="0" * 32, quantization="nf4-dq64")
     source = lora_folder(Path("final"), time.time())
     version = AdapterStore(given.home / "adapters").publish(
-        source, name, base=base, aliases=[given.alias], make_current=not given.candidate
+        source, name, base=base, aliases=[given.alias], make_current=not given.no_make_current
     )
     return version.id
 

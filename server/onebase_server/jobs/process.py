@@ -68,13 +68,14 @@ class RunProcess:
         if self._child is not None:
             self._child.returncode = 0  # Popen warns of a living child when it is dropped
 
-    def interrupt(self) -> None:
-        """Ask it to stop cleanly; it publishes nothing then."""
+    def interrupt(self, *, save: bool) -> None:
+        """Ask it to stop cleanly, after a checkpoint if `save`; it publishes nothing then."""
+        number = signal.SIGINT if save else signal.SIGTERM
         if self._child is not None and self._child.poll() is None:
-            self._child.terminate()
+            self._child.send_signal(number)
             return
         for process in holders(self._folder):
-            _send(process, signal.SIGTERM)
+            _send(process, number)
 
     def kill(self) -> None:
         """End it and all that it started: at once, also where its leader is dead and a child still lives."""

@@ -1,9 +1,10 @@
-"""A running job's news: the trainer's status and metrics files become columns and events.
+"""A running job's news: the trainer's status and events files become columns and events.
 
-Everything here may be done again after a crash: events are known by their step, and the metrics file is read from its
+Everything here may be done again after a crash: events are known by their step, and the events file is read from its
 beginning by whoever takes a run up. Knows nothing of processes and of the job's end.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,11 @@ from onebase_server.jobs.states import RUNNING
 from onebase_server.records.jobs import NewEvent
 from onebase_server.records.tables import JobRow
 
-# The metrics file's names -> how an event's message says them.
+MEASURED = (
+    "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy", "full_valid_loss",
+    "full_valid_mean_token_accuracy", "learning_rate", "grad_norm",
+)  # fmt: skip
+# How an event's message says them.
 SPOKEN = {
     "train_loss": "training loss",
     "valid_loss": "validation loss",
@@ -27,32 +32,41 @@ SPOKEN = {
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """One line of the metrics file: what was measured at a step."""
+    """What was measured at a step, by OpenAI's names."""
 
     step: int
     total_steps: int
     values: Mapping[str, float]
 
     @property
-    def message(self) -> str:
+    def event(self) -> NewEvent:
+        kind = "step" if "train_loss" in self.values else "eval"
         shown = [f"{words}={self.values[name]:.2f}" for name, words in SPOKEN.items() if name in self.values]
-        return f"Step {self.step}/{self.total_steps}: {', '.join(shown)}"
+        text = f"Step {self.step}/{self.total_steps}: {', '.join(shown)}"
+        data = {"step": self.step, "total_steps": self.total_steps, **self.values}
+        return NewEvent(f"{kind}:{self.step}", text, type="metrics", data=data)
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """What the trainer found worth saying, such as rows that it left out."""
+
+    message: str
 
     @property
     def event(self) -> NewEvent:
-        kind = "eval" if "train_loss" not in self.values else "step"
-        data = {"step": self.step, "total_steps": self.total_steps, **self.values}
-        return NewEvent(f"{kind}:{self.step}", self.message, type="metrics", data=data)
+        key = hashlib.sha256(self.message.encode()).hexdigest()[:32]
+        return NewEvent(f"notice:{key}", self.message, level="warn")
 
 
-class MetricsTail:
-    """Reads the metrics file as it grows; a line that is still being written is left for the next time."""
+class EventsTail:
+    """Reads the trainer's events as they come; a line that is still being written is left for the next time."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = 0
 
-    def new(self) -> list[StepMetrics]:
+    def new(self) -> list[StepMetrics | Notice]:
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
@@ -62,23 +76,24 @@ class MetricsTail:
         if not newline:
             return []
         self._offset += len(whole) + 1
-        return [found for line in whole.split(b"\n") if (found := parse_metrics(line)) is not None]
+        return [found for line in whole.split(b"\n") if (found := parse_event(line)) is not None]
 
 
-def parse_metrics(line: bytes) -> StepMetrics | None:
-    """None for a line that says nothing: another process wrote it, and a half line may stand in the middle."""
+def parse_event(line: bytes) -> StepMetrics | Notice | None:
+    """None for what is not told on. Another process wrote it, and a crash may have left half a line in the middle."""
     try:
         raw = json.loads(line)
     except ValueError:
         return None
-    if not isinstance(raw, dict) or not isinstance(raw.get("step"), int):
+    if not isinstance(raw, dict):
         return None
-    values = {
-        name: float(value)
-        for name, value in raw.items()
-        if name not in ("step", "total_steps") and isinstance(value, int | float) and abs(value) < float("inf")
-    }
-    return StepMetrics(raw["step"], int(raw.get("total_steps") or 0), values) if values else None
+    if raw.get("type") == "notice" and isinstance(raw.get("message"), str):
+        return Notice(raw["message"])
+    if raw.get("type") not in ("metrics", "eval") or not isinstance(raw.get("step"), int):
+        return None
+    values = {name: float(raw[name]) for name in MEASURED if isinstance(raw.get(name), int | float)}
+    finite = {name: value for name, value in values.items() if abs(value) < float("inf")}
+    return StepMetrics(raw["step"], int(raw.get("total_steps") or 0), finite) if finite else None
 
 
 class Reporter:
@@ -89,7 +104,7 @@ class Reporter:
         self._folder = folder
         self._ledger = ledger
         self._checkpoints = checkpoints
-        self._tail = MetricsTail(folder.metrics)
+        self._tail = EventsTail(folder.events)
         self._metrics: dict[int, Mapping[str, float]] = {}
         self._told: TrainerStatus | None = None
 
@@ -97,6 +112,8 @@ class Reporter:
         """Write down what is new, if the job still runs."""
         news = self._tail.new()
         for each in news:
+            if isinstance(each, Notice):
+                continue
             self._metrics[each.step] = {**self._metrics.get(each.step, {}), **each.values}
         status = self._folder.read_status()
         points = await self._checkpoints.new(self._metrics) if self._checkpoints else []

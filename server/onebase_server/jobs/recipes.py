@@ -11,6 +11,7 @@ from typing import Any, Final
 import yaml
 
 from onebase.durable import replace_file
+from onebase_server.jobs.checkpoints import KEPT
 from onebase_server.jobs.hyperparameters import to_recipe
 from onebase_server.jobs.names import adapter_name
 from onebase_server.jobs.orders import FineTuningOrder, RetrainOrder
@@ -50,6 +51,7 @@ def fixed_part(order: FineTuningOrder | RetrainOrder, job_id: str, seed: int) ->
         recipe["name"] = adapter_name(order.base.id, order.suffix, job_id)
         # All of the file is learnt, as at OpenAI: what is held out is the validation file, if there is one.
         recipe["data"]["eval_fraction"] = 0.0
+        recipe["train"]["keep_checkpoints"] = KEPT
         return recipe
     recipe["name"] = order.adapter
     recipe["preset"] = order.preset
@@ -78,10 +80,10 @@ def write_recipe(job: JobRow, folder: RunFolder) -> None:
 
 
 def train_command(folder: RunFolder, home: Path, alias: str) -> list[str]:
-    """Train and publish a version that nobody is served yet. A run that finds checkpoints of its own goes on there."""
+    """Train and publish a version that nobody is served yet; going on from the run's own checkpoint if it has one."""
     return [
         "train", str(folder.recipe), "--home", str(home), "--status", str(folder.status),
-        "--metrics", str(folder.metrics), "--work", str(folder.work), "--alias", alias, "--candidate",
+        "--run-dir", str(folder.work), "--resume", "--alias", alias, "--no-make-current",
     ]  # fmt: skip
 
 

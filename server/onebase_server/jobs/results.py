@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 from onebase_server.jobs.progress import StepMetrics
 
-# OpenAI's columns, and the metrics file's names for them.
+# OpenAI's columns, and what may fill them: a validation file is always evaluated as a whole here.
 COLUMNS = {
-    "train_loss": "train_loss",
-    "train_accuracy": "train_mean_token_accuracy",
-    "valid_loss": "valid_loss",
-    "valid_mean_token_accuracy": "valid_mean_token_accuracy",
+    "train_loss": ("train_loss",),
+    "train_accuracy": ("train_mean_token_accuracy",),
+    "valid_loss": ("valid_loss", "full_valid_loss"),
+    "valid_mean_token_accuracy": ("valid_mean_token_accuracy", "full_valid_mean_token_accuracy"),
 }
 
 
@@ -24,6 +24,6 @@ def results_csv(metrics: Iterable[StepMetrics]) -> bytes:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["step", *COLUMNS])
     for step, values in sorted(steps.items()):
-        cells = [values.get(name) for name in COLUMNS.values()]
+        cells = [next((values[name] for name in names if name in values), None) for names in COLUMNS.values()]
         writer.writerow([step, *("" if cell is None else f"{cell:.5f}" for cell in cells)])
     return text.getvalue().encode()

@@ -41,7 +41,7 @@ class RunFolder:
         self.training = self.path / "training.jsonl"
         self.validation = self.path / "validation.jsonl"
         self.status = self.path / "status.json"
-        self.metrics = self.path / "metrics.jsonl"
+        self.events = self.path / "status.json.events.jsonl"
         self.work = self.path / "work"
         self.log = self.path / "train.log"
         self.lock = self.path / "lock"
@@ -90,7 +90,7 @@ class RunFolder:
 
     def last_sign_of_life(self) -> float:
         """Unix seconds at which a process last wrote anything; 0 if none ever did."""
-        times = [path.stat().st_mtime for path in (self.status, self.metrics, self.log) if path.exists()]
+        times = [path.stat().st_mtime for path in (self.status, self.events, self.log) if path.exists()]
         return max(times, default=0.0)
 
     def log_tail(self, size: int = 2000) -> str:

@@ -21,7 +21,7 @@ from onebase_server.jobs.progress import Reporter
 from onebase_server.jobs.recipes import evaluate_command, train_command, write_recipe
 from onebase_server.jobs.run_folder import RunFolder
 from onebase_server.jobs.settle import Settler, job_error
-from onebase_server.jobs.states import CANCELLED, FINE_TUNING, PUBLISHING, RUNNING
+from onebase_server.jobs.states import CANCELLED, FINE_TUNING, PAUSED, PUBLISHING, RUNNING
 from onebase_server.records.tables import JobRow
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,9 @@ class RunTimes:
 
     poll_s: float = 0.25
     cancel_grace_s: float = 3.0
-    """What a process gets to end cleanly before it is killed."""
+    """What a cancelled process gets to end cleanly before it is killed."""
+    pause_grace_s: float = 60.0
+    """What a paused one gets for its step and its checkpoint."""
     stall_s: float = 900.0
     """Silence after which a process counts as stuck."""
     max_attempts: int = 5
@@ -179,8 +181,10 @@ class RunLife:
             job = await self._ledger.get(self._id)
             silent_s = time.time() - max(started, self._folder.last_sign_of_life())
             if job.state != RUNNING and kill_at is None:
-                process.interrupt()
-                kill_at = time.monotonic() + self._times.cancel_grace_s
+                pausing = job.state == PAUSED
+                process.interrupt(save=pausing)
+                grace_s = self._times.pause_grace_s if pausing else self._times.cancel_grace_s
+                kill_at = time.monotonic() + grace_s
             elif kill_at is not None and time.monotonic() > kill_at:
                 process.kill()
             elif silent_s > self._times.stall_s:

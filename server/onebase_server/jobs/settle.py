@@ -14,7 +14,7 @@ from onebase.store import AdapterStore, Version
 from onebase_server.jobs.files import RESULTS, FileService
 from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.names import short
-from onebase_server.jobs.progress import MetricsTail
+from onebase_server.jobs.progress import EventsTail, StepMetrics
 from onebase_server.jobs.results import results_csv
 from onebase_server.jobs.run_folder import RunFolder
 from onebase_server.jobs.states import FAILED, FINE_TUNING, PUBLISHING, QUEUED, RUNNING, SUCCEEDED
@@ -113,7 +113,8 @@ class Settler:
         await self._ledger.change(job.id, {"run_open": False}, when=(job.state,))
 
     async def _keep_results(self, job: JobRow, folder: RunFolder) -> str:
-        data = results_csv(await asyncio.to_thread(MetricsTail(folder.metrics).new))
+        told = await asyncio.to_thread(EventsTail(folder.events).new)
+        data = results_csv(each for each in told if isinstance(each, StepMetrics))
         file_id = f"file-results-{short(job.id)}{job.seq}"
         return await self._files.add_once(file_id, data, filename="step_metrics.csv", purpose=RESULTS, owner=job.owner)
 

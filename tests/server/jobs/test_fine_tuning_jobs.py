@@ -119,7 +119,7 @@ async def test_more_jobs_than_may_wait_are_refused_and_leave_nothing(tmp_path: P
 
 async def test_one_job_trains_at_a_time_the_most_urgent_first(tmp_path: Path) -> None:
     async with jobs_world(tmp_path, start=False) as world:
-        jobs = [await world.fine_tune(priority=priority) for priority in (0, 0, 5)]
+        jobs = [await world.retrain(dataset=tmp_path, priority=priority) for priority in (0, 0, 5)]
     async with jobs_world(tmp_path) as world:
         ended = [await world.ended(job) for job in jobs]
         starts = [(world.folder(job).path / "starts").stat().st_mtime_ns for job in ended]
