@@ -13,7 +13,7 @@ from onebase.adapter import AdapterFiles, digest, validate_adapter
 from onebase.store import AdapterStore
 from sample_adapters import BASE, SHAPES
 
-KILLS = 24
+KILLS = 20
 
 
 def check_whole(root: Path) -> int:
@@ -59,7 +59,7 @@ def kill_at_staggered_moments(root: Path, source: Path) -> None:
 
 
 def publish_at_once(root: Path, source: Path) -> None:
-    pids = [fork_publisher(root, source, 8) for _ in range(3)]
+    pids = [fork_publisher(root, source, 5) for _ in range(3)]
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
     print(check_whole(root))
 

@@ -10,17 +10,14 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError
 
 from onebase.errors import InvalidInput
 from onebase.messages import Message, Tool, ToolCall
 from onebase.prompt_types import Example, PromptFormat, require_messages, until_end
+from onebase.template_environment import template_environment
 from onebase.tokenizer import TextTokenizer
 
 _TOOL_CALL = re.compile(r"\s*<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
@@ -35,7 +32,7 @@ class ChatTemplateRenderer:
         self.tokenizer = tokenizer
         self._source = chat_template
         try:
-            self._template = _environment().from_string(chat_template)
+            self._template = template_environment().from_string(chat_template)
         except TemplateError as error:
             raise InvalidInput(f"the chat template does not parse: {error}", param="chat_template") from error
         self._nonce = secrets.token_hex(8)
@@ -264,32 +261,3 @@ def _read_calls(text: str) -> tuple[ToolCall, ...]:
         as_text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         calls.append(ToolCall(f"call_{number}", call["name"], as_text))
     return tuple(calls)
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks answers for trainers; we know the spans without it, so it is transparent."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """transformers' own settings for chat templates."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
-    return environment
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-
-def _raise(message: str) -> NoReturn:
-    raise TemplateError(message)

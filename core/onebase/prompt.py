@@ -32,6 +32,7 @@ TOOL = "### TOOL:\n"
 CALL = "### CALL:"
 TURN_END = "\n\n"
 
+_FIXED = frozenset((SYSTEM, TOOLS, HUMAN, RESPONSE, TOOL, TURN_END))
 _HEADERS = {"system": SYSTEM, "developer": SYSTEM, "user": HUMAN, "tool": TOOL, "function": TOOL}
 
 
@@ -58,6 +59,7 @@ class HumanResponseRenderer:
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self.tokenizer = tokenizer
         self._calls = CallBlock(CALL)
+        self._fixed = {(part, first): tokenizer.encode(part, first) for part in _FIXED for first in (False, True)}
 
     def render_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         require_messages(messages)
@@ -103,7 +105,7 @@ class HumanResponseRenderer:
         first = True
         for part in (part for turn in turns for part in turn):
             if isinstance(part, str):
-                new, learnt = tokenizer.encode(part, first), False
+                new, learnt = self._fixed.get((part, first)) or tokenizer.encode(part, first), False
             else:
                 new, learnt = [*tokenizer.encode(part.text), tokenizer.eos_id], part.learnt
             ids += new

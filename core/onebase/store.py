@@ -180,7 +180,7 @@ class AdapterStore(StoreReader):
                 if new_current is not None:
                     pointer = pointer.serving({new_current: 1.0})
                 elif force and version.version in pointer.weights:
-                    pointer = _fallen_back(pointer, version.version)
+                    pointer = pointer.fallen_back_from(version.version)
                 pointer = pointer.without(version.version)
             else:
                 name = model
@@ -273,15 +273,3 @@ def _validate(staged: Path, source: Path, base_shapes: Shapes | None, base: Base
 def _require_alias(alias: str) -> None:
     if not is_alias(alias):
         raise InvalidInput(f"alias {alias[:80]!r} must be 'ft:' and 1 to 250 visible characters", param="alias")
-
-
-def _fallen_back(pointer: Pointer, doomed: int) -> Pointer:
-    """What the name serves when `doomed` is taken away by force."""
-    left = {v: share for v, share in pointer.weights.items() if v != doomed}
-    if left:
-        return pointer.serving(left)
-    for entry in reversed(pointer.history):
-        if doomed not in entry and set(entry) <= set(pointer.versions):
-            return pointer.serving(entry)
-    others = [v for v in pointer.versions if v != doomed]
-    return pointer.serving({others[-1]: 1.0}) if others else pointer.model_copy(update={"weights": {}})

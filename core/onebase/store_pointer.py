@@ -79,6 +79,17 @@ class Pointer(BaseModel):
         position = len(past) - 1 - past[::-1].index(target)
         return self.model_copy(update={"weights": target, "history": tuple(past[:position])})
 
+    def fallen_back_from(self, doomed: int) -> "Pointer":
+        """After taking `doomed` away by force: the rest of a split, else what was served before, else the newest."""
+        left = {version: share for version, share in self.weights.items() if version != doomed}
+        if left:
+            return self.serving(left)
+        for entry in reversed(self.history):
+            if doomed not in entry and set(entry) <= set(self.versions):
+                return self.serving(entry)
+        others = [version for version in self.versions if version != doomed]
+        return self.serving({others[-1]: 1.0}) if others else self.model_copy(update={"weights": {}})
+
     def without(self, version: int) -> "Pointer":
         """After removing a version that is not served. Raises Conflict if it is."""
         if version in self.weights:

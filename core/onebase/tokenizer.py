@@ -14,6 +14,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer
 
 from onebase.errors import BaseModelError, InvalidInput
+from onebase.token_bytes import lacking_bytes, token_bytes_table
 from onebase.tokenizer_files import (
     Json,
     TokenizerFiles,
@@ -25,8 +26,6 @@ from onebase.tokenizer_files import (
     with_special,
     without_dummy_prefix,
 )
-
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TextTokenizer:
@@ -59,9 +58,9 @@ class TextTokenizer:
         self._added: dict[int, AddedToken] = self._later.get_added_tokens_decoder()
         self._special_ids = {t.content: i for i, t in self._added.items() if t.special and i < self.vocab_size}
         self.special_ids = frozenset(self._special_ids.values())
-        self._bytes = _token_bytes_table(spec, self._added, self.vocab_size)
+        self._bytes = token_bytes_table(spec, self._added, self.vocab_size)
         self._space_mark = space_mark(spec)
-        self._lacking = _lacking_bytes(self._bytes) if is_byte_level(spec) else frozenset()
+        self._lacking = lacking_bytes(self._bytes) if is_byte_level(spec) else frozenset()
         self.bos_id = _bos(files, self._later)
         declared_bos = token_named(files, "bos_token")
         self.bos_token_text = "" if declared_bos is None else self.token_text(declared_bos)
@@ -231,37 +230,3 @@ def _pad(files: TokenizerFiles, eos_ids: frozenset[int], bos_id: int | None, row
         if candidate is not None and 0 <= candidate < rows and candidate not in eos_ids:
             return candidate
     return next(i for i in range(rows) if i not in eos_ids and i != bos_id)
-
-
-def _token_bytes_table(spec: Json, added: dict[int, AddedToken], rows: int) -> list[bytes]:
-    """Bytes of every id, by the rule of the tokenizer's kind (byte-level, or SentencePiece with byte tokens)."""
-    table = [b""] * rows
-    byte_of = _byte_alphabet() if is_byte_level(spec) else None
-    mark = space_mark(spec)
-    has_byte_tokens = bool(spec["model"].get("byte_fallback"))
-    for token, i in vocabulary(spec).items():
-        if i >= rows:
-            continue
-        if i in added:
-            table[i] = b"" if added[i].special else added[i].content.encode()
-        elif byte_of is not None:
-            table[i] = b"".join(byte_of.get(char, char.encode()) for char in token)
-        elif has_byte_tokens and (match := _BYTE_TOKEN.fullmatch(token)):
-            table[i] = bytes.fromhex(match[1])
-        else:
-            table[i] = (token.replace(mark, " ") if mark else token).encode()
-    return table
-
-
-def _lacking_bytes(table: list[bytes]) -> frozenset[int]:
-    """Bytes without a token of their own: byte-level BPE drops them without a word."""
-    single = {token for token in table if len(token) == 1}
-    return frozenset(b for b in range(256) if bytes([b]) not in single)
-
-
-def _byte_alphabet() -> dict[str, bytes]:
-    """GPT-2's map of printable characters to bytes."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    pairs = [(chr(b), b) for b in printable] + [(chr(256 + n), b) for n, b in enumerate(others)]
-    return {char: bytes([byte]) for char, byte in pairs}

