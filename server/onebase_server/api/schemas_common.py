@@ -9,7 +9,12 @@ class Wire(BaseModel):
     """A value that crosses the wire. Strict: `"0.5"` is no number. Replies leave out what was not set."""
 
     model_config = ConfigDict(
-        strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=True, protected_namespaces=()
+        strict=True,
+        extra="ignore",
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
     )
 
 

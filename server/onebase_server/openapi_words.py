@@ -1,0 +1,108 @@
+"""What openapi.yaml says and neither Litestar nor pydantic can know: errors, streams, examples, descriptions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from onebase_server.api.schemas_chat import ChatChunk, ChatCompletion
+from onebase_server.api.schemas_completions import Completion
+
+ABOUT = """\
+One frozen 4-bit base and many QLoRA adapters behind OpenAI's API. Name the base or an adapter (`name`, `name@3`, a
+job's `ft:...`) in `model`. Streams are server-sent events as OpenAI writes them: `data: <json>`, an empty line, and
+`data: [DONE]` last; an error after the first byte is an event `data: {"error": ...}`."""
+
+TAGS = {
+    "Chat": "Conversations, rendered in the model's own prompt format.",
+    "Completions": "Bare prompts.",
+    "Responses": "OpenAI's newer form of chat.",
+    "Models": "The base and the adapters.",
+    "Files": "Uploads.",
+    "Fine-tuning": "Jobs that train an adapter.",
+    "Admin": "This server's own: residency, versions, retraining. Needs the admin key.",
+    "Operations": "Health and metrics. No key needed.",
+}
+
+
+def _error(message: str, kind: str = "invalid_request_error", **rest: Any) -> dict[str, Any]:
+    return {"message": message, "type": kind, "param": rest.get("param"), "code": rest.get("code")}
+
+
+# status -> (description, example)
+ERRORS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "400": (
+        "The request is not valid; `param` names the field.",
+        _error(
+            "Invalid 'temperature': decimal above max value. Expected a value <= 2.0.",
+            param="temperature",
+            code="decimal_above_max_value",
+        ),
+    ),
+    "401": ("No API key, or a wrong one.", _error("Incorrect API key provided: ***.", code="invalid_api_key")),
+    "403": ("The key may not do this.", _error("This key may not do this.", code="insufficient_permissions")),
+    "404": (
+        "There is no such thing.",
+        _error("The model `x` does not exist or you do not have access to it.", code="model_not_found"),
+    ),
+    "409": ("The state of the thing forbids it.", _error("there is no earlier version to roll back to")),
+    "413": ("The body is too large.", _error("The request body is larger than this server takes.")),
+    "429": ("Too many requests.", _error("Too many requests.", "requests", code="rate_limit_exceeded")),
+    "500": ("Our fault.", _error("The server had an error while processing your request.", "server_error")),
+    "503": ("The base is still loading, or the server is going down.", _error("Not ready.", "server_error")),
+}
+
+
+def errors_of(path: str, method: str, *, has_body: bool) -> list[str]:
+    """The statuses that an operation may answer besides 200."""
+    if not path.startswith(("/v1", "/admin")):
+        return ["503"] if path == "/readyz" else []
+    statuses = {"400", "401", "500", "503"}
+    if path.startswith("/admin") or method == "delete":
+        statuses |= {"403", "409"}
+    if "{" in path or has_body:
+        statuses.add("404")
+    if has_body:
+        statuses |= {"413", "429"}
+    return sorted(statuses)
+
+
+def _ref(model: type) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
+# operation -> media type -> schema. Of a stream: the JSON behind each `data:`.
+REPLIES: Mapping[str, Mapping[str, Any]] = {
+    "createChatCompletion": {"application/json": _ref(ChatCompletion), "text/event-stream": _ref(ChatChunk)},
+    "createCompletion": {"application/json": _ref(Completion), "text/event-stream": _ref(Completion)},
+    "getMetrics": {"text/plain": {"type": "string"}},
+}
+
+_CHAT = {"model": "pirate", "messages": [{"role": "user", "content": "Where is the treasure?"}]}
+EXAMPLES: Mapping[str, Mapping[str, Any]] = {
+    "createChatCompletion": {
+        "whole": {**_CHAT, "temperature": 0, "max_tokens": 64},
+        "streamed": {**_CHAT, "stream": True, "stream_options": {"include_usage": True}},
+        "structured": {
+            **_CHAT,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {
+                    "name": "place",
+                    "strict": True,
+                    "schema": {
+                        "type": "object",
+                        "properties": {"island": {"type": "string"}},
+                        "required": ["island"],
+                        "additionalProperties": False,
+                    },
+                },
+            },
+        },
+    },
+    "createCompletion": {"whole": {"model": "pirate", "prompt": "Once upon a time", "max_tokens": 32}},
+    "createRetrainRun": {
+        "default": {"adapter": "pirate", "dataset": "pirate.jsonl", "preset": "default"},
+        "shorter": {"adapter": "pirate", "dataset": "pirate.jsonl", "hyperparameters": {"epochs": 1, "r": 8}},
+    },
+    "publishVersion": {"one version": {"version": 3}, "a split": {"weights": {"3": 0.9, "4": 0.1}}},
+    "rollbackAdapter": {"the one before": {}, "a version": {"version": 2}},
+}

@@ -1,0 +1,72 @@
+"""openapi.yaml is what the app does: generated, compared, and complete."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from onebase_server.openapi import build_document, main, operations, references, render
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    return build_document()
+
+
+def all_operations(document: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    return [(path, method, op) for path, item in document["paths"].items() for method, op in operations(item)]
+
+
+def test_openapi_yaml_is_up_to_date(document: dict[str, Any]) -> None:
+    assert (ROOT / "openapi.yaml").read_text("utf-8") == render(document), "run: python -m onebase_server.openapi"
+
+
+def test_two_runs_give_the_same_bytes(document: dict[str, Any]) -> None:
+    assert render(build_document()) == render(document)
+
+
+def test_the_check_fails_on_drift(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--check"]) == 1
+    assert main([]) == 0
+    assert main(["--check"]) == 0
+    (tmp_path / "openapi.yaml").write_text("openapi: 3.1.0\n")
+    assert main(["--check"]) == 1
+
+
+def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
+    assert set(references(document)) == set(document["components"]["schemas"])
+
+
+def test_operation_ids_are_unique_and_every_operation_says_what_it_does(document: dict[str, Any]) -> None:
+    found = [op["operationId"] for _, _, op in all_operations(document)]
+    assert len(found) == len(set(found))
+    for path, method, op in all_operations(document):
+        assert op["summary"], (method, path)
+        assert op["tags"], (method, path)
+        assert op["responses"]["200"]["description"], (method, path)
+
+
+def test_success_is_always_200(document: dict[str, Any]) -> None:
+    for path, method, op in all_operations(document):
+        assert [status for status in op["responses"] if status < "400"] == ["200"], (method, path)
+        assert "422" not in op["responses"]
+
+
+def test_everything_behind_a_key_says_401_and_the_rest_needs_none(document: dict[str, Any]) -> None:
+    for path, _, op in all_operations(document):
+        behind = path.startswith(("/v1", "/admin"))
+        assert ("401" in op["responses"]) is behind, path
+        assert ("security" in op) is not behind, path
+
+
+def test_streams_are_described(document: dict[str, Any]) -> None:
+    content = document["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
+    assert set(content) == {"application/json", "text/event-stream"}
+
+
+def test_the_document_is_plain_yaml(document: dict[str, Any]) -> None:
+    assert yaml.safe_load(render(document)) == document
