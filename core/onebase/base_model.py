@@ -62,6 +62,8 @@ def load_base(
     dtype = torch.bfloat16 if compute_dtype == "bfloat16" else torch.float32
     with offline(), quiet():
         model = _build(spec, torch.device(device), dtype, quantize, attn_implementation)
+    # Adapters and messages must name the base, not a place on this disk.
+    model.name_or_path = model.config._name_or_path = spec.id
     model.requires_grad_(False)
     model.eval()
     _keep_weights_as_stored(model)

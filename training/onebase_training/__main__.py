@@ -1,0 +1,122 @@
+"""`python -m onebase_training RECIPE.yaml`: the command line of training. `onebase train|eval|export|data` end here.
+
+Exit codes: 0 done, 1 a user's error (said in one line), 2 wrong usage, 130 stopped by a signal. The environment is
+read here only; torch is imported once a command needs it.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+
+from onebase.errors import DatasetError, OnebaseError
+from onebase.home import Home, default_home
+
+CANCELLED = 130
+
+
+class _DefaultsToTrain(typer.core.TyperGroup):
+    """`onebase_training RECIPE.yaml` is `onebase_training train RECIPE.yaml`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            args = ["train", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_DefaultsToTrain, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+)
+
+HomeOption = Annotated[
+    Path | None, typer.Option("--home", help="Home folder. Default: $ONEBASE_HOME, else ~/.onebase", metavar="DIR")
+]
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The run's YAML file; see training/recipes.", metavar="RECIPE.yaml")],
+    home: HomeOption = None,
+    status: Annotated[
+        Path | None, typer.Option("--status", help="Keep this JSON file up to date with state and progress.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", help="Checkpoints and curves. Default: HOME/runs/NAME")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
+    make_current: Annotated[bool, typer.Option(help="Let the adapter's name point to the new version at once.")] = True,
+) -> None:
+    """Train an adapter and publish it as the next version of its name. Ctrl-C once saves a checkpoint."""
+    console = Console(stderr=True)
+    _quiet_libraries()
+    from onebase_training.config import load_recipe
+    from onebase_training.status import StatusWriter
+
+    writer = StatusWriter(status)
+    with _user_errors(console, writer):
+        loaded = load_recipe(recipe)
+        from onebase_training.train import run
+
+        result = run(
+            loaded,
+            Home(home or default_home(os.environ)).create(),
+            run_dir=run_dir,
+            status=writer,
+            console=console,
+            resume=resume,
+            make_current=make_current,
+        )
+    if result.state == "cancelled":
+        raise typer.Exit(CANCELLED)
+
+
+class _user_errors:
+    """Known errors become one line (or one line a broken record) and exit code 1, not a traceback."""
+
+    def __init__(self, console: Console, status: Any = None) -> None:
+        self._console, self._status = console, status
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, _trace: Any) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            raise typer.Exit(CANCELLED)
+        if not isinstance(error, OnebaseError):
+            return
+        if self._status is not None and self._status.status.state != "failed":
+            self._status.enter(
+                "failed",
+                error.message,
+                error={"code": error.code or "invalid_recipe", "message": error.message, "param": error.param},
+            )
+        lines = [error.message]
+        if isinstance(error, DatasetError):
+            lines = [*error.problems[:50]]
+            if len(error.problems) > 50:
+                lines.append(f"and {len(error.problems) - 50} more")
+        for line in lines:
+            self._console.print(f"[red]error[/]: {line}", highlight=False)
+        raise typer.Exit(1)
+
+
+def _quiet_libraries() -> None:
+    """Their bars and hints would tear ours; their warnings stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A thread that waits at a barrier sleeps instead of spinning: training shares its cores with the server.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def main() -> None:
+    app(prog_name="onebase_training")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

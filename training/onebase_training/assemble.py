@@ -1,0 +1,89 @@
+"""The parts of a run, each made from the recipe: base, rows, model to train, Trainer's arguments. No run logic."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from onebase.base_fetch import fetch_embedded
+from onebase.base_model import LoadedBase
+from onebase.bases import EMBEDDED_ID, BaseSpec, resolve_base
+from onebase.errors import ModelNotFound
+from onebase.home import Home
+from onebase.prompt import get_renderer
+from onebase.tokenizer import TextTokenizer
+from onebase_training import attention, lora
+from onebase_training.config import Recipe
+from onebase_training.dataset import Dataset, load_dataset
+from onebase_training.objective import Objective
+from onebase_training.rows import Encoder
+
+
+def find_base(home: Home, name: str) -> BaseSpec:
+    """The base; the embedded one is fetched when it is not there yet."""
+    try:
+        return resolve_base(home, name)
+    except ModelNotFound:
+        if name.lower() != EMBEDDED_ID.lower():
+            raise
+        return fetch_embedded(home)
+
+
+def make_encoder(recipe: Recipe, spec: BaseSpec) -> Encoder:
+    tokenizer = TextTokenizer.load(spec.path)
+    template = spec.path / "chat_template.jinja"
+    renderer = get_renderer(
+        recipe.data.prompt_format, tokenizer, template.read_text("utf-8") if template.is_file() else None
+    )
+    return Encoder(tokenizer, renderer, headers=recipe.data.headers, learn_all=recipe.train.loss == "all")
+
+
+def read_data(recipe: Recipe, spec: BaseSpec) -> Dataset:
+    return load_dataset(recipe, make_encoder(recipe, spec), spec.context_length)
+
+
+def prepare(base: LoadedBase, recipe: Recipe) -> Objective:
+    """The base with a fresh adapter, in the fastest form that gives the same numbers."""
+    base.model.config._attn_implementation = attention.register()
+    lora.checkpoint_activations(base, recipe.compute.gradient_checkpointing)
+    lora.keep_dequantized(base, recipe.compute.keep_dequantized)
+    return Objective(lora.attach_adapter(base, recipe.lora))
+
+
+def training_arguments(recipe: Recipe, run_dir: Path, steps: int, device: torch.device) -> Any:
+    """The recipe in Trainer's words. Evaluation, saving and accumulation are ours (progress.py, trainer.py)."""
+    config = recipe.train
+    warmup = round(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
+    return transformers.TrainingArguments(
+        output_dir=str(run_dir),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" and warmup else config.schedule,
+        warmup_steps=warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim=config.optimizer,
+        adam_beta2=config.adam_beta2,
+        seed=config.seed,
+        data_seed=config.seed,
+        use_cpu=device.type == "cpu",
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        eval_strategy="no",
+        save_strategy="no",
+        report_to=["tensorboard"] if config.tensorboard else [],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        average_tokens_across_devices=False,
+    )
+
+
+def tokens_at_once(recipe: Recipe, base: LoadedBase, longest: int) -> int:
+    """auto: on CPU small enough for the caches, on CUDA large enough to fill the device; never below one row."""
+    if recipe.train.tokens_at_once != "auto":
+        return recipe.train.tokens_at_once
+    return max(longest, 2048 if base.device.type == "cpu" else 8192)

@@ -1,0 +1,262 @@
+"""One YAML file -> one frozen `Recipe`: every knob of a run, its default and what it costs. No torch.
+
+The field defaults are the `default` preset; `presets.py` holds what `seed` changes. The seed's own YAML files are
+recognised and translated by `seed_config.py`. Nothing below this module reads YAML, the environment or presets.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from onebase.errors import RecipeError
+from onebase_training.presets import PRESETS, merged
+from onebase_training.seed_config import is_seed_config, translate_seed_config
+
+ADAPTER_NAME: Final = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+
+
+_OTHER_WORDS: Final = {
+    "rank": "r",
+    "lora_r": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "init_lora_weights": "init",
+    "layers_to_transform": "layers",
+    "lr": "learning_rate",
+    "num_train_epochs": "epochs",
+    "n_epochs": "epochs",
+    "lr_scheduler_type": "schedule",
+    "warmup_steps": "warmup",
+    "warmup_ratio": "warmup",
+    "optim": "optimizer",
+    "base_model": "base",
+    "model_name": "name",
+    "dataset": "data",
+    "context_window": "max_tokens",
+    "max_length": "max_tokens",
+}
+"""What other trainers call our keys."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Source(Section):
+    """One training file. A bare path in YAML is a source with these defaults."""
+
+    path: str
+    """A local file (relative to the recipe, then to the working directory), or a hub dataset `owner/name`."""
+    format: Literal["auto", "sharegpt", "openai", "alpaca", "orca", "completion", "text"] = "auto"
+    weight: float = Field(1.0, gt=0, le=100)
+    """How often an epoch goes through this file: 2 is twice, 0.5 every other time."""
+    split: str = "train"
+    """Of a hub dataset."""
+
+
+def _as_sources(value: Any) -> Any:
+    """`train: a.jsonl` and `train: [a.jsonl, {path: b.json, weight: 2}]` both work."""
+    if isinstance(value, str | dict):
+        value = [value]
+    return [{"path": v} if isinstance(v, str) else v for v in value] if isinstance(value, list | tuple) else value
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources)]
+
+
+class Headers(Section):
+    """The seed's header keys, for its formats with other headers than onebase serves."""
+
+    system: str | None = None
+    user: str
+    response: str
+    after_eos: str = "\n\n"
+
+
+class DataConfig(Section):
+    train: Sources = Field(min_length=1)
+    eval: Sources = ()
+    """Held-out files. Empty: `eval_fraction` of the training rows are held out."""
+    eval_fraction: float = Field(0.1, ge=0, lt=1)
+    """Chosen by a hash of each row's tokens: the same rows are held out whatever the files' order."""
+    max_eval_rows: int | None = Field(None, ge=1)
+    """None: 1,000 at most are read at each evaluation."""
+    max_tokens: int | None = Field(None, ge=8)
+    """Longest row in tokens. None: the base's context, but 2,048 at most."""
+    too_long: Literal["drop", "truncate", "cut", "error"] = "truncate"
+    """truncate: leave out whole turns from the end, so that no answer loses its eos; drop: leave out the row;
+    cut: at the limit, eos or not (the seed's way); error: stop before training."""
+    deduplicate: bool = True
+    unknown_role: Literal["error", "keep"] = "error"
+    """keep: the seed's way, an upper-cased `### NAME:` header."""
+    prompt_format: Literal["human_response", "chat_template"] = "human_response"
+    headers: Headers | None = None
+    """Other headers than the format's: the server can't render such prompts, only /v1/completions can use them."""
+    chunk_chars: int = Field(4000, ge=1)
+    chunk_overlap: int = Field(0, ge=0)
+    chunk_prefix: str = ""
+    """Plain text files are cut in chunks of so many characters."""
+
+    @model_validator(mode="after")
+    def _chunks_advance(self) -> "DataConfig":
+        if self.chunk_overlap >= self.chunk_chars:
+            raise ValueError("chunk_overlap must be smaller than chunk_chars, or the chunks never advance")
+        return self
+
+
+class LoraConfig(Section):
+    """PEFT's LoraConfig, by its own words."""
+
+    r: int = Field(16, ge=1, le=512)
+    """Rank. QLoRA's paper saw no visible effect of it once all linear layers are targeted."""
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Above 0 it costs time: the fused CPU path needs 0."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    layers: tuple[int, ...] | None = None
+    """Only these layers (`layers_to_transform`). Fewer and later layers are faster: nothing flows below them."""
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    """Slower, and served only where the server can do it exactly."""
+    init: Literal["default", "gaussian", "orthogonal", "loftq"] = "default"
+    """loftq: starts from the NF4 rounding error (the form that leaves the base as it is)."""
+
+
+class TrainConfig(Section):
+    epochs: float | Literal["auto"] = "auto"
+    """auto: 3, more for small files and fewer for large ones (OpenAI's rule)."""
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(8, ge=1, le=4096)
+    """Conversations to an optimiser step, over all devices. How many tokens go through at once is another knob."""
+    tokens_at_once: int | Literal["auto"] = "auto"
+    """A micro-batch holds at most so many tokens (or one row). Memory grows with it; the result does not change."""
+    packing: bool = True
+    """Rows of a micro-batch lie end to end without padding. False: padded side by side (slower, equal results)."""
+    learning_rate: float = Field(2e-4, gt=0, lt=1)
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    warmup: float = Field(0.03, ge=0)
+    """Below 1 a share of all steps; from 1 on a number of steps."""
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
+    optimizer: str = "adamw_torch"
+    """Any of transformers' names: adamw_torch, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit, ..."""
+    adam_beta2: float = Field(0.999, gt=0, lt=1)
+    loss: Literal["response", "all"] = "response"
+    """response: the assistant's answers and their eos. all: every token (the seed's way)."""
+    normalize: Literal["tokens", "rows"] = "tokens"
+    """tokens: each supervised token of a step counts the same. rows: each row does (as the seed's Trainer did)."""
+    seed: int = Field(42, ge=0, le=2**31 - 1)
+    log_every: int = Field(1, ge=1)
+    eval_every: int | Literal["epoch", "never"] = "epoch"
+    early_stopping: int | None = Field(None, ge=1)
+    """Stop after so many evaluations without a lower response loss. The best version is published, not the last."""
+    save_every: int | Literal["epoch", "never"] = "epoch"
+    keep_checkpoints: int = Field(2, ge=1)
+    tensorboard: bool = False
+
+
+class ComputeConfig(Section):
+    device: str = "auto"
+    """auto: CUDA if there is one, else CPU."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Saves memory, costs a third of the speed. auto: on CUDA from 1 billion parameters, never on CPU."""
+    keep_dequantized: bool | Literal["auto"] = "auto"
+    """Hold each NF4 weight's 16-bit values too, instead of unpacking them at every use: the same numbers, faster,
+    4 times the base's memory. auto: on CPU when they fit in a third of the free memory."""
+    threads: int | None = Field(None, ge=1)
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+    return pattern
+
+
+class EvalConfig(Section):
+    """What the form of an answer can be read from."""
+
+    checks: dict[str, Annotated[str, AfterValidator(_compiles)]] = Field(default_factory=dict)
+    """Name -> regular expression that must be found (`re.search`) in every answer to a held-out prompt."""
+
+
+class Recipe(Section):
+    """A whole run. `folder` is where relative paths start; it is no YAML key."""
+
+    name: Annotated[str, Field(pattern=ADAPTER_NAME)]
+    """The adapter's name; a good end publishes its next version."""
+    base: str = "SmolLM2-135M-Instruct"
+    preset: Literal["default", "seed"] = "default"
+    description: str = ""
+    resume_from: str | None = None
+    """Go on from a published version (`name` or `name@3`) instead of a fresh adapter."""
+    data: DataConfig
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    compute: ComputeConfig = Field(default_factory=ComputeConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    notices: tuple[str, ...] = ()
+    """What the translation of a seed file changed; shown at the start."""
+    folder: Path = Path()
+
+    def settings(self) -> dict[str, Any]:
+        """The resolved settings as plain values, for the manifest."""
+        return self.model_dump(mode="json", exclude={"folder", "notices"})
+
+    def settings_hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe. Raises RecipeError naming each wrong key, with near names for unknown ones."""
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise RecipeError(f"can't read the recipe {path}: {error.strerror}", param="recipe") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {error}", param="recipe") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} must hold keys and values, such as name:, base:, data:", param="recipe")
+    return make_recipe(content, folder=path.resolve().parent)
+
+
+def make_recipe(content: Mapping[str, Any], folder: Path = Path()) -> Recipe:
+    """The same from plain values. `folder` is where relative paths start."""
+    raw = dict(content)
+    if is_seed_config(raw):
+        raw = translate_seed_config(raw)
+    preset = raw.get("preset", "default")
+    if preset not in PRESETS:
+        raise RecipeError(f"preset: unknown preset {preset!r}; there are {', '.join(PRESETS)}", param="preset")
+    try:
+        return Recipe.model_validate({**merged(PRESETS[preset], raw), "folder": folder})
+    except ValidationError as error:
+        problems = [_problem(detail) for detail in error.errors()]
+        first = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise RecipeError("; ".join(problems), param=first or "recipe") from error
+
+
+def _problem(detail: Any) -> str:
+    where = ".".join(str(part) for part in detail["loc"] if not str(part).startswith(("literal[", "constrained")))
+    if detail["type"] != "extra_forbidden":
+        return f"{where}: {detail['msg'].removeprefix('Value error, ')}"
+    section: Any = Recipe
+    for part in detail["loc"][:-1]:
+        field = section.model_fields.get(str(part)) if isinstance(section, type) else None
+        section = field.annotation if field and not isinstance(part, int) else Source
+    known = list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+    key = str(detail["loc"][-1])
+    near = [_OTHER_WORDS[key]] if _OTHER_WORDS.get(key) in known else difflib.get_close_matches(key, known, 3, 0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the keys here are {', '.join(known)}"
+    return f"{where}: unknown key; {hint}"

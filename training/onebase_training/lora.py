@@ -1,0 +1,126 @@
+"""PEFT adapters on the 4-bit base, ready to train: fp32 LoRA, frozen base, no pickles, no embedding in the adapter."""
+
+import logging
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from onebase.base_model import LoadedBase, dequantized, linear4bit_modules
+from onebase.errors import RecipeError
+from onebase_training.config import ComputeConfig, LoraConfig
+
+logger = logging.getLogger(__name__)
+
+ALL_LINEAR: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def attach_adapter(base: LoadedBase, lora: LoraConfig) -> Any:
+    """A fresh PEFT adapter on the base's model; the PeftModel. Raises RecipeError for targets that don't exist."""
+    import peft
+
+    known = set(base.spec.linear_shapes)
+    targets = list(ALL_LINEAR if lora.target_modules == "all-linear" else lora.target_modules)
+    unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in known)]
+    if unknown:
+        raise RecipeError(
+            f"lora.target_modules: {', '.join(unknown)} not in {base.spec.id}; it has {', '.join(ALL_LINEAR)}. "
+            "lm_head and embeddings can't be adapted: adapters share one frozen base",
+            param="lora.target_modules",
+        )
+    _check_layers(lora, int(base.spec.config["num_hidden_layers"]))
+    config = peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=_plain_number(lora.alpha),
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        layers_to_transform=list(lora.layers) if lora.layers is not None else None,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern={key: _plain_number(value) for key, value in lora.alpha_pattern.items()},
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=lora.init if lora.init in ("gaussian", "orthogonal") else True,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base.spec.id,
+    )
+    model = peft.get_peft_model(base.model, config)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert trainable and all(p.dtype == torch.float32 for p in trainable), "LoRA weights are kept in fp32"
+    return model
+
+
+def keep_dequantized(base: LoadedBase, setting: bool | str) -> bool:
+    """Hold every NF4 weight's values in the compute dtype, so that no use unpacks them again. True if it was done.
+
+    The values are those that bitsandbytes' own forward multiplies by; only the time to unpack is saved.
+    """
+    if setting == "auto":
+        setting = base.device.type == "cpu" and _dense_bytes(base) < _free_memory() / 3
+    if not setting:
+        return False
+    for module in linear4bit_modules(base.model).values():
+        dense = dequantized(module, base.compute_dtype)
+        module.forward = _DenseForward(dense, module.bias)
+    return True
+
+
+class _DenseForward:
+    """Stands in for Linear4bit.forward."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
+
+
+def checkpoint_activations(base: LoadedBase, setting: bool | str) -> bool:
+    """Gradient checkpointing, non-reentrant: gradients flow though the base's inputs are frozen (pitfall 13)."""
+    if setting == "auto":
+        parameters = sum(out * into for out, into in base.spec.linear_shapes.values())
+        setting = base.device.type == "cuda" and parameters > 1_000_000_000
+    if not setting:
+        return False
+    if hasattr(base.model, "activation_checkpointing_enable"):
+        base.model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        base.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return True
+
+
+def compute_settings(compute: ComputeConfig) -> torch.device:
+    """The device to train on. Sets the number of CPU threads when the recipe names one."""
+    if compute.threads:
+        torch.set_num_threads(compute.threads)
+    if compute.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(compute.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("compute.device: cuda asked for, but torch sees no CUDA device", param="compute.device")
+    return device
+
+
+def _check_layers(lora: LoraConfig, layers: int) -> None:
+    wrong = [layer for layer in lora.layers or () if not 0 <= layer < layers]
+    if wrong:
+        raise RecipeError(
+            f"lora.layers: {wrong} out of range; the base has layers 0 to {layers - 1}", param="lora.layers"
+        )
+
+
+def _dense_bytes(base: LoadedBase) -> int:
+    values = sum(out * into for out, into in base.spec.linear_shapes.values())
+    return values * torch.finfo(base.compute_dtype).bits // 8
+
+
+def _free_memory() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _plain_number(value: float) -> float | int:
+    """32.0 -> 32, as PEFT writes it."""
+    return int(value) if value == int(value) else value

@@ -1,0 +1,191 @@
+"""What a run shows while it goes: a bar with loss, tokens/s and time left, the status file, events, evaluations.
+
+One Trainer callback. It also turns a signal into a clean end: Ctrl-C or SIGTERM lets the step finish, then Trainer
+saves (Ctrl-C) or just stops.
+"""
+
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from onebase_training.config import TrainConfig
+from onebase_training.plan import Plan
+from onebase_training.status import StatusWriter
+
+
+class StopRequest:
+    """Set by a signal. `save`: Ctrl-C asks for a checkpoint, SIGTERM for none."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.save = False
+
+    @contextmanager
+    def installed(self, console: Console) -> Iterator[None]:
+        """Catch SIGINT and SIGTERM; a second Ctrl-C interrupts at once."""
+
+        def interrupt(_signal: int, _frame: FrameType | None) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = self.save = True
+            console.print("[yellow]stopping after this step; a checkpoint will be saved (Ctrl-C again: at once)")
+
+        def terminate(_signal: int, _frame: FrameType | None) -> None:
+            self.asked = True
+
+        before = {signal.SIGINT: signal.signal(signal.SIGINT, interrupt)}
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, terminate)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
+    """Decides when to evaluate and save by the plan's epochs, keeps the best, stops early, and reports."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        config: TrainConfig,
+        status: StatusWriter,
+        console: Console,
+        stop: StopRequest,
+        *,
+        has_eval: bool,
+        on_best: Callable[[float], None],
+    ) -> None:
+        self._plan, self._config, self._status, self._console = plan, config, status, console
+        self._stop, self._has_eval, self._on_best = stop, has_eval, on_best
+        self._times: deque[tuple[float, int]] = deque(maxlen=20)
+        self._bar = Progress(
+            TextColumn("[bold]step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=None),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tok/s"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=len(plan), loss="-", speed="-")
+        self.trainer: Any = None
+        self.best_loss = math.inf
+        self.evaluations: list[dict[str, float]] = []
+        self.losses: list[dict[str, float]] = []
+        self._without_better = 0
+
+    @property
+    def stops_early(self) -> bool:
+        return self._config.early_stopping is not None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar.start()
+        self._bar.update(self._task, completed=state.global_step)
+        self._times.append((time.monotonic(), self.trainer.trained_tokens))
+        self._status.enter("running", step=state.global_step, total_steps=len(self._plan))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        step = state.global_step
+        if self._stop.asked:
+            control.should_training_stop = True
+            control.should_save = self._stop.save
+            return
+        at_epoch_end = step in self._plan.epoch_ends
+        finished = step == len(self._plan)
+        control.should_log = finished or step % self._config.log_every == 0 or step == 1
+        control.should_evaluate = self._has_eval and _due(self._config.eval_every, step, at_epoch_end, finished)
+        control.should_save = not finished and _due(self._config.save_every, step, at_epoch_end, False)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        speed, left = self._speed(state.global_step)
+        loss = float(logs["loss"])
+        accuracy = self.trainer.last_accuracy
+        self.losses.append({"step": state.global_step, "train_loss": loss, "train_accuracy": accuracy})
+        self._bar.update(self._task, completed=state.global_step, loss=f"{loss:.3f}", speed=f"{speed:,.0f}")
+        self._status.progress(
+            step=state.global_step,
+            loss=loss,
+            tokens_per_s=round(speed, 1),
+            eta_s=round(left, 1),
+            epoch=round(self._plan.epochs * state.global_step / len(self._plan), 3),
+            trained_tokens=self.trainer.trained_tokens,
+        )
+        self._status.event(
+            "metrics",
+            {
+                "step": state.global_step,
+                "total_steps": len(self._plan),
+                "train_loss": loss,
+                "train_mean_token_accuracy": accuracy,
+                "learning_rate": logs.get("learning_rate"),
+                "grad_norm": logs.get("grad_norm"),
+            },
+        )
+        if not self._console.is_terminal:
+            self._console.print(
+                f"step {state.global_step}/{len(self._plan)}  loss {loss:.3f}  {speed:,.0f} tok/s  {left:,.0f} s left"
+            )
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        loss, accuracy = metrics["eval_loss"], metrics["eval_accuracy"]
+        self.evaluations.append({"step": state.global_step, "loss": loss, "accuracy": accuracy})
+        self._console.print(
+            f"step {state.global_step}: held-out response loss {loss:.4f}, token accuracy {accuracy:.1%}"
+        )
+        self._status.event(
+            "eval",
+            {
+                "step": state.global_step,
+                "total_steps": len(self._plan),
+                "full_valid_loss": loss,
+                "full_valid_mean_token_accuracy": accuracy,
+            },
+        )
+        if loss < self.best_loss:
+            self.best_loss, self._without_better = loss, 0
+            self._on_best(loss)
+        else:
+            self._without_better += 1
+        patience = self._config.early_stopping
+        if patience is not None and self._without_better >= patience:
+            self._console.print(f"stopping early: no lower response loss in {patience} evaluations")
+            control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = f"{args.output_dir}/checkpoint-{state.global_step}"
+        self._status.progress(checkpoint=folder)
+        self._status.event("checkpoint", {"step": state.global_step, "path": folder})
+
+    def close(self) -> None:
+        self._bar.stop()
+
+    def _speed(self, step: int) -> tuple[float, float]:
+        """Tokens a second over the last steps, and the seconds left at that rate."""
+        now = time.monotonic()
+        self._times.append((now, self.trainer.trained_tokens))
+        (then, tokens), steps = self._times[0], max(1, len(self._times) - 1)
+        seconds = max(1e-6, now - then)
+        logged_every = max(1, self._config.log_every)
+        return (
+            (self.trainer.trained_tokens - tokens) / seconds,
+            seconds / (steps * logged_every) * (len(self._plan) - step),
+        )
+
+
+def _due(every: int | str, step: int, at_epoch_end: bool, finished: bool) -> bool:
+    if every == "never":
+        return False
+    if every == "epoch":
+        return at_epoch_end or finished
+    return finished or step % int(every) == 0

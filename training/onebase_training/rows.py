@@ -1,0 +1,143 @@
+"""Records -> rows of token ids with a mask, by the renderer that also serves. No torch.
+
+A row is one training example. The mask is made by position while rendering, never by searching for tokens, so it
+holds whatever the text spells and whatever the pad id is.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onebase.prompt import PromptRenderer
+from onebase.tokenizer import TextTokenizer
+from onebase_training.config import Headers
+from onebase_training.records import Conversation, PlainText, Record
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """`ids` [n] int32; `learnt` [n] bool, True on the tokens whose prediction is learnt; never on the first."""
+
+    ids: NDArray[np.int32]
+    learnt: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def supervised(self) -> int:
+        return int(self.learnt.sum())
+
+    @property
+    def key(self) -> bytes:
+        """Equal for equal rows, and nothing else: for finding duplicates and for the fixed split."""
+        return hashlib.blake2b(self.ids.tobytes() + self.learnt.tobytes(), digest_size=16).digest()
+
+
+class Encoder:
+    """Renders records with one tokenizer and format. `learn_all` puts the loss on every token (the seed's way)."""
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        renderer: PromptRenderer,
+        *,
+        headers: Headers | None = None,
+        learn_all: bool = False,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._renderer = renderer
+        self._headers = headers
+        self._learn_all = learn_all
+
+    def encode(self, record: Record) -> Row:
+        """Raises InvalidInput for text that can't be encoded. The mask may be empty; the caller drops such rows."""
+        if isinstance(record, PlainText):
+            return self._row(*self._plain(record.text))
+        if self._headers is not None or record.unknown:
+            return self._row(*self._seed(record))
+        example = self._renderer.render_example(record.messages, record.tools)
+        return self._row(example.ids, example.mask)
+
+    def _plain(self, text: str) -> tuple[list[int], list[bool]]:
+        """A chunk of a text has no end, so it gets no eos (as in the seed)."""
+        bos = [] if self._tokenizer.bos_id is None else [self._tokenizer.bos_id]
+        ids = bos + self._tokenizer.encode(text, True)
+        return ids, [True] * len(ids)
+
+    def _seed(self, record: Conversation) -> tuple[list[int], list[bool]]:
+        ids = [] if self._tokenizer.bos_id is None else [self._tokenizer.bos_id]
+        mask = [False] * len(ids)
+        first = True
+        for segment in seed_segments(record, self._headers):
+            piece = self._tokenizer.encode(segment.text, first)
+            if segment.ends:
+                piece = [*piece, self._tokenizer.eos_id]
+            ids += piece
+            mask += [segment.learnt] * len(piece)
+            first = False
+        return ids, mask
+
+    def _row(self, ids: Sequence[int], mask: Sequence[bool]) -> Row:
+        learnt = np.ones(len(ids), bool) if self._learn_all else np.asarray(mask, bool).copy()
+        if len(learnt):
+            learnt[0] = False
+        return Row(np.asarray(ids, np.int32), learnt)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A text that is encoded on its own. `ends`: an eos id follows."""
+
+    text: str
+    learnt: bool = False
+    ends: bool = False
+
+
+def seed_segments(record: Conversation, headers: Headers | None) -> list[Segment]:
+    """The seed's string in pieces, with its own headers (VicunaDataProcessor.py, OrcaDataProcessor.py).
+
+    Vicuna: `{user}{text}\\n\\n{response}{text}{eos}\\n\\n`; Orca the same with a system part and one newline after eos.
+    """
+    headers = headers or Headers(user=default_header("user"), response=default_header("assistant"))
+    unknown = dict(record.unknown)
+    segments: list[Segment] = []
+    for index, message in enumerate(record.messages):
+        if index in unknown:
+            segments += [Segment(f"### {unknown[index].upper()}:\n"), Segment(message.content), Segment("\n\n")]
+        elif message.role == "assistant":
+            segments.append(Segment(headers.response))
+            segments.append(Segment(message.content, learnt=message.is_supervised, ends=True))
+            segments.append(Segment(headers.after_eos))
+        else:
+            header = headers.user if message.role == "user" else headers.system or default_header("system")
+            segments += [Segment(header), Segment(message.content), Segment("\n\n")]
+    return segments
+
+
+def seed_text(record: Conversation, headers: Headers | None, eos: str) -> str:
+    """The seed's exact string, for golden tests and `data check`; eos spelt out, bos left to the tokenizer."""
+    return "".join(segment.text + (eos if segment.ends else "") for segment in seed_segments(record, headers))
+
+
+def default_header(role: str) -> str:
+    """The format's own header, which only core's prompt module spells."""
+    from onebase import prompt
+
+    return {"system": prompt.SYSTEM, "user": prompt.HUMAN, "assistant": prompt.RESPONSE}[role]
+
+
+def cut_to_turns(row: Row, limit: int) -> Row | None:
+    """The row's longest beginning of at most `limit` tokens that ends behind a whole answer; None if none fits."""
+    learnt = row.learnt[:limit]
+    if not learnt.any():
+        return None
+    following = row.learnt[1 : limit + 1]
+    ends = np.flatnonzero(learnt[: len(following)] & ~following)
+    if not len(ends):
+        return None
+    end = int(ends[-1]) + 1
+    return Row(row.ids[:end], row.learnt[:end])

@@ -1,0 +1,77 @@
+"""What a run says to whoever watches it: one status file, replaced atomically, and one line of JSON an event.
+
+The supervisor in the server reads these; it never talks to the training process in another way. No torch.
+"""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from onebase.durable import replace_file
+
+State = Literal["validating", "running", "succeeded", "failed", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The status file's content. `version` is the published `name@3`; `error` is {code, message, param}."""
+
+    state: State
+    step: int = 0
+    total_steps: int = 0
+    loss: float | None = None
+    tokens_per_s: float | None = None
+    eta_s: float | None = None
+    epoch: float = 0.0
+    message: str = ""
+    version: str | None = None
+    error: dict[str, str | None] | None = None
+    trained_tokens: int = 0
+    checkpoint: str | None = None
+    """Folder of the last whole checkpoint."""
+    pid: int = 0
+    updated_at: float = 0.0
+
+
+class StatusWriter:
+    """Writes `path` (None: nowhere) and appends events beside it, in `<path>.events.jsonl`.
+
+    Every change of state is written; progress at most a few times a second.
+    """
+
+    MIN_INTERVAL_S = 0.3
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._written_at = 0.0
+        self.status = Status("validating", pid=os.getpid())
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._write()
+
+    def progress(self, **changes: Any) -> None:
+        self.status = replace(self.status, **changes)
+        if time.monotonic() - self._written_at >= self.MIN_INTERVAL_S:
+            self._write()
+
+    def enter(self, state: State, message: str = "", **changes: Any) -> None:
+        """A new state: written at once, durably."""
+        self.status = replace(self.status, state=state, message=message, **changes)
+        self._write()
+
+    def event(self, kind: str, data: dict[str, Any]) -> None:
+        """Append one event: `metrics`, `eval`, `checkpoint`, `notice`."""
+        if self._path is None:
+            return
+        line = json.dumps({"type": kind, "created_at": int(time.time()), **data}, ensure_ascii=False)
+        with self._path.with_name(self._path.name + ".events.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+
+    def _write(self) -> None:
+        self._written_at = time.monotonic()
+        self.status = replace(self.status, updated_at=time.time())
+        if self._path is not None:
+            replace_file(self._path, (json.dumps(asdict(self.status)) + "\n").encode())

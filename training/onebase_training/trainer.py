@@ -1,0 +1,185 @@
+"""transformers' Trainer on a plan: one of its batches is one optimiser step, cut into micro-batches here.
+
+Trainer brings optimisers by name, schedules, clipping, callbacks, checkpoints' contents and several devices. What
+is replaced is where it is known to go wrong for QLoRA: loss normalisation (pitfall 10), hidden NaNs (12), half-written
+or pickled checkpoints (14, 15), data order on resume (14).
+"""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.utils.data import DataLoader, Dataset
+
+from onebase.errors import TrainingError
+from onebase_training import checkpoint as ck
+from onebase_training.batches import MicroBatch, collate, token_weights
+from onebase_training.config import TrainConfig
+from onebase_training.objective import Objective
+from onebase_training.plan import Plan, micro_batches
+from onebase_training.rows import Row
+
+
+class StepDataset(Dataset[list[MicroBatch]]):
+    """Item k is step k of the plan as this process's micro-batches."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        plan: Plan,
+        config: TrainConfig,
+        *,
+        tokens_at_once: int,
+        pad_id: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self._rows, self._plan, self._config = rows, plan, config
+        self._tokens, self._pad_id = tokens_at_once, pad_id
+        self._rank, self._world = rank, world
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, step: int) -> list[MicroBatch]:
+        whole = [self._rows[index] for index in self._plan.steps[step]]
+        weights = token_weights(whole, self._config.normalize)
+        mine = list(range(self._rank, len(whole), self._world))
+        if not mine:  # fewer rows than processes: go through one row with no weight, so that all processes meet
+            mine, weights = [0], [0.0] * len(whole)
+        rows, shares = [whole[i] for i in mine], [weights[i] for i in mine]
+        packing = self._config.packing
+        return [
+            collate([rows[i] for i in group], [shares[i] for i in group], packing=packing, pad_id=self._pad_id)
+            for group in micro_batches(rows, self._tokens, packing=packing)
+        ]
+
+
+class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
+    """`objective` wraps the PeftModel. `eval_rows` may be empty. `recipe_hash` guards checkpoints."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        args: Any,
+        steps: StepDataset,
+        *,
+        eval_batches: Sequence[MicroBatch],
+        keep_checkpoints: int,
+        recipe_hash: str,
+        callbacks: list[Any],
+    ) -> None:
+        super().__init__(model=objective, args=args, train_dataset=steps, callbacks=callbacks)
+        self.remove_callback(transformers.PrinterCallback)
+        self.remove_callback(transformers.ProgressCallback)
+        self._steps = steps
+        self.eval_batches = eval_batches
+        self._keep = keep_checkpoints
+        self._recipe_hash = recipe_hash
+        self.trained_tokens = 0
+        self.last_accuracy = math.nan
+
+    def get_train_dataloader(self) -> DataLoader[list[MicroBatch]]:
+        """In the plan's order, one step an item; every process builds its own share of each step."""
+        return DataLoader(self._steps, batch_size=1, shuffle=False, collate_fn=_only)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """All micro-batches of one step: forward, backward. Returns the step's loss; raises on a loss that is not finite."""
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        correct = torch.zeros((), device=self.args.device)
+        learnt = 0
+        for index, batch in enumerate(inputs):
+            last = index == len(inputs) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                losses = model(batch.to(self.args.device))
+                # DistributedDataParallel takes the mean over processes; the weights already are shares of the whole.
+                self.accelerator.backward(losses.loss * self.args.world_size)
+            total += losses.loss.detach()
+            correct += losses.correct
+            learnt += len(batch.targets)
+            self.trained_tokens += batch.tokens
+        if self.args.world_size > 1:
+            total = self.accelerator.reduce(total, reduction="sum")
+        if not math.isfinite(total.item()):
+            raise TrainingError(
+                f"the loss of step {self.state.global_step + 1} is {total.item()}: training stopped, nothing published. "
+                "A lower learning_rate or max_grad_norm usually helps",
+                code="loss_not_finite",
+            )
+        self.last_accuracy = correct.item() / max(1, learnt)
+        return total
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Response loss and token accuracy of the held-out rows, each learnt token counting the same."""
+        metrics = held_out_metrics(self.model, self.eval_batches, self.args.device)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        assert output_dir is not None
+        ck.save_adapter(self.model.model, Path(output_dir))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Into a hidden folder first; `commit_checkpoint` makes it appear whole."""
+        run = Path(self.args.output_dir)
+        staging = run / ".staging"
+        staged = staging / f"checkpoint-{self.state.global_step}"
+        with _changed(self.args, "output_dir", str(staging)):
+            super()._save_checkpoint(model, trial)
+        if self.is_world_process_zero():
+            (staged / ck.RECIPE_HASH).write_text(self._recipe_hash + "\n", "utf-8")
+            ck.commit_checkpoint(staged, run, self._keep)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        ck.require_same_recipe(Path(resume_from_checkpoint), self._recipe_hash)
+        ck.load_adapter_tensors(self.model.model, Path(resume_from_checkpoint))
+
+
+def held_out_metrics(
+    objective: Objective, batches: Sequence[MicroBatch], device: torch.device, prefix: str = "eval_"
+) -> dict[str, float]:
+    """`loss`, `accuracy` and `tokens` over the learnt tokens of all batches."""
+    was_training = objective.training
+    objective.eval()
+    nll = correct = 0.0
+    tokens = 0
+    with torch.no_grad():
+        for batch in batches:
+            losses = objective(batch.to(device))
+            nll += losses.nll_sum.item()
+            correct += losses.correct.item()
+            tokens += len(batch.targets)
+    objective.train(was_training)
+    return {
+        f"{prefix}loss": nll / max(1, tokens),
+        f"{prefix}accuracy": correct / max(1, tokens),
+        f"{prefix}tokens": float(tokens),
+    }
+
+
+def eval_batches(rows: Sequence[Row], *, tokens_at_once: int, pad_id: int) -> list[MicroBatch]:
+    groups = micro_batches(rows, tokens_at_once, packing=True)
+    return [collate([rows[i] for i in g], [0.0] * len(g), packing=True, pad_id=pad_id) for g in groups]
+
+
+def _only(items: list[list[MicroBatch]]) -> list[MicroBatch]:
+    return items[0]
+
+
+@contextlib.contextmanager
+def _changed(target: Any, name: str, value: Any) -> Any:
+    before = getattr(target, name)
+    setattr(target, name, value)
+    try:
+        yield
+    finally:
+        setattr(target, name, before)
