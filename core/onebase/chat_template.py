@@ -16,10 +16,12 @@ from jinja2 import TemplateError
 
 from onebase.errors import InvalidInput
 from onebase.messages import Message, Tool, ToolCall
-from onebase.prompt_types import Example, PromptFormat, require_messages, until_end
+from onebase.prompt_types import CallLayout, Example, PromptFormat, require_messages, until_end
 from onebase.template_environment import template_environment
 from onebase.tokenizer import TextTokenizer
 
+HERMES = CallLayout("<tool_call>\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>")
+"""As Hermes and Qwen templates write calls."""
 _TOOL_CALL = re.compile(r"\s*<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 
 
@@ -72,8 +74,8 @@ class ChatTemplateRenderer:
         return "".join(text for text, _ in self._pieces(messages, tools))
 
     @property
-    def call_marker(self) -> str:
-        return "<tool_call>" if "<tool_call>" in self._source else ""
+    def call_layout(self) -> CallLayout | None:
+        return HERMES if "<tool_call>" in self._source else None
 
     def stop_sequences(self) -> tuple[str, ...]:
         return ()

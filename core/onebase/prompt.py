@@ -12,6 +12,7 @@ from onebase.chat_template import ChatTemplateRenderer
 from onebase.errors import InvalidInput
 from onebase.messages import Message, Tool, ToolCall
 from onebase.prompt_types import (
+    CallLayout,
     Example,
     PromptFormat,
     PromptRenderer,
@@ -54,7 +55,7 @@ class HumanResponseRenderer:
     """
 
     format: PromptFormat = "human_response"
-    call_marker = CALL
+    call_layout = CallLayout(CALL + "\n", "\n", "")
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self.tokenizer = tokenizer

@@ -5,7 +5,7 @@ No format is known here; `prompt.py` has the table of them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from onebase.errors import InvalidInput
 from onebase.messages import Message, Tool
@@ -26,6 +26,14 @@ class Example:
     ids: list[int]
     mask: list[bool]
     skipped: tuple[int, ...] = ()
+
+
+class CallLayout(NamedTuple):
+    """What opens a block of calls, stands between two, and closes it. A call is `{"name": ..., "arguments": {...}}`."""
+
+    before: str
+    between: str
+    after: str
 
 
 class PromptRenderer(Protocol):
@@ -62,8 +70,8 @@ class PromptRenderer(Protocol):
         ...
 
     @property
-    def call_marker(self) -> str:
-        """What a tool call begins with in generated text; "" if the format has none. For those who stream."""
+    def call_layout(self) -> CallLayout | None:
+        """How tool calls stand in generated text; None if the format has none. For those who stream or constrain."""
         ...
 
     def stop_sequences(self) -> tuple[str, ...]:

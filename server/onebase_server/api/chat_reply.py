@@ -74,7 +74,8 @@ class ChatStream:
         self._tokenizer = tokenizer
         self._fingerprint = fingerprint
         renderer = plan.model.renderer
-        marker = renderer.call_marker if plan.finds_calls else ""
+        layout = renderer.call_layout if plan.finds_calls else None
+        marker = layout.before.rstrip() if layout else ""
         self._watches = [CallWatch(marker, renderer.parse_text) for _ in range(plan.n)]
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in range(plan.n)]
         self._usages = [Usage(0, 0)] * plan.n
