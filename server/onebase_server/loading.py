@@ -12,6 +12,7 @@ from onebase.tokenizer import TextTokenizer
 from onebase_server.api.backend import Backend
 from onebase_server.engine.config import EngineConfig
 from onebase_server.engine.engine import Engine
+from onebase_server.engine.grammar_llguidance import LlguidanceBackend
 from onebase_server.engine.intake import context_limit
 from onebase_server.engine.runner import Runner
 from onebase_server.renderers import Renderers, read_chat_template
@@ -46,7 +47,7 @@ def find_base(settings: Settings) -> BaseSpec:
 def start_backend(settings: Settings, spec: BaseSpec, runner: Runner, tokenizer: TextTokenizer) -> Backend:
     """The engine over a runner, running. Torch-free: tests hand in a runner of their own."""
     config = EngineConfig(max_queued=settings.queue_limit, host_budget_bytes=settings.adapter_memory_mb * 1_000_000)
-    engine = Engine(runner, tokenizer, config)
+    engine = Engine(runner, tokenizer, config, grammar=LlguidanceBackend(tokenizer))
     renderers = Renderers(tokenizer, read_chat_template(spec.path))
     backend = Backend(
         engine=engine,

@@ -17,6 +17,7 @@ from onebase_server.api.convert_sampling import (
 )
 from onebase_server.api.models_lookup import ServedModel
 from onebase_server.api.schemas_chat import ChatRequest, NamedTool
+from onebase_server.api.structured import grammar_of
 from onebase_server.engine.types import GenerationRequest
 
 
@@ -29,6 +30,8 @@ class ChatPlan:
     model: ServedModel
     request: GenerationRequest
     finds_calls: bool
+    one_call: bool
+    """`parallel_tool_calls` is off: a second call is left out."""
     wants_logprobs: bool
     include_usage: bool
 
@@ -94,9 +97,12 @@ def plan_chat(body: ChatRequest, given: ChatInput, model: ServedModel, backend: 
     tools = () if body.tool_choice == "none" else given.tools
     prompt = model.renderer.render_prompt(given.messages, given.tools)
     asked = body.max_completion_tokens or body.max_tokens
+    grammar = grammar_of(body, given.tools, model.renderer.call_layout)
     extras = Extras(
         max_tokens=answer_limit(asked, len(prompt), backend.max_context, param="messages"),
-        stop=model.renderer.stop_sequences(),
+        # a grammar ends by itself, and a header inside one of its strings is text
+        stop=() if grammar else model.renderer.stop_sequences(),
+        grammar=grammar,
         stop_token_ids=model.renderer.stop_token_ids(),
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
@@ -114,6 +120,7 @@ def plan_chat(body: ChatRequest, given: ChatInput, model: ServedModel, backend: 
         model=model,
         request=request,
         finds_calls=bool(tools),
+        one_call=body.parallel_tool_calls is False,
         wants_logprobs=bool(body.logprobs),
         include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
     )

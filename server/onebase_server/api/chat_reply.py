@@ -56,7 +56,7 @@ def _choice(plan: ChatPlan, choice: Completion, tokenizer: TextTokenizer) -> Cha
                 role="assistant",
                 content=parsed.content or None,
                 refusal=None,
-                tool_calls=with_ids(parsed.tool_calls),
+                tool_calls=with_ids(parsed.tool_calls[: 1 if plan.one_call else None]),
             )
     return ChatChoice(
         index=choice.index,
@@ -107,7 +107,7 @@ class ChatStream:
             has_calls = bool(calls)
             if rest:
                 chunks.append(self._delta(index, ChatDelta(content=rest), self._take_logprobs(index)))
-            for delta in call_deltas(calls):
+            for delta in call_deltas(calls[: 1 if self._plan.one_call else None]):
                 chunks.append(self._delta(index, ChatDelta(tool_calls=[delta]), self._take_logprobs(index)))
         if token.usage is not None:
             self._usages[index] = token.usage

@@ -7,9 +7,9 @@ byte is an event and a clean end.
 
 from collections.abc import AsyncIterator, Callable
 
+from litestar.types import HTTPScope, Receive, Send, WebSocketScope
 from pydantic import BaseModel
 from sse_starlette import EventSourceResponse, ServerSentEvent
-from starlette.types import Receive, Scope, Send
 
 from onebase_server.api.errors import answer_for
 from onebase_server.api.request_id import request_id_of
@@ -46,10 +46,13 @@ class EventStream(EventSourceResponse):
             ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
         )
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._request_id = request_id_of(scope)  # type: ignore[arg-type]  # the same ASGI dict, typed twice
+    # The same ASGI values as Starlette's, in Litestar's types: it is Litestar that calls.
+    async def __call__(  # type: ignore[override]
+        self, scope: HTTPScope | WebSocketScope, receive: Receive, send: Send
+    ) -> None:
+        self._request_id = request_id_of(scope)
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send)  # type: ignore[arg-type]
         finally:
             # NOTE: not in the generator's own `finally`: one that never started never runs it
             self._on_end()
