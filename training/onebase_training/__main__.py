@@ -6,11 +6,9 @@ read here only; torch is imported once a command needs it.
 
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
@@ -23,7 +21,7 @@ CANCELLED = 130
 class _DefaultsToTrain(typer.core.TyperGroup):
     """`onebase_training RECIPE.yaml` is `onebase_training train RECIPE.yaml`."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             args = ["train", *args]
         return super().parse_args(ctx, args)
@@ -50,6 +48,9 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
     make_current: Annotated[bool, typer.Option(help="Let the adapter's name point to the new version at once.")] = True,
+    alias: Annotated[
+        list[str] | None, typer.Option("--alias", help="A further name of the version, such as ft:...")
+    ] = None,
 ) -> None:
     """Train an adapter and publish it as the next version of its name. Ctrl-C once saves a checkpoint."""
     console = Console(stderr=True)
@@ -58,9 +59,9 @@ def train(
     from onebase_training.status import StatusWriter
 
     writer = StatusWriter(status)
-    with _user_errors(console, writer):
+    with _UserErrors(console, writer):
         loaded = load_recipe(recipe)
-        from onebase_training.train import run
+        from onebase_training.train import RunOptions, run
 
         result = run(
             loaded,
@@ -68,14 +69,58 @@ def train(
             run_dir=run_dir,
             status=writer,
             console=console,
-            resume=resume,
-            make_current=make_current,
+            options=RunOptions(resume=resume, make_current=make_current, aliases=tuple(alias or ())),
         )
     if result.state == "cancelled":
         raise typer.Exit(CANCELLED)
 
 
-class _user_errors:
+@app.command("eval")
+def evaluate(
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe: its held-out rows are used. Or a data file.", metavar="RECIPE|FILE")
+    ],
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", "-a", help="name or name@version; may be given again.")
+    ] = None,
+    home: HomeOption = None,
+    base: Annotated[bool, typer.Option(help="Measure the base too.")] = True,
+    max_examples: Annotated[int | None, typer.Option(help="So many conversations at most.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest greedy answer, in tokens.")] = 200,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the results as JSON.")] = None,
+    status: Annotated[Path | None, typer.Option("--status", help="Say there what is being measured.")] = None,
+) -> None:
+    """Measure adapters beside the base on held-out conversations: loss, accuracy, stop rate, checks."""
+    console = Console(stderr=True)
+    _quiet_libraries()
+    from onebase_training.config import load_recipe, recipe_for_file
+    from onebase_training.status import StatusWriter
+
+    with _UserErrors(console):
+        place = Home(home or default_home(os.environ)).create()
+        is_recipe = recipe.suffix in (".yaml", ".yml")
+        loaded = load_recipe(recipe) if is_recipe else recipe_for_file(recipe, place, adapter or [])
+        from onebase_training import evaluate as measuring
+
+        results = measuring.evaluate(
+            loaded,
+            place,
+            adapter or ([loaded.name] if is_recipe else []),
+            with_base=base,
+            max_examples=max_examples,
+            max_new_tokens=max_tokens,
+            console=console,
+            status=StatusWriter.taken_up(status),
+        )
+        if out is not None:
+            measuring.write_json(results, out)
+        Console().print(measuring.as_table(results))
+
+
+app.command("evaluate", hidden=True)(evaluate)
+
+
+class _UserErrors:
     """Known errors become one line (or one line a broken record) and exit code 1, not a traceback."""
 
     def __init__(self, console: Console, status: Any = None) -> None:
@@ -119,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

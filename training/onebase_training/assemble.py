@@ -11,7 +11,7 @@ from onebase.base_model import LoadedBase
 from onebase.bases import EMBEDDED_ID, BaseSpec, resolve_base
 from onebase.errors import ModelNotFound
 from onebase.home import Home
-from onebase.prompt import get_renderer
+from onebase.prompt import PromptRenderer, get_renderer
 from onebase.tokenizer import TextTokenizer
 from onebase_training import attention, lora
 from onebase_training.config import Recipe
@@ -30,13 +30,17 @@ def find_base(home: Home, name: str) -> BaseSpec:
         return fetch_embedded(home)
 
 
-def make_encoder(recipe: Recipe, spec: BaseSpec) -> Encoder:
-    tokenizer = TextTokenizer.load(spec.path)
+def make_renderer(recipe: Recipe, spec: BaseSpec) -> PromptRenderer:
     template = spec.path / "chat_template.jinja"
-    renderer = get_renderer(
-        recipe.data.prompt_format, tokenizer, template.read_text("utf-8") if template.is_file() else None
+    return get_renderer(
+        recipe.data.prompt_format,
+        TextTokenizer.load(spec.path),
+        template.read_text("utf-8") if template.is_file() else None,
     )
-    return Encoder(tokenizer, renderer, headers=recipe.data.headers, learn_all=recipe.train.loss == "all")
+
+
+def make_encoder(recipe: Recipe, spec: BaseSpec) -> Encoder:
+    return Encoder(TextTokenizer.load(spec.path), make_renderer(recipe, spec), headers=recipe.data.headers)
 
 
 def read_data(recipe: Recipe, spec: BaseSpec) -> Dataset:

@@ -5,6 +5,7 @@ The rows of a packed micro-batch are attended one by one, so packing costs no ma
 dtype, torch's varlen kernel does all rows in one launch.
 """
 
+from itertools import pairwise
 from typing import Any, Final
 
 import torch
@@ -35,8 +36,7 @@ def packed_attention(
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
         return _varlen(query, key, value, scaling, borders), None
     parts = [
-        _causal(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, dropout)
-        for a, b in zip(borders, borders[1:], strict=False)
+        _causal(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, dropout) for a, b in pairwise(borders)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
@@ -62,8 +62,8 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, bo
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     offsets = torch.tensor(borders, device=query.device)
-    longest = max(b - a for a, b in zip(borders, borders[1:], strict=False))
-    shortest = min(b - a for a, b in zip(borders, borders[1:], strict=False))
+    longest = max(b - a for a, b in pairwise(borders))
+    shortest = min(b - a for a, b in pairwise(borders))
 
     def jagged(x: Tensor) -> Tensor:
         rows = x[0].transpose(0, 1).contiguous()  # [T, heads, D]

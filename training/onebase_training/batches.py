@@ -3,7 +3,7 @@ padded side by side. The pad id never meets the loss: what is learnt is a list o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -26,9 +26,8 @@ class MicroBatch:
     """Without padding."""
 
     def to(self, device: torch.device) -> "MicroBatch":
-        moved = (t.to(device, non_blocking=True) for t in (self.ids, self.positions))
-        learnt = (t.to(device, non_blocking=True) for t in (self.sources, self.targets, self.weights))
-        return MicroBatch(*moved, self.borders, *learnt, self.tokens)
+        names = ("ids", "positions", "sources", "targets", "weights")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 def token_weights(rows: Sequence[Row], normalize: Literal["tokens", "rows"]) -> list[float]:

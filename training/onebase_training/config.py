@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -16,6 +16,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from onebase.errors import RecipeError
+from onebase.home import Home
+from onebase.store import AdapterStore
 from onebase_training.presets import PRESETS, merged
 from onebase_training.seed_config import is_seed_config, translate_seed_config
 
@@ -55,7 +57,7 @@ class Source(Section):
     path: str
     """A local file (relative to the recipe, then to the working directory), or a hub dataset `owner/name`."""
     format: Literal["auto", "sharegpt", "openai", "alpaca", "orca", "completion", "text"] = "auto"
-    weight: float = Field(1.0, gt=0, le=100)
+    weight: float = Field(default=1.0, gt=0, le=100)
     """How often an epoch goes through this file: 2 is twice, 0.5 every other time."""
     split: str = "train"
     """Of a hub dataset."""
@@ -84,11 +86,11 @@ class DataConfig(Section):
     train: Sources = Field(min_length=1)
     eval: Sources = ()
     """Held-out files. Empty: `eval_fraction` of the training rows are held out."""
-    eval_fraction: float = Field(0.1, ge=0, lt=1)
+    eval_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Chosen by a hash of each row's tokens: the same rows are held out whatever the files' order."""
-    max_eval_rows: int | None = Field(None, ge=1)
+    max_eval_rows: int | None = Field(default=None, ge=1)
     """None: 1,000 at most are read at each evaluation."""
-    max_tokens: int | None = Field(None, ge=8)
+    max_tokens: int | None = Field(default=None, ge=8)
     """Longest row in tokens. None: the base's context, but 2,048 at most."""
     too_long: Literal["drop", "truncate", "cut", "error"] = "truncate"
     """truncate: leave out whole turns from the end, so that no answer loses its eos; drop: leave out the row;
@@ -99,8 +101,8 @@ class DataConfig(Section):
     prompt_format: Literal["human_response", "chat_template"] = "human_response"
     headers: Headers | None = None
     """Other headers than the format's: the server can't render such prompts, only /v1/completions can use them."""
-    chunk_chars: int = Field(4000, ge=1)
-    chunk_overlap: int = Field(0, ge=0)
+    chunk_chars: int = Field(default=4000, ge=1)
+    chunk_overlap: int = Field(default=0, ge=0)
     chunk_prefix: str = ""
     """Plain text files are cut in chunks of so many characters."""
 
@@ -114,10 +116,10 @@ class DataConfig(Section):
 class LoraConfig(Section):
     """PEFT's LoraConfig, by its own words."""
 
-    r: int = Field(16, ge=1, le=512)
+    r: int = Field(default=16, ge=1, le=512)
     """Rank. QLoRA's paper saw no visible effect of it once all linear layers are targeted."""
-    alpha: float = Field(32, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    alpha: float = Field(default=32, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Above 0 it costs time: the fused CPU path needs 0."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     layers: tuple[int, ...] | None = None
@@ -134,33 +136,33 @@ class LoraConfig(Section):
 class TrainConfig(Section):
     epochs: float | Literal["auto"] = "auto"
     """auto: 3, more for small files and fewer for large ones (OpenAI's rule)."""
-    max_steps: int | None = Field(None, ge=1)
-    batch_size: int = Field(8, ge=1, le=4096)
+    max_steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=8, ge=1, le=4096)
     """Conversations to an optimiser step, over all devices. How many tokens go through at once is another knob."""
     tokens_at_once: int | Literal["auto"] = "auto"
     """A micro-batch holds at most so many tokens (or one row). Memory grows with it; the result does not change."""
     packing: bool = True
     """Rows of a micro-batch lie end to end without padding. False: padded side by side (slower, equal results)."""
-    learning_rate: float = Field(2e-4, gt=0, lt=1)
+    learning_rate: float = Field(default=2e-4, gt=0, lt=1)
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
-    warmup: float = Field(0.03, ge=0)
+    warmup: float = Field(default=0.03, ge=0)
     """Below 1 a share of all steps; from 1 on a number of steps."""
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
     optimizer: str = "adamw_torch"
     """Any of transformers' names: adamw_torch, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit, ..."""
-    adam_beta2: float = Field(0.999, gt=0, lt=1)
+    adam_beta2: float = Field(default=0.999, gt=0, lt=1)
     loss: Literal["response", "all"] = "response"
     """response: the assistant's answers and their eos. all: every token (the seed's way)."""
     normalize: Literal["tokens", "rows"] = "tokens"
     """tokens: each supervised token of a step counts the same. rows: each row does (as the seed's Trainer did)."""
-    seed: int = Field(42, ge=0, le=2**31 - 1)
-    log_every: int = Field(1, ge=1)
+    seed: int = Field(default=42, ge=0, le=2**31 - 1)
+    log_every: int = Field(default=1, ge=1)
     eval_every: int | Literal["epoch", "never"] = "epoch"
-    early_stopping: int | None = Field(None, ge=1)
+    early_stopping: int | None = Field(default=None, ge=1)
     """Stop after so many evaluations without a lower response loss. The best version is published, not the last."""
     save_every: int | Literal["epoch", "never"] = "epoch"
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     tensorboard: bool = False
 
 
@@ -173,7 +175,7 @@ class ComputeConfig(Section):
     keep_dequantized: bool | Literal["auto"] = "auto"
     """Hold each NF4 weight's 16-bit values too, instead of unpacking them at every use: the same numbers, faster,
     4 times the base's memory. auto: on CPU when they fit in a third of the free memory."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
 
 
 def _compiles(pattern: str) -> str:
@@ -247,15 +249,30 @@ def make_recipe(content: Mapping[str, Any], folder: Path = Path()) -> Recipe:
         raise RecipeError("; ".join(problems), param=first or "recipe") from error
 
 
+def recipe_for_file(path: Path, home: Home, adapters: Sequence[str]) -> Recipe:
+    """A recipe that holds out a whole file, on the base of the first adapter: for measuring on a file."""
+    store = AdapterStore(home.adapters)
+    first = store.resolve(adapters[0]).manifest if adapters else None
+    source = {"path": str(path.resolve())}
+    content: dict[str, Any] = {
+        "name": "measured",
+        "data": {"train": [source], "eval": [source], "deduplicate": False},
+    }
+    if first is not None:
+        content["base"] = first.base.id
+        content["data"]["prompt_format"] = first.prompt_format
+    return make_recipe(content)
+
+
 def _problem(detail: Any) -> str:
     where = ".".join(str(part) for part in detail["loc"] if not str(part).startswith(("literal[", "constrained")))
     if detail["type"] != "extra_forbidden":
         return f"{where}: {detail['msg'].removeprefix('Value error, ')}"
     section: Any = Recipe
     for part in detail["loc"][:-1]:
-        field = section.model_fields.get(str(part)) if isinstance(section, type) else None
+        field = getattr(section, "model_fields", {}).get(str(part))
         section = field.annotation if field and not isinstance(part, int) else Source
-    known = list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+    known = list(getattr(section, "model_fields", ()))
     key = str(detail["loc"][-1])
     near = [_OTHER_WORDS[key]] if _OTHER_WORDS.get(key) in known else difflib.get_close_matches(key, known, 3, 0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"the keys here are {', '.join(known)}"

@@ -52,12 +52,14 @@ def load_dataset(recipe: Recipe, encoder: Encoder, context_length: int) -> Datas
     """Read, render, cut, deduplicate and split. Raises DatasetError with every broken line."""
     config = recipe.data
     limit = min(config.max_tokens or 2048, context_length)
+    learn_all = recipe.train.loss == "all"
     reports: list[FileReport] = []
     rows: dict[bytes, tuple[Row, float]] = {}
     for source in config.train:
         report = FileReport(source.path)
         reports.append(report)
-        for number, row in enumerate(usable_rows(source, recipe.folder, config, encoder, limit, report)):
+        usable = usable_rows(source, recipe.folder, config, encoder, limit, report, learn_all=learn_all)
+        for number, row in enumerate(usable):
             key = row.key if config.deduplicate else f"{len(reports)}/{number}".encode()
             if key in rows:
                 report.left_out["left out as exact duplicates"] += 1
@@ -75,11 +77,20 @@ def load_dataset(recipe: Recipe, encoder: Encoder, context_length: int) -> Datas
     if not train:
         reasons = "; ".join(f"{n} {reason}" for report in reports for reason, n in report.left_out.items())
         raise DatasetError(config.train[0].path, [f"no usable record ({reasons or 'the file is empty'})"])
+    if learn_all:
+        train = [(row.all_learnt(), weight) for row, weight in train]
     return Dataset(train, (held_out or split_off)[: config.max_eval_rows or 1000], reports, limit)
 
 
 def usable_rows(
-    source: Source, folder: Path, config: DataConfig, encoder: Encoder, limit: int, report: FileReport
+    source: Source,
+    folder: Path,
+    config: DataConfig,
+    encoder: Encoder,
+    limit: int,
+    report: FileReport,
+    *,
+    learn_all: bool = False,
 ) -> Iterator[Row]:
     """Rows of at most `limit` tokens with something to learn; what is left out is counted in `report`."""
     for line, record in parsed_records(source, folder, config, report):
@@ -91,7 +102,7 @@ def usable_rows(
         fitted = _fit(row, limit, config, report, line)
         if fitted is None:
             continue
-        if not fitted.learnt.any():
+        if not fitted.learnt.any() and not (learn_all and len(fitted) > 1):
             report.left_out["left out: nothing to learn in them"] += 1
             continue
         yield fitted
@@ -138,7 +149,7 @@ def _split(rows: list[tuple[Row, float]], fraction: float) -> tuple[list[tuple[R
     count = round(len(rows) * fraction)
     if fraction and not count and len(rows) >= 10:
         count = 1
-    order = sorted(range(len(rows)), key=lambda index: rows[index][0].key)
+    order = sorted(range(len(rows)), key=lambda index: rows[index][0].place)
     chosen = set(order[:count])
     train = [pair for index, pair in enumerate(rows) if index not in chosen]
     return train, [rows[index][0] for index in order[:count]]

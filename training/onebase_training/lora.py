@@ -1,6 +1,9 @@
 """PEFT adapters on the 4-bit base, ready to train: fp32 LoRA, frozen base, no pickles, no embedding in the adapter."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -46,8 +49,24 @@ def attach_adapter(base: LoadedBase, lora: LoraConfig) -> Any:
     )
     model = peft.get_peft_model(base.model, config)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    assert trainable and all(p.dtype == torch.float32 for p in trainable), "LoRA weights are kept in fp32"
+    assert trainable
+    assert all(p.dtype == torch.float32 for p in trainable), "LoRA weights are kept in fp32"
     return model
+
+
+@contextmanager
+def published_adapter(base: LoadedBase, folder: Path | None) -> Iterator[Any]:
+    """The base with a published version's adapter, for as long as the block lasts; None: the base itself."""
+    if folder is None:
+        yield base.model
+        return
+    import peft
+
+    model = peft.PeftModel.from_pretrained(base.model, str(folder), local_files_only=True)
+    try:
+        yield model
+    finally:
+        model.unload()
 
 
 def keep_dequantized(base: LoadedBase, setting: bool | str) -> bool:
@@ -61,7 +80,8 @@ def keep_dequantized(base: LoadedBase, setting: bool | str) -> bool:
         return False
     for module in linear4bit_modules(base.model).values():
         dense = dequantized(module, base.compute_dtype)
-        module.forward = _DenseForward(dense, module.bias)
+        bias: Any = module.bias
+        module.forward = _DenseForward(dense, bias)
     return True
 
 

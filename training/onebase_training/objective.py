@@ -37,7 +37,7 @@ class Objective(nn.Module):
             input_ids=batch.ids, position_ids=batch.positions, use_cache=False, borders=batch.borders
         ).last_hidden_state
         learnt = hidden.flatten(0, 1)[batch.sources]
-        loss, nll_sum, correct = _ChunkedCrossEntropy.apply(
+        loss, nll_sum, correct = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
             learnt, causal_lm.lm_head.weight, batch.targets, batch.weights
         )
         return Losses(loss, nll_sum, correct)

@@ -4,7 +4,7 @@ An adapter that is empty, not finite, or not what was trained never reaches the 
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ def publish_adapter(
     metrics: Mapping[str, float | int | str | None],
     *,
     make_current: bool = True,
+    aliases: Sequence[str] = (),
 ) -> Version | None:
     """Publish the checked folder as the next version; None when no server can serve its kind exactly (DoRA)."""
     if AdapterFiles.read(folder).config.unservable():
@@ -64,4 +65,5 @@ def publish_adapter(
         metrics=metrics,
         base_shapes=spec.linear_shapes,
         make_current=make_current,
+        aliases=aliases,
     )

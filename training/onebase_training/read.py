@@ -117,7 +117,7 @@ def _read_text(path: Path, config: DataConfig) -> Iterator[RawRecord | Problem]:
 
 def _read_hub(source: Source) -> Iterator[RawRecord | Problem]:
     try:
-        import datasets
+        import datasets  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         raise DatasetError(source.path, ["no such file; to read it from the hub: pip install datasets"]) from None
     try:

@@ -33,25 +33,33 @@ class Row:
 
     @property
     def key(self) -> bytes:
-        """Equal for equal rows, and nothing else: for finding duplicates and for the fixed split."""
+        """Equal for equal rows, and nothing else: for finding duplicates."""
         return hashlib.blake2b(self.ids.tobytes() + self.learnt.tobytes(), digest_size=16).digest()
+
+    @property
+    def place(self) -> bytes:
+        """Where the row stands in the fixed split: a hash of its text alone, whatever of it is learnt."""
+        return hashlib.blake2b(self.ids.tobytes(), digest_size=16).digest()
+
+    def all_learnt(self) -> "Row":
+        """The seed's loss: every token but the first, which nothing predicts."""
+        learnt = np.ones(len(self.ids), bool)
+        learnt[:1] = False
+        return Row(self.ids, learnt)
+
+    def answers(self) -> list[tuple[int, int]]:
+        """The learnt spans [start, end): what stands before one is the prompt that it answers."""
+        edges = np.diff(np.concatenate(([0], self.learnt.astype(np.int8), [0])))
+        return [(int(a), int(b)) for a, b in zip(np.flatnonzero(edges == 1), np.flatnonzero(edges == -1), strict=True)]
 
 
 class Encoder:
-    """Renders records with one tokenizer and format. `learn_all` puts the loss on every token (the seed's way)."""
+    """Renders records with one tokenizer and format, the mask on the answers and their eos."""
 
-    def __init__(
-        self,
-        tokenizer: TextTokenizer,
-        renderer: PromptRenderer,
-        *,
-        headers: Headers | None = None,
-        learn_all: bool = False,
-    ) -> None:
+    def __init__(self, tokenizer: TextTokenizer, renderer: PromptRenderer, *, headers: Headers | None = None) -> None:
         self._tokenizer = tokenizer
         self._renderer = renderer
         self._headers = headers
-        self._learn_all = learn_all
 
     def encode(self, record: Record) -> Row:
         """Raises InvalidInput for text that can't be encoded. The mask may be empty; the caller drops such rows."""
@@ -82,7 +90,7 @@ class Encoder:
         return ids, mask
 
     def _row(self, ids: Sequence[int], mask: Sequence[bool]) -> Row:
-        learnt = np.ones(len(ids), bool) if self._learn_all else np.asarray(mask, bool).copy()
+        learnt = np.asarray(mask, bool).copy()
         if len(learnt):
             learnt[0] = False
         return Row(np.asarray(ids, np.int32), learnt)

@@ -11,7 +11,8 @@ from typing import Any, Final
 from onebase.errors import RecipeError
 
 _TOP: Final = frozenset(
-    "model_name base_model model_family model_context_window data lora trainer trainer_output_dir model_output_dir".split()
+    "model_name base_model model_family model_context_window data lora trainer "
+    "trainer_output_dir model_output_dir".split()
 )
 _DATA: Final = {
     "vicuna": frozenset({"type", "dataset", "user_header", "response_header"}),

@@ -52,6 +52,19 @@ class StatusWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._write()
 
+    @classmethod
+    def taken_up(cls, path: Path | None) -> "StatusWriter":
+        """Over a status file that another process of the run has ended: its state and version stay."""
+        writer = cls(None)
+        if path is not None:
+            try:
+                known = json.loads(path.read_text("utf-8"))
+                writer.status = Status(**known)
+            except (OSError, ValueError, TypeError):
+                writer.status = replace(writer.status, state="running")
+            writer._path = path
+        return writer
+
     def progress(self, **changes: Any) -> None:
         self.status = replace(self.status, **changes)
         if time.monotonic() - self._written_at >= self.MIN_INTERVAL_S:

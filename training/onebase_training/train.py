@@ -39,6 +39,17 @@ class RunResult:
     metrics: dict[str, float | int | str | None]
 
 
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What is no part of a recipe, since it changes no weight."""
+
+    resume: bool = False
+    """Go on from the run folder's last checkpoint, if there is one."""
+    make_current: bool = True
+    aliases: tuple[str, ...] = ()
+    """Further names of the version, such as a job's `ft:...`."""
+
+
 def run(
     recipe: Recipe,
     home: Home,
@@ -46,18 +57,14 @@ def run(
     run_dir: Path | None = None,
     status: StatusWriter | None = None,
     console: Console | None = None,
-    resume: bool = False,
-    make_current: bool = True,
+    options: RunOptions | None = None,
 ) -> RunResult:
-    """Carry out a recipe. Raises the OnebaseError that ended it; the status file says the same either way.
-
-    `resume`: go on from the run folder's last checkpoint, if there is one.
-    """
+    """Carry out a recipe. Raises the OnebaseError that ended it; the status file says the same either way."""
     status, console = status or StatusWriter(None), console or Console()
     run_dir = run_dir or home.create().runs / recipe.name
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        result = _run(recipe, home, run_dir, status, console, resume, make_current)
+        result = _run(recipe, home, run_dir, status, console, options or RunOptions())
     except OnebaseError as error:
         status.enter("failed", error.message, error=_error(error))
         raise
@@ -76,8 +83,7 @@ def _run(
     run_dir: Path,
     status: StatusWriter,
     console: Console,
-    resume: bool,
-    make_current: bool,
+    options: RunOptions,
 ) -> RunResult:
     started = time.monotonic()
     for notice in recipe.notices:
@@ -93,12 +99,16 @@ def _run(
     torch.manual_seed(recipe.train.seed)
     base = load_base(spec, device, compute_dtype=recipe.compute.dtype)
     objective = prepare(base, recipe)
+    if recipe.resume_from is not None:
+        start = AdapterStore(home.adapters).resolve(recipe.resume_from)
+        console.print(f"going on from the weights of {start.id}")
+        checkpoint.load_adapter_tensors(objective.model, start.path)
     _describe(console, recipe, base, dataset, plan, objective)
 
     stop = StopRequest()
     trainer, callback, best = _trainer(recipe, objective, base, dataset, plan, run_dir, status, console, stop)
     before = _evaluate_base(trainer, recipe, console)
-    last = checkpoint.last_checkpoint(run_dir) if resume else None
+    last = checkpoint.last_checkpoint(run_dir) if options.resume else None
     if last is not None:
         console.print(f"going on from {last}")
     with stop.installed(console):
@@ -113,7 +123,15 @@ def _run(
     folder = run_dir / "adapter"
     tensors = best.tensors if best.tensors is not None else checkpoint.adapter_tensors(objective.model)
     write_checked(objective.model, tensors, folder)
-    version = publish_adapter(AdapterStore(home.adapters), folder, recipe, spec, metrics, make_current=make_current)
+    version = publish_adapter(
+        AdapterStore(home.adapters),
+        folder,
+        recipe,
+        spec,
+        metrics,
+        make_current=options.make_current,
+        aliases=options.aliases,
+    )
     _report(console, version, folder, metrics)
     status.enter("succeeded", "published" if version else "trained", version=version.id if version else None)
     return RunResult("succeeded", version, folder, metrics)
@@ -238,9 +256,6 @@ def _report(console: Console, version: Version | None, folder: Path, metrics: di
 
 
 def _error(error: BaseException) -> dict[str, str | None]:
-    known = isinstance(error, OnebaseError)
-    return {
-        "code": (error.code if known else None) or ("training_failed" if known else "internal_error"),
-        "message": error.message if known else f"{type(error).__name__}: {error}",
-        "param": error.param if known else None,
-    }
+    if isinstance(error, OnebaseError):
+        return {"code": error.code or "training_failed", "message": error.message, "param": error.param}
+    return {"code": "internal_error", "message": f"{type(error).__name__}: {error}", "param": None}

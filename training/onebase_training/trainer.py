@@ -88,7 +88,7 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
         return DataLoader(self._steps, batch_size=1, shuffle=False, collate_fn=_only)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """All micro-batches of one step: forward, backward. Returns the step's loss; raises on a loss that is not finite."""
+        """All micro-batches of one step. Returns the step's loss; raises TrainingError when it is not finite."""
         model.train()
         total = torch.zeros((), device=self.args.device)
         correct = torch.zeros((), device=self.args.device)
@@ -107,8 +107,8 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
             total = self.accelerator.reduce(total, reduction="sum")
         if not math.isfinite(total.item()):
             raise TrainingError(
-                f"the loss of step {self.state.global_step + 1} is {total.item()}: training stopped, nothing published. "
-                "A lower learning_rate or max_grad_norm usually helps",
+                f"the loss of step {self.state.global_step + 1} is {total.item()}: training stopped, nothing "
+                "published. A lower learning_rate or max_grad_norm usually helps",
                 code="loss_not_finite",
             )
         self.last_accuracy = correct.item() / max(1, learnt)
@@ -121,7 +121,7 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
         """Response loss and token accuracy of the held-out rows, each learnt token counting the same."""
         metrics = held_out_metrics(self.model, self.eval_batches, self.args.device)
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
