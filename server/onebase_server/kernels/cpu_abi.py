@@ -76,10 +76,7 @@ class Step(Structure):
                 "workspace",
             )
         ),
-        *(
-            (name, c_int32)
-            for name in ("num_tokens", "num_seqs", "table_width", "num_samples", "active", "threads")
-        ),
+        *((name, c_int32) for name in ("num_tokens", "num_seqs", "table_width", "num_samples", "active", "threads")),
     )
 
 

@@ -48,7 +48,7 @@ class CpuKernels(TorchKernels):
         n, k = weight.shape
         threads = torch.get_num_threads()
         rows = x.contiguous() if self.amx else x.float().contiguous()
-        out = torch.empty(x.shape[0], -(-n // STRIP) * STRIP)
+        out = torch.empty(x.shape[0], (-(-n // STRIP) + 1) * STRIP)  # row_stride of cpu/model.h
         each = 2 * k * STRIP * 2 + (BLOCK + x.shape[0]) * STRIP * 4 + 16384
         scratch = torch.empty(threads * each, dtype=torch.uint8)
         linear = cpu_abi.Linear(data=weight.repacked.data.data_ptr(), n=n, k=k, slices=1)

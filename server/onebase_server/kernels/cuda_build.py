@@ -216,6 +216,32 @@ class CudaModule:
         return self._functions[name]
 
 
+_BFLOAT16, _SWIZZLE_128, _PROMOTE_256 = 9, 3, 3  # CUtensorMapDataType, ...Swizzle, ...L2promotion
+
+
+def tensor_map(x: torch.Tensor, box_rows: int) -> "ctypes.Array[ctypes.c_uint64]":
+    """x [M, K] bf16 for the bulk copy engine: boxes of 64 columns x `box_rows`, 128-byte swizzle, zeros outside."""
+    room = (ctypes.c_uint64 * 24)()
+    offset = -ctypes.addressof(room) % 64  # the driver wants 64-byte alignment
+    result = (ctypes.c_uint64 * 16).from_buffer(room, offset)
+    status = _driver().cuTensorMapEncodeTiled(
+        result,
+        _BFLOAT16,
+        2,
+        pointer(x),
+        (ctypes.c_uint64 * 2)(x.shape[1], x.shape[0]),
+        (ctypes.c_uint64 * 1)(x.stride(0) * 2),
+        (ctypes.c_uint32 * 2)(64, box_rows),
+        (ctypes.c_uint32 * 2)(1, 1),
+        0,
+        _SWIZZLE_128,
+        _PROMOTE_256,
+        0,
+    )
+    _check(status, "cuTensorMapEncodeTiled")
+    return result
+
+
 def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 

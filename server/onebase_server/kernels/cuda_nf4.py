@@ -7,12 +7,13 @@ a scratch buffer and cuBLAS multiplies. It must not know models, layers or LoRA.
 import ctypes
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from onebase_server.kernels.cuda_build import CudaModule, is_hopper, pointer, read_source
+from onebase_server.kernels.cuda_build import CudaModule, is_hopper, pointer, read_source, tensor_map
 from onebase_server.kernels.cuda_dispatch import Choice, measured_choice
 from onebase_server.kernels.ops import BLOCK, NF4Weight
 
@@ -97,16 +98,16 @@ class Group:
     tokens: int
     row_tiles: int
     row_groups: int
-    k_groups: int
+    k_warps: int
     depth: int
 
     @property
     def name(self) -> str:
-        return f"nf4_wg_{self.tokens}_{self.row_tiles}_{self.row_groups}_{self.k_groups}_{self.depth}"
+        return f"nf4_wg_{self.tokens}_{self.row_tiles}_{self.row_groups}_{self.k_warps}_{self.depth}"
 
     @property
     def threads(self) -> int:
-        return self.row_groups * self.k_groups * 128
+        return self.row_groups * self.k_warps * 128
 
     @property
     def rows(self) -> int:
@@ -114,14 +115,14 @@ class Group:
 
     @property
     def source(self) -> str:
-        sizes = f"{self.tokens}, {self.row_tiles}, {self.row_groups}, {self.k_groups}, {self.depth}"
+        sizes = f"{self.tokens}, {self.row_tiles}, {self.row_groups}, {self.k_warps}, {self.depth}"
         return f"WG({self.name}, {sizes})"
 
     @property
     def shared_bytes(self) -> int:
-        stage = self.k_groups * self.tokens * 128 + self.threads // 32 * self.row_tiles * _TILE_BYTES
-        sums = self.rows * self.tokens * 4 if self.k_groups > 1 else 0
-        return _TABLE_BYTES + self.depth * (-(-stage // 1024) * 1024) + sums
+        stage = self.k_warps * self.tokens * 128 + self.threads // 32 * self.row_tiles * _TILE_BYTES
+        sums = self.rows * self.tokens * 4 if self.k_warps > 1 else 0
+        return _TABLE_BYTES + self.depth * (-(-stage // 1024) * 1024) + 1024 + sums
 
     @property
     def partial_floats(self) -> int:
@@ -196,7 +197,7 @@ class NF4Matmul:
         self._module = CudaModule(source, defines=["-DHOPPER"] if is_hopper() else [], cache_dir=cache_dir)
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         self._processors = properties.multi_processor_count
-        self._shared_limit = properties.shared_memory_per_block_optin
+        self._shared_limit = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
         floats = max(v.partial_floats for v in self.variants.values() if not isinstance(v, Small)) * self._processors
         self._workspace = torch.empty(floats, dtype=torch.float32, device="cuda")
         self._counters = torch.zeros(_MAX_ROW_BLOCKS, dtype=torch.int32, device="cuda")
@@ -242,7 +243,7 @@ class NF4Matmul:
         m, (n, k) = x.shape[0], weight.shape
         y = torch.empty(m, n, dtype=x.dtype, device=x.device) if out is None else out
         sizes = [ctypes.c_int(v) for v in (m, n, k, x.stride(0), tiles.blocks, tiles.row_tiles)]
-        head = [pointer(tiles.data), pointer(x), pointer(y), tiles.codes]
+        head: list[Any] = [pointer(tiles.data), pointer(x), pointer(y), tiles.codes]
         function = self._module.function(variant.name)
         if isinstance(variant, Small):
             grid = min(self._processors, tiles.row_tiles)
@@ -251,11 +252,11 @@ class NF4Matmul:
             return y
         row_blocks = -(-tiles.row_tiles * 16 // variant.rows)
         grid = min(self._processors, row_blocks * tiles.blocks // variant.k_warps)
-        workspace = [
-            pointer(self._workspace),
-            pointer(self._flags if isinstance(variant, Group) else self._counters),
-        ]
-        arguments = [*head, *workspace, *sizes]
+        if isinstance(variant, Group):
+            head[1] = tensor_map(x, variant.tokens)
+            del sizes[2:4]  # K and the stride are in the map
+        counters = self._flags if isinstance(variant, Group) else self._counters
+        arguments = [*head, pointer(self._workspace), pointer(counters), *sizes]
         function.launch((grid, 1, 1), variant.threads, arguments, shared_bytes=variant.shared_bytes)
         return y
 

@@ -72,7 +72,9 @@ class CudaKernels:
         expand += _ints(*count, slices, n, chunks * 8)
         groups, columns = -(-tokens // 16), -(-n // 1024)
         if one_each:
-            self._lora.function("lora_shrink").launch((tokens, slices, chunks), 256, shrink)
+            split = 4 if tokens <= 8 else 2 if tokens <= 32 else 1
+            grid = (tokens, slices, chunks * split)
+            self._lora.function("lora_shrink").launch(grid, 256, [*shrink, ctypes.c_int(split)])
             self._lora.function("lora_expand").launch((columns, tokens, 1), 128, expand)
         else:
             self._lora.function("lora_shrink_tiles").launch((groups, slices, chunks), 128, shrink)

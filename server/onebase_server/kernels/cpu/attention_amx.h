@@ -18,26 +18,26 @@ inline void configure_attention(int rows) {
     config.rows[5] = 16, config.bytes[5] = 64;
     config.rows[6] = 8, config.bytes[6] = 64;
     config.rows[7] = uint8_t(rows), config.bytes[7] = 32;
-    _tile_loadconfig(&config);
+    tile_configure(config);
 }
 
 constexpr int MAX_HEAD = 256;
 
 #define ONEBASE_SCORE(C)                                                                   \
-    _tile_zero(C);                                                                         \
+    TILE_ZERO(C);                                                                         \
     if (C < tiles) {                                                                       \
         const bf16* keys = k.tile(paging.tile(first + C * KEYS), group);                   \
         for (int d = 0; d < k.head; d += 32) {                                             \
-            _tile_loadd(4, q + d, ldq * 2);                                                \
-            _tile_loadd(5, keys + d * KEYS, 64);                                           \
-            _tile_dpbf16ps(C, 4, 5);                                                       \
+            TILE_LOAD(4, q + d, ldq * 2);                                                \
+            TILE_LOAD(5, keys + d * KEYS, 64);                                           \
+            TILE_DOT(C, 4, 5);                                                       \
         }                                                                                  \
     }                                                                                      \
-    _tile_stored(C, s + C * KEYS, SPLIT * 4);
+    TILE_STORE(C, s + C * KEYS, SPLIT * 4);
 #define ONEBASE_VALUE(C)                                 \
     if (d + C * LANES < k.head) {                        \
-        _tile_loadd(6, values + C * 32, k.head * 4);     \
-        _tile_dpbf16ps(C, 7, 6);                         \
+        TILE_LOAD(6, values + C * 32, k.head * 4);     \
+        TILE_DOT(C, 7, 6);                         \
     }
 
 // q: `rows` rows of `ldq` values (gathered by the caller), out [rows][head] fp32.
@@ -59,14 +59,14 @@ inline void attend_amx(const Cache<bf16>& k, const Cache<bf16>& v, int group, co
             for (int i = 0; i < SPLIT; i += LANES) store_narrow(weights + r * SPLIT + i, load(s + r * SPLIT + i));
         }
         for (int d = 0; d < k.head; d += 64) {
-            _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+            TILE_ZERO(0); TILE_ZERO(1); TILE_ZERO(2); TILE_ZERO(3);
             for (int t = 0; t < tiles; t++) {
                 const bf16* values = v.tile(paging.tile(first + t * KEYS), group) + d * 2;
-                _tile_loadd(7, weights + t * KEYS, SPLIT * 2);
+                TILE_LOAD(7, weights + t * KEYS, SPLIT * 2);
                 ONEBASE_VALUE(0) ONEBASE_VALUE(1) ONEBASE_VALUE(2) ONEBASE_VALUE(3)
             }
-            _tile_stored(0, added, 256); _tile_stored(1, added + 16, 256);
-            _tile_stored(2, added + 32, 256); _tile_stored(3, added + 48, 256);
+            TILE_STORE(0, added, 256); TILE_STORE(1, added + 16, 256);
+            TILE_STORE(2, added + 32, 256); TILE_STORE(3, added + 48, 256);
             for (int r = 0; r < count; r++)
                 for (int i = 0; i < 64 && d + i < k.head; i += LANES) {
                     float* at = out + r * k.head + d + i;

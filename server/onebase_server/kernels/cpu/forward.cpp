@@ -58,7 +58,7 @@ void onebase_forward(const Model* m, const Step* s) {
     else Forward<float, false>(*m, *s, rank).run();
 }
 
-// y [count][padded n] fp32 = x [count][k] . W; x bf16 for AMX, fp32 otherwise (already rounded if `round`).
+// y [count][row_stride(n)] fp32 = x [count][k] . W; x bf16 for AMX, fp32 otherwise (already rounded if `round`).
 void onebase_nf4_matmul(const Linear* w, const float* code, const void* x, int count, int use_amx, int round, int threads,
                         uint8_t* scratch, int64_t scratch_each, float* y) {
     const int columns = count < 16 ? count : 16, blocks = (count + columns - 1) / columns;
@@ -75,7 +75,7 @@ void onebase_nf4_matmul(const Linear* w, const float* code, const void* x, int c
 #ifdef ONEBASE_AMX
         if (use_amx) {
             nf4_matmul_amx(*w, code, Tokens{packed, count, columns, w->k}, strips, (bf16*)own, y);
-            _tile_release();
+            tile_release();
         }
 #endif
         if (!use_amx && round) nf4_matmul_wide<true>(*w, code, (const float*)x, count, strips, (float*)own, y);

@@ -1,53 +1,14 @@
-// The whole forward pass as phases of one parallel region, a barrier between phases. What a thread does in a phase
-// depends on the number of threads; what a row's values are does not.
+// The whole forward pass as phases, shared by threads (schedule.h). Which thread does what changes from run to run;
+// what a row's values are does not.
 #pragma once
-
-#include <atomic>
 
 #include "attention_amx.h"
 #include "lora.h"
 #include "matmul_wide.h"
+#include "schedule.h"
+#include "workspace.h"
 
 namespace onebase {
-
-inline int widest_input(const Model& m) {
-    const int a = m.hidden > m.inner ? m.hidden : m.inner;
-    return a > m.heads * m.head ? a : m.heads * m.head;
-}
-inline int widest_output(const Model& m) {
-    const int qkv = (m.heads + 2 * m.groups) * m.head, gate_up = 2 * m.inner;
-    return padded(qkv > gate_up ? qkv : gate_up);
-}
-inline size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
-
-// Buffers inside one block of memory; `bytes` of them are needed. Matmul inputs are kept twice: as rows of the
-// compute dtype (LoRA reads them) and as the matmul wants them (packed pairs, or fp32 rows).
-struct Workspace {
-    float *x, *y, *down;
-    void *rows, *q;
-    uint8_t *inputs, *scratch;
-    size_t scratch_each, bytes;
-
-    Workspace(const Model& m, int tokens, int max_rank, int threads, uint8_t* base) {
-        const size_t item = m.is_bf16 ? 2 : 4, wide = widest_input(m);
-        const size_t round = (tokens + 15) / 16 * 16;
-        size_t at = 0;
-        auto take = [&](size_t n) { uint8_t* p = base + at; at += aligned(n); return p; };
-        x = (float*)take(round * m.hidden * 4);
-        y = (float*)take(round * widest_output(m) * 4);
-        down = (float*)take(round * 3 * (max_rank + 1) * 4);
-        rows = take(round * wide * item);
-        q = take(round * m.heads * m.head * item);
-        inputs = take(round * wide * 4);
-        const size_t strips = 2 * wide * STRIP * 2, accumulators = (BLOCK * LANES + round * LANES) * 4;
-        const size_t attention = 16 * MAX_HEAD * 6 + 4096;
-        scratch_each = aligned((strips > accumulators ? strips : accumulators) + 32768 + attention);
-        scratch = take(scratch_each * threads);
-        bytes = at;
-    }
-    uint8_t* scratch_of(int thread) const { return scratch + scratch_each * thread; }
-    static constexpr int MAX_HEAD = 256;
-};
 
 template <typename T, bool AMX> struct Forward {
     const Model& m;
@@ -55,12 +16,13 @@ template <typename T, bool AMX> struct Forward {
     const Workspace work;
     const int tokens, threads;
     const LoraStep lora;
-    std::atomic<int> next_unit{0};
+    Schedule schedule;
     int units = 0;  // attention units
 
     Forward(const Model& model, const Step& s, int max_rank)
         : m(model), step(s), work(model, s.num_tokens, max_rank, s.threads, s.workspace), tokens(s.num_tokens),
-          threads(s.threads), lora{s.lora_starts, s.lora_ranks, model.rank_table, max_rank} {
+          threads(s.threads), lora{s.lora_starts, s.lora_ranks, model.rank_table, max_rank},
+          schedule(model.num_layers * 9 + 4, s.threads) {
         const int per = m.heads / m.groups;
         for (int i = 0; i < step.num_seqs; i++)
             units += ((step.query_starts[i + 1] - step.query_starts[i]) * per + 15) / 16 * m.groups;
@@ -89,9 +51,24 @@ template <typename T, bool AMX> struct Forward {
         for (int i = 0; i < n; i += LANES) store(out + i, load(x + i) * factor * load(weight + i));
     }
 
-    // y = x . W for this thread's strips, and its share of A . x.
-    void project(const Linear& w, int which, int thread) {
-        const Range strips = share(padded(w.n) / STRIP, thread, threads);
+    // y = x . W, and A . x for the adapters of the step.
+    void project(const Linear& w, int which, int thread, int& phase) {
+        const int strips = padded(w.n) / STRIP;
+        const int items = step.active >> which & 1 ? tokens * w.slices * lora.max_rank : 0;
+        const int group = strips < 64 * threads ? 2 : 4, pieces = (strips + group - 1) / group;
+        const int each = larger(8, items / (8 * threads)), shrinks = (items + each - 1) / each;
+        schedule.run(phase, shrinks + pieces, 1, [&](int piece, int) {
+            if (piece < shrinks) {
+                const int end = (piece + 1) * each;
+                shrink(w, m.lora_rows, (const T*)work.rows, lora, {piece * each, end < items ? end : items}, work.down);
+                return;
+            }
+            const int first = (piece - shrinks) * group;
+            multiply(w, {first, first + group < strips ? first + group : strips}, thread);
+        });
+    }
+
+    void multiply(const Linear& w, Range strips, int thread) {
         uint8_t* scratch = work.scratch_of(thread);
 #ifdef ONEBASE_AMX
         if constexpr (AMX) {
@@ -101,26 +78,21 @@ template <typename T, bool AMX> struct Forward {
 #endif
         if constexpr (!AMX)
             nf4_matmul_wide<sizeof(T) == 2>(w, m.code, (const float*)work.inputs, tokens, strips, (float*)scratch, work.y);
-        if (step.active >> which & 1)
-            shrink(w, m.lora_rows, (const T*)work.rows, lora, share(tokens * w.slices * lora.max_rank, thread, threads), work.down);
     }
 
     // Bias and LoRA of columns [column, column + width) of one token, inside `slice`.
     void finish(const Linear& w, int which, int token, int slice, int column, int width) {
-        float* y = work.y + size_t(token) * padded(w.n) + column;
+        float* y = work.y + size_t(token) * row_stride(w.n) + column;
         if (w.bias)
             for (int i = 0; i < width; i += LANES) store(y + i, load(y + i) + load(w.bias + column + i));
         if (step.active >> which & 1) expand<T>(w, token, slice, column, width, lora, work.down, y);
     }
 
-    void embed(int thread) {
-        const Range own = share(tokens, thread, threads);
-        for (int t = own.begin; t < own.end; t++) {
-            const T* row = (const T*)m.embed + size_t(step.tokens[t]) * m.hidden;
-            float* x = work.x + size_t(t) * m.hidden;
-            for (int i = 0; i < m.hidden; i += LANES) store(x + i, load_wide(row + i));
-            norm_and_put(t, m.layers[0].input_norm, thread, t, tokens);
-        }
+    void embed(int t, int thread) {
+        const T* row = (const T*)m.embed + size_t(step.tokens[t]) * m.hidden;
+        float* x = work.x + size_t(t) * m.hidden;
+        for (int i = 0; i < m.hidden; i += LANES) store(x + i, load_wide(row + i));
+        norm_and_put(t, m.layers[0].input_norm, thread, t, tokens);
     }
 
     void norm_and_put(int token, const float* weight, int thread, int row, int count) {
@@ -146,46 +118,41 @@ template <typename T, bool AMX> struct Forward {
     }
 
     // Bias, LoRA, norms and rotation of q and k; k and v into the cache.
-    void rope(const Layer& layer, int thread) {
+    void rope(const Layer& layer, int item) {
         const Linear& w = layer.projections[QKV];
         const int per = m.heads / m.groups;
         const Cache<T> kc{(T*)layer.k_cache, m.groups, m.head}, vc{(T*)layer.v_cache, m.groups, m.head};
-        const Range own = share(tokens * m.groups, thread, threads);
-        for (int item = own.begin; item < own.end; item++) {
-            const int t = item / m.groups, g = item % m.groups, position = step.positions[t];
-            const int q0 = g * per * m.head, k0 = w.offsets[1] + g * m.head, v0 = w.offsets[2] + g * m.head;
-            finish(w, QKV, t, 0, q0, per * m.head);
-            finish(w, QKV, t, 1, k0, m.head);
-            finish(w, QKV, t, 2, v0, m.head);
-            float* y = work.y + size_t(t) * padded(w.n);
-            for (int h = 0; h < per; h++) {
-                float* q = y + q0 + h * m.head;
-                if (layer.q_norm) norm(q, layer.q_norm, m.head, q);
-                rotate(q, position);
-                T* to = (T*)work.q + (size_t(t) * m.heads + g * per + h) * m.head;
-                for (int i = 0; i < m.head; i += LANES) store_narrow(to + i, load(q + i));
-            }
-            if (layer.k_norm) norm(y + k0, layer.k_norm, m.head, y + k0);
-            rotate(y + k0, position);
-            write_key(kc, step.kv_slots[t], g, y + k0);
-            write_value(vc, step.kv_slots[t], g, y + v0);
-            if (opens_tile(t)) clear_after(vc, step.kv_slots[t], g);
+        const int t = item / m.groups, g = item % m.groups, position = step.positions[t];
+        const int q0 = g * per * m.head, k0 = w.offsets[1] + g * m.head, v0 = w.offsets[2] + g * m.head;
+        finish(w, QKV, t, 0, q0, per * m.head);
+        finish(w, QKV, t, 1, k0, m.head);
+        finish(w, QKV, t, 2, v0, m.head);
+        float* y = work.y + size_t(t) * row_stride(w.n);
+        for (int h = 0; h < per; h++) {
+            float* q = y + q0 + h * m.head;
+            if (layer.q_norm) norm(q, layer.q_norm, m.head, q);
+            rotate(q, position);
+            T* to = (T*)work.q + (size_t(t) * m.heads + g * per + h) * m.head;
+            for (int i = 0; i < m.head; i += LANES) store_narrow(to + i, load(q + i));
         }
+        if (layer.k_norm) norm(y + k0, layer.k_norm, m.head, y + k0);
+        rotate(y + k0, position);
+        write_key(kc, step.kv_slots[t], g, y + k0);
+        write_value(vc, step.kv_slots[t], g, y + v0);
+        if (opens_tile(t)) clear_after(vc, step.kv_slots[t], g);
     }
 
-    // Units are taken from a shared counter: contexts differ in length. All units of a sequence lie together.
-    void attention(const Layer& layer, int thread) {
+    // A unit is up to 16 (token, head) rows of one sequence and kv head; all units of a sequence lie together.
+    void attention(const Layer& layer, int unit, int thread) {
         const int per = m.heads / m.groups;
-        int seq = 0, before = 0;
-        for (int unit; (unit = next_unit.fetch_add(1)) < units;) {
-            for (;; seq++) {
-                const int rows = (step.query_starts[seq + 1] - step.query_starts[seq]) * per;
-                const int own = (rows + 15) / 16 * m.groups;
-                if (unit < before + own) break;
-                before += own;
+        for (int seq = 0;; seq++) {
+            const int rows = (step.query_starts[seq + 1] - step.query_starts[seq]) * per;
+            const int own = (rows + 15) / 16 * m.groups;
+            if (unit < own) {
+                attend(layer, seq, unit % m.groups, unit / m.groups * 16, thread);
+                return;
             }
-            const int local = unit - before;
-            attend(layer, seq, local % m.groups, local / m.groups * 16, thread);
+            unit -= own;
         }
     }
 
@@ -218,38 +185,31 @@ template <typename T, bool AMX> struct Forward {
     }
 
     // x += y, then the next norm.
-    void residual(const Linear& w, int which, const float* next_norm, int thread) {
-        const Range own = share(tokens, thread, threads);
-        for (int t = own.begin; t < own.end; t++) {
-            finish(w, which, t, 0, 0, m.hidden);
-            float* x = work.x + size_t(t) * m.hidden;
-            const float* y = work.y + size_t(t) * padded(w.n);
-            for (int i = 0; i < m.hidden; i += LANES) store(x + i, load(x + i) + load(y + i));
-            if (next_norm) norm_and_put(t, next_norm, thread, t, tokens);
-        }
+    void residual(const Linear& w, int which, const float* next_norm, int t, int thread) {
+        finish(w, which, t, 0, 0, m.hidden);
+        float* x = work.x + size_t(t) * m.hidden;
+        const float* y = work.y + size_t(t) * row_stride(w.n);
+        for (int i = 0; i < m.hidden; i += LANES) store(x + i, load(x + i) + load(y + i));
+        if (next_norm) norm_and_put(t, next_norm, thread, t, tokens);
     }
 
-    void silu(const Layer& layer, int thread) {
-        const Linear& w = layer.projections[GATE_UP];
-        const int width = BLOCK, chunks = m.inner / width;
-        const Range own = share(tokens * chunks, thread, threads);
-        for (int item = own.begin; item < own.end; item++) {
-            const int t = item / chunks, column = item % chunks * width;
-            finish(w, GATE_UP, t, 0, column, width);
-            finish(w, GATE_UP, t, 1, m.inner + column, width);
-            float* gate = work.y + size_t(t) * padded(w.n) + column;
-            for (int i = 0; i < width; i += LANES) {
-                const v16f g = load(gate + i);
-                store(gate + i, g / (splat(1.0f) + vexp(-g)) * load(gate + m.inner + i));
-            }
-            put(t, column, gate, width, m.inner, tokens);
+    // silu(gate) * up of 64 columns of a token.
+    void silu(const Linear& w, int item) {
+        const int chunks = m.inner / BLOCK, t = item / chunks, column = item % chunks * BLOCK;
+        finish(w, GATE_UP, t, 0, column, BLOCK);
+        finish(w, GATE_UP, t, 1, m.inner + column, BLOCK);
+        float* gate = work.y + size_t(t) * row_stride(w.n) + column;
+        for (int i = 0; i < BLOCK; i += LANES) {
+            const v16f g = load(gate + i);
+            store(gate + i, g / (splat(1.0f) + vexp(-g)) * load(gate + m.inner + i));
         }
+        put(t, column, gate, BLOCK, m.inner, tokens);
     }
 
-    void logits(int thread) {
-        const int samples = step.num_samples, whole = m.vocab / STRIP;
-        const Range strips = share(whole, thread, threads);
+    void logits(Range strips, int thread) {
+        const int samples = step.num_samples;
         const T* head = (const T*)m.lm_head;
+        (void)thread;
 #ifdef ONEBASE_AMX
         if constexpr (AMX) {
             const Tokens x{(const uint32_t*)work.inputs, samples, columns_of(samples), m.hidden};
@@ -258,51 +218,52 @@ template <typename T, bool AMX> struct Forward {
 #endif
         if constexpr (!AMX)
             plain_matmul_wide(head, m.hidden, (const float*)work.inputs, samples, strips, step.logits, m.vocab);
-        if (thread == 0)
-            for (int n = whole * STRIP; n < m.vocab; n++)
-                for (int r = 0; r < samples; r++)
-                    step.logits[size_t(r) * m.vocab + n] =
-                        dot(head + size_t(n) * m.hidden, (const T*)work.rows + size_t(r) * m.hidden, m.hidden);
+        const int end = m.vocab / STRIP * STRIP;
+        if (strips.end * STRIP < end) return;
+        for (int n = end; n < m.vocab; n++)  // a vocabulary that is no multiple of 16
+            for (int r = 0; r < samples; r++)
+                step.logits[size_t(r) * m.vocab + n] =
+                    dot(head + size_t(n) * m.hidden, (const T*)work.rows + size_t(r) * m.hidden, m.hidden);
     }
 
-    void layer(int index, int thread) {
+    int grain(int total) const { return larger(1, total / (8 * threads)); }
+
+    void layer(int index, int thread, int& phase) {
         const Layer& l = m.layers[index];
         const Linear* w = l.projections;
-        project(w[QKV], QKV, thread);
-#pragma omp barrier
-        rope(l, thread);
-        if (thread == 0) next_unit = 0;
-#pragma omp barrier
-        attention(l, thread);
-#pragma omp barrier
-        project(w[OUT], OUT, thread);
-#pragma omp barrier
-        residual(w[OUT], OUT, l.post_norm, thread);
-#pragma omp barrier
-        project(w[GATE_UP], GATE_UP, thread);
-#pragma omp barrier
-        silu(l, thread);
-#pragma omp barrier
-        project(w[DOWN], DOWN, thread);
-#pragma omp barrier
-        residual(w[DOWN], DOWN, index + 1 < m.num_layers ? m.layers[index + 1].input_norm : nullptr, thread);
-#pragma omp barrier
+        const float* next_norm = index + 1 < m.num_layers ? m.layers[index + 1].input_norm : nullptr;
+        auto each = [&](int total, auto body) {
+            schedule.run(phase, total, grain(total), [&](int begin, int end) {
+                for (int i = begin; i < end; i++) body(i);
+            });
+        };
+        project(w[QKV], QKV, thread, phase);
+        each(tokens * m.groups, [&](int item) { rope(l, item); });
+        schedule.run(phase, units, 1, [&](int unit, int) { attention(l, unit, thread); });
+        project(w[OUT], OUT, thread, phase);
+        each(tokens, [&](int t) { residual(w[OUT], OUT, l.post_norm, t, thread); });
+        project(w[GATE_UP], GATE_UP, thread, phase);
+        each(tokens * (m.inner / BLOCK), [&](int item) { silu(w[GATE_UP], item); });
+        project(w[DOWN], DOWN, thread, phase);
+        each(tokens, [&](int t) { residual(w[DOWN], DOWN, next_norm, t, thread); });
     }
 
     void run() {
 #pragma omp parallel num_threads(threads)
         {
             const int thread = omp_get_thread_num();
-            embed(thread);
-#pragma omp barrier
-            for (int i = 0; i < m.num_layers; i++) layer(i, thread);
-            const Range own = share(step.num_samples, thread, threads);
-            for (int r = own.begin; r < own.end; r++)
+            int phase = 0;
+            schedule.run(phase, tokens, grain(tokens), [&](int begin, int end) {
+                for (int t = begin; t < end; t++) embed(t, thread);
+            });
+            for (int i = 0; i < m.num_layers; i++) layer(i, thread, phase);
+            schedule.run(phase, step.num_samples, 1, [&](int r, int) {
                 norm_and_put(int(step.sample_tokens[r]), m.norm, thread, r, step.num_samples);
-#pragma omp barrier
-            if (step.num_samples) logits(thread);
+            });
+            const int strips = step.num_samples ? m.vocab / STRIP : 0;
+            schedule.run(phase, strips, 64, [&](int begin, int end) { logits({begin, end}, thread); });
 #ifdef ONEBASE_AMX
-            if (AMX) _tile_release();
+            if (AMX) tile_release();
 #endif
         }
     }

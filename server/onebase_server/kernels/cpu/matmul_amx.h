@@ -3,18 +3,13 @@
 // products tile after tile along k, whatever the number of tokens: that is what makes the batch invisible to a row.
 #pragma once
 
+#include "amx.h"
 #include "model.h"
 
 #ifdef ONEBASE_AMX
 namespace onebase {
 
 constexpr int TILE = 512;  // bf16 values in a tile of 16 features x 32 k
-
-struct __attribute__((packed)) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-};
 
 // Tiles 0-3 accumulate [16, columns], 4-5 hold weights, 6-7 activations [16 k pairs, columns].
 inline void configure_matmul(int columns) {
@@ -23,7 +18,7 @@ inline void configure_matmul(int columns) {
         config.rows[t] = 16;
         config.bytes[t] = uint16_t(t == 4 || t == 5 ? 64 : 4 * columns);
     }
-    _tile_loadconfig(&config);
+    tile_configure(config);
 }
 
 // 16 features x 64 k -> two tiles [16][32]. A word holds four nibbles: two of one row, two of the next.
@@ -43,17 +38,35 @@ inline void decode_block(const uint8_t* source, bf16* tiles, __m512 code) {
     }
 }
 
-// Accumulator [16 features][columns] -> y[column][feature] with row stride `ldy`.
-inline void scatter(const float* c, int columns, int valid, float* y, int ldy) {
-    if (columns == 1) {
-        memcpy(y, c, 64);
+// 16 x 16 transpose of 32-bit values in registers.
+inline void transpose(__m512 r[16]) {
+    __m512d t[16];
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            const __m512d a = (__m512d)(j ? _mm512_unpackhi_ps(r[i], r[i + 1]) : _mm512_unpacklo_ps(r[i], r[i + 1]));
+            const __m512d b = (__m512d)(j ? _mm512_unpackhi_ps(r[i + 2], r[i + 3]) : _mm512_unpacklo_ps(r[i + 2], r[i + 3]));
+            t[i + 2 * j] = _mm512_unpacklo_pd(a, b), t[i + 2 * j + 1] = _mm512_unpackhi_pd(a, b);
+        }
+    for (int j = 0; j < 4; j++) {
+        const __m512 a = (__m512)t[j], b = (__m512)t[4 + j], c = (__m512)t[8 + j], d = (__m512)t[12 + j];
+        const __m512 ab0 = _mm512_shuffle_f32x4(a, b, 0x88), ab1 = _mm512_shuffle_f32x4(a, b, 0xDD);
+        const __m512 cd0 = _mm512_shuffle_f32x4(c, d, 0x88), cd1 = _mm512_shuffle_f32x4(c, d, 0xDD);
+        r[j] = _mm512_shuffle_f32x4(ab0, cd0, 0x88), r[8 + j] = _mm512_shuffle_f32x4(ab0, cd0, 0xDD);
+        r[4 + j] = _mm512_shuffle_f32x4(ab1, cd1, 0x88), r[12 + j] = _mm512_shuffle_f32x4(ab1, cd1, 0xDD);
+    }
+}
+
+// Accumulator [16 features][columns], stored with rows of 16, -> y[column][feature] with row stride `ldy`.
+inline void scatter(const float* c, int valid, float* y, int ldy) {
+    if (valid == 1) {
+        const __m512i rows = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(16));
+        _mm512_storeu_ps(y, _mm512_i32gather_ps(rows, c, 4));
         return;
     }
-    for (int m = 0; m < valid; m++) {
-        v16f row;
-        for (int n = 0; n < STRIP; n++) row[n] = c[n * columns + m];
-        store(y + size_t(m) * ldy, row);
-    }
+    __m512 r[16];
+    for (int n = 0; n < 16; n++) r[n] = _mm512_load_ps(c + 16 * n);
+    transpose(r);
+    for (int m = 0; m < valid; m++) _mm512_storeu_ps(y + size_t(m) * ldy, r[m]);
 }
 
 struct Tokens {
@@ -65,36 +78,55 @@ struct Tokens {
 };
 inline int columns_for(int tokens) { return tokens < 16 ? tokens : 16; }
 
-// Up to 16 tokens, S strips at once (independent chains hide the tile unit's latency). Decoding runs a block ahead.
-#define ONEBASE_STEP(STRIP_INDEX, C)                                                          \
-    if (S > STRIP_INDEX) {                                                                    \
-        _tile_loadd(4, now + (STRIP_INDEX * 2 + half) * TILE, 64);                            \
-        _tile_dpbf16ps(C, 4, 6);                                                              \
-    }
-template <int S>
+inline void store_accumulators(const Tokens& x, int block, int strips, int blocks, float* y, int ldy) {
+    alignas(64) float c[4][256];
+    TILE_STORE(0, c[0], 64);
+    TILE_STORE(1, c[1], 64);
+    TILE_STORE(2, c[2], 64);
+    TILE_STORE(3, c[3], 64);
+    for (int b = 0; b < blocks; b++)
+        for (int s = 0; s < strips; s++)
+            scatter(c[strips * b + s], x.valid(block + b), y + size_t(block + b) * x.columns * ldy + s * STRIP, ldy);
+}
+
+// S strips x B blocks of tokens (S * B <= 4: independent chains hide the tile unit's latency), decoded a block ahead.
+template <int S, int B>
 inline void strips_few(const uint8_t* data, int blocks, const Tokens& x, __m512 code, bf16* scratch, float* y, int ldy) {
     const size_t strip_bytes = size_t(blocks) * BLOCK_BYTES;
-    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    TILE_ZERO(0); TILE_ZERO(1); TILE_ZERO(2); TILE_ZERO(3);
     for (int s = 0; s < S; s++) decode_block(data + s * strip_bytes, scratch + s * 2 * TILE, code);
     for (int kb = 0; kb < blocks; kb++) {
-        bf16* now = scratch + (kb & 1) * 8 * TILE;
+        const bf16* now = scratch + (kb & 1) * 8 * TILE;
         bf16* next = scratch + (~kb & 1) * 8 * TILE;
         if (kb + 1 < blocks)
             for (int s = 0; s < S; s++)
                 decode_block(data + s * strip_bytes + (kb + 1) * BLOCK_BYTES, next + s * 2 * TILE, code);
-        for (int half = 0; half < 2; half++) {
-            _tile_loadd(6, x.packed + size_t(kb * 32 + half * 16) * x.columns, 4 * x.columns);
-            ONEBASE_STEP(0, 0) ONEBASE_STEP(1, 1) ONEBASE_STEP(2, 2) ONEBASE_STEP(3, 3)
+        for (int half = 0; half < 2; half++, now += TILE) {
+            const size_t at = size_t(kb * 32 + half * 16) * x.columns;
+            TILE_LOAD(6, x.packed + at, 4 * x.columns);
+            TILE_LOAD(4, now, 64);
+            TILE_DOT(0, 4, 6);
+            if (S > 1) {
+                TILE_LOAD(5, now + 2 * TILE, 64);
+                TILE_DOT(1, 5, 6);
+            }
+            if (B > 1) {
+                TILE_LOAD(7, x.block(1) + at, 4 * x.columns);
+                if (S == 1) TILE_DOT(1, 4, 7);
+                else {
+                    TILE_DOT(2, 4, 7);
+                    TILE_DOT(3, 5, 7);
+                }
+            } else if (S > 2) {
+                TILE_LOAD(4, now + 4 * TILE, 64);
+                TILE_DOT(2, 4, 6);
+                TILE_LOAD(5, now + 6 * TILE, 64);
+                TILE_DOT(3, 5, 6);
+            }
         }
     }
-    alignas(64) float c[4][256];
-    _tile_stored(0, c[0], 4 * x.columns);
-    if (S > 1) _tile_stored(1, c[1], 4 * x.columns);
-    if (S > 2) _tile_stored(2, c[2], 4 * x.columns);
-    if (S > 3) _tile_stored(3, c[3], 4 * x.columns);
-    for (int s = 0; s < S; s++) scatter(c[s], x.columns, x.count, y + s * STRIP, ldy);
+    store_accumulators(x, 0, S, B, y, ldy);
 }
-#undef ONEBASE_STEP
 
 // S strips x B blocks of tokens, weights as tiles in memory (decoded, or lm_head's own rows).
 struct TileSource {
@@ -103,29 +135,25 @@ struct TileSource {
 };
 template <int S, int B>
 inline void tiles_many(const TileSource& w, int steps, const Tokens& x, int block, float* y, int ldy) {
-    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    TILE_ZERO(0); TILE_ZERO(1); TILE_ZERO(2); TILE_ZERO(3);
     const uint32_t* x0 = x.block(block);
     const uint32_t* x1 = x.block(block + (B > 1));
     for (int k = 0; k < steps; k++) {
-        _tile_loadd(4, w.at + k * w.step, w.row_bytes);
-        if (S > 1) _tile_loadd(5, w.at + w.strip + k * w.step, w.row_bytes);
-        _tile_loadd(6, x0 + size_t(k) * 16 * x.columns, 4 * x.columns);
-        _tile_dpbf16ps(0, 4, 6);
-        if (S > 1) _tile_dpbf16ps(1, 5, 6);
+        TILE_LOAD(4, w.at + k * w.step, w.row_bytes);
+        if (S > 1) TILE_LOAD(5, w.at + w.strip + k * w.step, w.row_bytes);
+        TILE_LOAD(6, x0 + size_t(k) * 16 * x.columns, 4 * x.columns);
+        TILE_DOT(0, 4, 6);
+        if (S > 1) TILE_DOT(1, 5, 6);
         if (B > 1) {
-            _tile_loadd(7, x1 + size_t(k) * 16 * x.columns, 4 * x.columns);
-            _tile_dpbf16ps(2, 4, 7);
-            if (S > 1) _tile_dpbf16ps(3, 5, 7);
+            TILE_LOAD(7, x1 + size_t(k) * 16 * x.columns, 4 * x.columns);
+            if (S == 1) TILE_DOT(1, 4, 7);
+            else {
+                TILE_DOT(2, 4, 7);
+                TILE_DOT(3, 5, 7);
+            }
         }
     }
-    alignas(64) float c[4][256];
-    _tile_stored(0, c[0], 4 * x.columns);
-    if (S > 1) _tile_stored(1, c[1], 4 * x.columns);
-    if (B > 1) _tile_stored(2, c[2], 4 * x.columns);
-    if (S > 1 && B > 1) _tile_stored(3, c[3], 4 * x.columns);
-    for (int b = 0; b < B; b++)
-        for (int s = 0; s < S; s++)
-            scatter(c[2 * b + s], x.columns, x.valid(block + b), y + size_t(block + b) * x.columns * ldy + s * STRIP, ldy);
+    store_accumulators(x, block, S, B, y, ldy);
 }
 template <int S>
 inline void all_blocks(const TileSource& w, int steps, const Tokens& x, float* y, int ldy) {
@@ -136,17 +164,29 @@ inline void all_blocks(const TileSource& w, int steps, const Tokens& x, float* y
 
 // y[token][feature] for strips [range): this thread's share. `scratch` holds 2 decoded strips or 16 tiles.
 inline void nf4_matmul_amx(const Linear& w, const float* code16, const Tokens& x, Range range, bf16* scratch, float* y) {
-    const int blocks = w.k / BLOCK, ldy = padded(w.n);
+    const int blocks = w.k / BLOCK, ldy = row_stride(w.n);
     const size_t strip_bytes = size_t(blocks) * BLOCK_BYTES;
     const __m512 code = _mm512_loadu_ps(code16);
     configure_matmul(x.columns);
     int s = range.begin;
-    if (x.count <= 16) {
-        for (; s + 4 <= range.end; s += 4)
-            strips_few<4>(w.data + s * strip_bytes, blocks, x, code, scratch, y + s * STRIP, ldy);
-        for (; s + 2 <= range.end; s += 2)
-            strips_few<2>(w.data + s * strip_bytes, blocks, x, code, scratch, y + s * STRIP, ldy);
-        if (s < range.end) strips_few<1>(w.data + s * strip_bytes, blocks, x, code, scratch, y + s * STRIP, ldy);
+    if (x.blocks() <= 2) {
+        for (; s < range.end;) {
+            const uint8_t* data = w.data + s * strip_bytes;
+            float* out = y + s * STRIP;
+            const int left = range.end - s;
+            if (x.blocks() == 2) {
+                if (left > 1) strips_few<2, 2>(data, blocks, x, code, scratch, out, ldy);
+                else strips_few<1, 2>(data, blocks, x, code, scratch, out, ldy);
+                s += 2;
+            } else if (left >= 4) {
+                strips_few<4, 1>(data, blocks, x, code, scratch, out, ldy);
+                s += 4;
+            } else {
+                if (left > 1) strips_few<2, 1>(data, blocks, x, code, scratch, out, ldy);
+                else strips_few<1, 1>(data, blocks, x, code, scratch, out, ldy);
+                s += 2;
+            }
+        }
         return;
     }
     const size_t strip = size_t(w.k) * STRIP;

@@ -64,7 +64,7 @@ inline void accumulate_all(const float* w, int k, const float* x, int ldx, int c
 // y[token][feature] for strips [range). x [count][k] fp32; scratch: 64 * 16 + count * 16 floats.
 template <bool ROUND>
 inline void nf4_matmul_wide(const Linear& w, const float* code, const float* x, int count, Range range, float* scratch, float* y) {
-    const int blocks = w.k / BLOCK, ldy = padded(w.n);
+    const int blocks = w.k / BLOCK, ldy = row_stride(w.n);
     float* acc = scratch + BLOCK * LANES;
     for (int s = range.begin; s < range.end; s++) {
         memset(acc, 0, sizeof(float) * LANES * count);

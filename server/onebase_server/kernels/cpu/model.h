@@ -43,5 +43,7 @@ struct Step {
 };
 
 inline int padded(int n) { return (n + STRIP - 1) / STRIP * STRIP; }
+// Floats between two tokens of a projection: a little more than its width, so that rows do not share cache sets.
+inline int row_stride(int n) { return padded(n) + STRIP; }
 
 }  // namespace onebase

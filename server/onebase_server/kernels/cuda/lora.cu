@@ -16,30 +16,40 @@ DEV float dot8(const uint4& a, const uint4& b, float sum) {
   return sum;
 }
 
-// grid (T, I, ceil(max_rank / 8)), 8 warps, a rank row each.
+// grid (T, I, ceil(max_rank split / 8)), 8 warps: `split` (1, 2, 4 or 8) of them share a rank row.
 extern "C" __global__ void __launch_bounds__(256)
     lora_shrink(const u16* x, const u16* __restrict__ a, float* v, const int* __restrict__ starts,
-                const int* __restrict__ ranks, int slices, int R, int K, int ldx, int V) {
-  const int token = blockIdx.x, slice = blockIdx.y, lane = threadIdx.x & 31;
-  const int row = blockIdx.z * 8 + (threadIdx.x >> 5), chunks = K / 8;
+                const int* __restrict__ ranks, int slices, int R, int K, int ldx, int V, int split) {
+  __shared__ float parts[8];
+  const int token = blockIdx.x, slice = blockIdx.y, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int row = (blockIdx.z * 8 + warp) / split, chunks = K / 8;
+  const int first = (warp & (split - 1)) * 32 + lane, stride = 32 * split;
   launch_dependents();
   const bool active = row < ranks[token];
   const uint4* from = (const uint4*)(a + ((u64)slice * R + starts[token] + (active ? row : 0)) * K);
   uint4 ahead[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i)
-    if (active && lane + 32 * i < chunks) ahead[i] = from[lane + 32 * i];
+    if (active && first + stride * i < chunks) ahead[i] = from[first + stride * i];
   wait_for_previous();
-  if (!active) return;
+  if (blockIdx.z * 8 / split >= ranks[token]) return;
   const uint4* mine = (const uint4*)(x + (u64)token * ldx);
   float sum = 0.f;
+  if (active) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
-    if (lane + 32 * i < chunks) sum = dot8(ahead[i], mine[lane + 32 * i], sum);
+    for (int i = 0; i < 8; ++i)
+      if (first + stride * i < chunks) sum = dot8(ahead[i], mine[first + stride * i], sum);
 #pragma unroll 8
-  for (int c = lane + 256; c < chunks; c += 32) sum = dot8(from[c], mine[c], sum);
+    for (int c = first + stride * 8; c < chunks; c += stride) sum = dot8(from[c], mine[c], sum);
+  }
   sum = warp_sum(sum);
-  if (lane == 0) v[((u64)token * slices + slice) * V + row] = sum;
+  if (split > 1) {
+    if (lane == 0) parts[warp] = sum;
+    __syncthreads();
+    sum = 0.f;
+    for (int i = 0; i < split; ++i) sum += parts[warp / split * split + i];
+  }
+  if (active && lane == 0 && (warp & (split - 1)) == 0) v[((u64)token * slices + slice) * V + row] = sum;
 }
 
 // grid (ceil(N / 1024), T), 128 threads of 8 columns.

@@ -3,11 +3,15 @@
 // Weights lie in tiles of 16 rows x 64 columns, 576 bytes: 32 lanes x 16 bytes of nibbles, then absmax as float[8][2] (rows g,
 // g + 8). Lane 4 g + t holds eight bytes of row g, then eight of row g + 8; byte 2 s + h has columns 16 s + 8 h + 2 t and + 1:
 // the A operand of four mma.m16n8k16 (weights are A, 16 rows; tokens are B, 8 columns). A warp takes a tile by one
-// coalesced 16-byte copy a lane. Decoding: one permute makes a shared-memory address of a byte, one load from a table of
+// coalesced 16-byte copy a lane; four row tiles (64 rows) lie together for each block of K. Decoding: one permute makes a shared-memory address of a byte, one load from a table of
 // byte -> bf16 pair (a copy in each bank) gives two weights. absmax multiplies the block's fp32 sums, so nothing but
 // the 16 codes is rounded.
 #define TILE 576
 #define LUT_BYTES 65536
+#define QUAD (4 * TILE)
+
+// Where a row tile's block begins; the row tile's next block is QUAD bytes on.
+DEV u64 tile_offset(int tile, int block, int KB) { return ((u64)(tile >> 2) * KB + block) * QUAD + (tile & 3) * TILE; }
 
 struct Codes { u16 v[16]; };
 
@@ -71,17 +75,24 @@ DEV void small_kernel(const u8* __restrict__ weight, const u16* x, u16* y, const
 
   const int in_job = max((KB / 2 - warp + W - 1) / W, 0);  // this warp's pairs of one job
   int left = in_job * ((tiles - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x), to_job_end = in_job;
-  const u8* source = weight + ((u64)blockIdx.x * KB + 2 * warp) * TILE + lane * 16;
-  const u64 to_next_job = ((u64)gridDim.x * KB - (u64)in_job * W * 2) * TILE;
+  int copied_job = blockIdx.x;
+  const u8* source = weight + tile_offset(copied_job, 2 * warp, KB) + lane * 16;
   u8* put = ring + lane * 16;
   auto issue = [&]() {
     if (left > 0) {
       copy16(put, source);
-      copy16(put + 512, source + 512);
-      if (lane < 8) copy16(put + 1024, source + 1024);
+      copy16(put + TILE, source + QUAD);
+      if (lane < 8) {  // absmax of both
+        const int second = lane >> 2;
+        copy16(put + 512 + second * (TILE - 64), source + 512 + second * (QUAD - 64));
+      }
       --left;
-      source += W * STAGE;
-      if (--to_job_end == 0) { to_job_end = in_job; source += to_next_job; }
+      source += W * 2 * QUAD;
+      if (--to_job_end == 0) {
+        to_job_end = in_job;
+        copied_job += gridDim.x;
+        source = weight + tile_offset(copied_job, 2 * warp, KB) + lane * 16;
+      }
     }
     copy_commit();
     put += STAGE;
@@ -173,7 +184,7 @@ DEV void wide_kernel(const u8* __restrict__ weight, const u16* x, u16* y, const 
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       int tile = min((rb * WN + wn) * R + r, tiles - 1);
-      copy_tile(to + r * TILE, weight + ((u64)tile * KB + kb) * TILE, lane);
+      copy_tile(to + r * TILE, weight + tile_offset(tile, kb, KB), lane);
     }
   };
   auto issue_x = [&](int unit, int slot) {
@@ -305,133 +316,152 @@ DEV void wide_kernel(const u8* __restrict__ weight, const u16* x, u16* y, const 
 #define WGMMA_COMMIT() asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")
 #define WGMMA_WAIT() asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory")
 
-// Tokens as B of wgmma, from shared memory. N tokens at most; WR x WK warpgroups of 4 warps, R x 64 rows each: WR warpgroups
-// share a 64-column block of x, WK blocks a step. Stream-K as above, but the CTA that begins a row block ends it: it
-// runs to it last, when the others' parts (their first work) are long written. All CTAs are resident: grid <= SMs.
-// A step: wgmma of this step's operands (decoded before) || copies, decoding of the next step; then absmax.
-template <int N, int R, int WR, int WK, int D>
-DEV void wg_kernel(const u8* __restrict__ weight, const u16* x, u16* y, const Codes& codes, float* partials, int* flags,
-                   int M, int rows, int K, int ldx, int KB, int tiles) {
-  constexpr int THREADS = WR * WK * 128, GROUP = WR * 128, SUMS = N / 2;
-  constexpr int X_BYTES = N * 128, W_BYTES = R * TILE;
-  constexpr int STAGE = (WK * X_BYTES + THREADS / 32 * W_BYTES + 1023) / 1024 * 1024;
+DEV u64 descriptor(u32 low) {  // address / 16; 1024 bytes between groups of eight tokens, 128-byte swizzle
+  u64 out;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(out) : "r"(low | 0x10000u), "r"(0x40000040u));
+  return out;
+}
+
+// Tokens as B of wgmma, from shared memory: up to N. WR x WK warpgroups of 64 rows: WR of them share a block of x, WK share the
+// blocks of a stage, B each. Stream-K as above, but the CTA that begins a row block ends it: it runs to it last, when
+// the others' parts (their first work) are long written. All CTAs are resident: grid <= SMs. One more warp asks the
+// bulk copy engine for what comes, D stages ahead; warpgroups run free of one another, so that one multiplies while
+// another decodes. In a warpgroup: wgmma of one block || decoding of the next; then absmax.
+template <int N, int WR, int WK, int B, int D>
+DEV void wg_kernel(const u8* __restrict__ weight, const TensorMap& x, u16* y, const Codes& codes, float* partials,
+                   int* flags, int M, int rows, int KB, int tiles) {
+  constexpr int GROUPS = WR * WK, CONSUMERS = GROUPS * 128, GROUP = WR * 128, SUMS = N / 2;
+  constexpr int X_BYTES = N * 128, W_BYTES = B * QUAD;
+  constexpr int STAGE = (WK * B * X_BYTES + GROUPS * W_BYTES + 1023) / 1024 * 1024;
   extern __shared__ __align__(1024) u8 smem[];
-  const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
-  const int kg = tid / GROUP, group_tid = tid - kg * GROUP, wr = group_tid >> 7, quarter = warp & 3;
-  const u8* lut = smem;
+  const int tid = threadIdx.x, warp = __shfl_sync(0xffffffffu, tid >> 5, 0), lane = tid & 31, g = lane >> 2, t = lane & 3;
   u8* ring = smem + LUT_BYTES;
-  float* shared_sums = (float*)(ring + D * STAGE);  // [R * SUMS][GROUP], only if WK > 1
+  const u32 ring_address = shared_address(ring), full = ring_address + D * STAGE, empty = full + D * 8;
+  float* shared_sums = (float*)(ring + D * STAGE + 1024);  // [SUMS][GROUP], only if WK > 1
   launch_dependents();
 
-  const int steps = KB / WK, row_blocks = (tiles + WR * R * 4 - 1) / (WR * R * 4), units = row_blocks * steps;
+  const int quads = (tiles + 3) / 4, steps = KB / (WK * B), row_blocks = (quads + WR - 1) / WR, units = row_blocks * steps;
   const int first = (int)((u64)blockIdx.x * units / gridDim.x), last = (int)((u64)(blockIdx.x + 1) * units / gridDim.x);
-  const int first_block = first / steps, first_step = first - first_block * steps;
+  int rb = first / steps, step = first - rb * steps;
+  if (tid < D) {
+    barrier_init(full + tid * 8, 1);
+    barrier_init(empty + tid * 8, GROUPS * 4);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
 
-  // Copies run D - 1 steps ahead; their own position in the run.
-  int w_left = last - first, w_step = first_step, w_tile = (first_block * WR + wr) * R * 4 + quarter;
-  const u8* w_from = weight + ((u64)w_tile * KB + first_step * WK + kg) * TILE;
-  auto issue_weights = [&](int slot) {
-    if (w_left <= 0) return;
-    --w_left;
-    u8* to = ring + slot * STAGE + WK * X_BYTES + warp * W_BYTES;
+  // Registers move from the copying warpgroup to those that compute.
+  constexpr int POOL = 65536 / ((GROUPS + 1) * 128) / 8 * 8 * (GROUPS + 1) * 128;
+  constexpr int MINE = (POOL - 32 * 128) / CONSUMERS / 8 * 8;
+  if (warp >= GROUPS * 4) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+    if (warp == GROUPS * 4 && lane == 0) {
+      auto issue_weights = [&](int slot, int block, int at) {
+        u32 bytes = 0;
 #pragma unroll
-    for (int r = 0; r < R; ++r)
-      if (w_tile + r * 4 < tiles) copy_tile(to + r * TILE, w_from + (u64)r * 4 * KB * TILE, lane);
-    w_from += WK * TILE;
-    if (++w_step == steps) {
-      w_step = 0;
-      w_tile += WR * R * 4;
-      w_from += (u64)(WR * R * 4 - 1) * KB * TILE;
-    }
-  };
-  int x_left = last - first, x_step = first_step;
-  const int x_row = group_tid >> 3, x_chunk = group_tid & 7;
-  const u32 x_to = x_row * 128 + ((x_chunk ^ (x_row & 7)) << 4);
-  const u16* x_from = x + (u64)x_row * ldx + x_chunk * 8;
-  auto issue_x = [&](int slot) {
-    if (x_left <= 0) return;
-    --x_left;
-    const int column = (x_step * WK + kg) * 64;
-    u8* to = ring + slot * STAGE + kg * X_BYTES + x_to;
+        for (int i = 0; i < GROUPS; ++i) {
+          const int quad = block * WR + i % WR, kb = (at * WK + i / WR) * B;
+          if (quad >= quads) continue;
+          bulk_copy(ring_address + slot * STAGE + WK * B * X_BYTES + i * W_BYTES, weight + ((u64)quad * KB + kb) * QUAD,
+                    W_BYTES, full + slot * 8);
+          bytes += W_BYTES;
+        }
+        return bytes;
+      };
+      auto issue_x = [&](int slot, int at) {
 #pragma unroll
-    for (int i = 0; i < (N * 8 + GROUP - 1) / GROUP; ++i) {
-      const int row = x_row + i * (GROUP / 8);
-      if (row >= N) break;
-      const bool valid = row < M && column < K;
-      copy16_or_zero(to + i * GROUP * 16, valid ? x_from + (u64)i * (GROUP / 8) * ldx + column : x, valid);
+        for (int i = 0; i < WK * B; ++i)
+          bulk_copy_box(ring_address + slot * STAGE + i * X_BYTES, x, (at * WK * B + i) * 64, 0, full + slot * 8);
+      };
+      const int ahead = min(D, last - first);
+      int x_step = step;
+      for (int i = 0; i < ahead; ++i) {
+        barrier_expect(full + i * 8, issue_weights(i, rb, step));
+        if (++step == steps) { step = 0; ++rb; }
+      }
+      wait_for_previous();
+      for (int i = 0; i < ahead; ++i) {
+        barrier_arrive_expect(full + i * 8, WK * B * X_BYTES);
+        issue_x(i, x_step);
+        if (++x_step == steps) x_step = 0;
+      }
+      int slot = 0;
+      u32 parity = 0;
+      for (int unit = first + D; unit < last; ++unit) {
+        barrier_wait(empty + slot * 8, parity);
+        barrier_expect(full + slot * 8, issue_weights(slot, rb, step));
+        barrier_arrive_expect(full + slot * 8, WK * B * X_BYTES);
+        issue_x(slot, step);
+        if (++step == steps) { step = 0; ++rb; }
+        if (++slot == D) { slot = 0; parity ^= 1; }
+      }
     }
-    if (++x_step == steps) x_step = 0;
-  };
-  for (int i = 0; i < D - 1; ++i) { issue_weights(i); copy_commit(); }
-  build_table(smem, codes, tid, THREADS);
+  } else {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MINE > 232 ? 232 : MINE));
+  const int group = warp >> 2, quarter = warp & 3, kg = group / WR, wr = group % WR, group_tid = tid - kg * GROUP;
+  build_table(smem, codes, tid, CONSUMERS);
   wait_for_previous();
-  for (int i = 0; i < D - 1; ++i) { issue_x(i); copy_commit(); }
-
-  const u32 lane4 = lane * 4;
-  const u8* my_tile = ring + WK * X_BYTES + warp * W_BYTES;
-  // Address / 16, 1024 bytes between groups of eight tokens, 128-byte swizzle.
-  const u64 x_layout = ((u64)1 << 62) | ((u64)64 << 32) | ((u64)1 << 16);
-  const u32 my_x = shared_address(ring + kg * X_BYTES);
-  float acc[R][SUMS] = {}, sums[SUMS] = {};
-  // Operands of two consecutive wgmma groups, in registers of their own: one set is read while the other is written.
+  group_barrier<CONSUMERS>(14);
+  const u32 lane4 = lane * 4, my_x = (ring_address + kg * B * X_BYTES) >> 4;
+  const u8* my_tile = ring + WK * B * X_BYTES + group * W_BYTES + quarter * TILE;
+  const u8* my_nibbles = my_tile + lane * 16;
+  const u8* my_absmax = my_tile + 512 + g * 8;
+  float acc[SUMS] = {}, sums[SUMS] = {};
+  // Operands of two consecutive blocks, in registers of their own: one set is read while the other is written.
   u32 even[16], odd[16];
   float2 even_absmax, odd_absmax;
-  copy_wait<D - 2>();
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  __syncthreads();
-  decode_tile(lut, *(const uint4*)(my_tile + lane * 16), lane4, even);
-  even_absmax = *(const float2*)(my_tile + 512 + g * 8);
+  int slot = 0, to_come = last - first - 1;
+  u32 parity = 0;
+  bool began = step == 0;
+  barrier_wait(full, 0);
+  decode_tile(smem, *(const uint4*)my_nibbles, lane4, even);
+  even_absmax = *(const float2*)my_absmax;
 
-  int slot = 0, rb = first_block, step = first_step;
-  bool began = first_step == 0;
-  auto multiply = [&](int r, const u32* a, float2 absmax, u32* decoded, float2& next_absmax) {
-    const int next_slot = slot == D - 1 ? 0 : slot + 1;
-    const u64 b = x_layout | ((my_x + slot * STAGE) >> 4);
+  auto multiply = [&](int block, const u32* a, float2 absmax, u32* decoded, float2& next_absmax) {
+    const u32 b = my_x + (slot * STAGE + block * X_BYTES) / 16;
     WGMMA_FENCE();
 #pragma unroll
-    for (int s = 0; s < 4; ++s) Wgmma<N>::run(sums, a + 4 * s, b + 2 * s, s > 0);
+    for (int s = 0; s < 4; ++s) Wgmma<N>::run(sums, a + 4 * s, descriptor(b + 2 * s), s > 0);
     WGMMA_COMMIT();
-    if (r == R - 1) {
-      copy_wait<D - 3>();
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-      group_barrier<GROUP>(1 + kg);  // the next step's x is whole; everyone has left the step before this one
-      const int free_slot = slot == 0 ? D - 1 : slot - 1;
-      issue_weights(free_slot);
-      issue_x(free_slot);
-      copy_commit();
+    int next = slot * STAGE + (block + 1) * QUAD;
+    const u32 done = empty + slot * 8;
+    if (block == B - 1) {
+      if (++slot == D) { slot = 0; parity ^= 1; }
+      next = slot * STAGE;
+      if (to_come > 0) barrier_wait(full + slot * 8, parity);
+      --to_come;
     }
-    const u8* next = r == R - 1 ? my_tile + next_slot * STAGE : my_tile + slot * STAGE + (r + 1) * TILE;
-    decode_tile(lut, *(const uint4*)(next + lane * 16), lane4, decoded);
-    next_absmax = *(const float2*)(next + 512 + g * 8);
+    decode_tile(smem, *(const uint4*)(my_nibbles + next), lane4, decoded);
+    next_absmax = *(const float2*)(my_absmax + next);
     WGMMA_WAIT();
+    if (block == B - 1 && lane == 0) barrier_arrive(done);
 #pragma unroll
-    for (int i = 0; i < SUMS; ++i) acc[r][i] = fmaf(i & 2 ? absmax.y : absmax.x, sums[i], acc[r][i]);
-    if (r == R - 1) slot = next_slot;
+    for (int i = 0; i < SUMS; ++i) acc[i] = fmaf(i & 2 ? absmax.y : absmax.x, sums[i], acc[i]);
   };
   auto finish_step = [&](int unit) {
     const bool ends = step == steps - 1;
     if (ends || unit == last - 1) {
       if (WK > 1) {
-        __syncthreads();  // a group that ran ahead must not overwrite sums of the row block before
+        group_barrier<CONSUMERS>(14);  // a group that ran ahead must not overwrite sums of the row block before
 #pragma unroll
         for (int from = WK - 1; from > 0; --from) {
           if (kg != from && kg != from - 1) continue;
           float* pair = shared_sums + group_tid;
 #pragma unroll
-          for (int i = 0; i < R * SUMS; ++i)
-            if (kg == from) pair[i * GROUP] = acc[i / SUMS][i % SUMS];
+          for (int i = 0; i < SUMS; ++i)
+            if (kg == from) pair[i * GROUP] = acc[i];
           group_barrier<GROUP * 2>(WK + from);
 #pragma unroll
-          for (int i = 0; i < R * SUMS; ++i)
-            if (kg == from - 1) acc[i / SUMS][i % SUMS] += pair[i * GROUP];
+          for (int i = 0; i < SUMS; ++i)
+            if (kg == from - 1) acc[i] += pair[i * GROUP];
           group_barrier<GROUP * 2>(WK + from);
         }
       }
       if (kg == 0) {
         if (!began) {
-          float* part = partials + (u64)blockIdx.x * (R * SUMS * GROUP) + group_tid;
+          float* part = partials + (u64)blockIdx.x * (SUMS * GROUP) + group_tid;
 #pragma unroll
-          for (int i = 0; i < R * SUMS; ++i) __stcg(part + i * GROUP, acc[i / SUMS][i % SUMS]);
+          for (int i = 0; i < SUMS; ++i) __stcg(part + i * GROUP, acc[i]);
           __threadfence();
           group_barrier<GROUP>(15);
           if (group_tid == 0) asm volatile("st.release.gpu.u32 [%0], 1;" ::"l"(flags + blockIdx.x) : "memory");
@@ -444,38 +474,35 @@ DEV void wg_kernel(const u8* __restrict__ weight, const u16* x, u16* y, const Co
                 while (!set) asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(set) : "l"(flags + cta) : "memory");
               }
               __syncwarp();
-              const float* part = partials + (u64)cta * (R * SUMS * GROUP) + group_tid;
+              const float* part = partials + (u64)cta * (SUMS * GROUP) + group_tid;
 #pragma unroll
-              for (int i = 0; i < R * SUMS; ++i) acc[i / SUMS][i % SUMS] += __ldcg(part + i * GROUP);
+              for (int i = 0; i < SUMS; ++i) acc[i] += __ldcg(part + i * GROUP);
             }
             group_barrier<GROUP>(15);
             for (int cta = blockIdx.x + 1 + group_tid; cta <= to; cta += GROUP) flags[cta] = 0;
           }
           // Lanes of rows g and g ^ 1 exchange, so that each stores two neighbouring rows of one token.
+          const int row0 = ((rb * WR + wr) * 4 + quarter) * 16 + (g & 6);
 #pragma unroll
-          for (int r = 0; r < R; ++r) {
-            const int row0 = (((rb * WR + wr) * R + r) * 4 + quarter) * 16 + (g & 6);
-#pragma unroll
-            for (int i = 0; i < SUMS; i += 2) {
-              const float keep = g & 1 ? acc[r][i + 1] : acc[r][i], give = g & 1 ? acc[r][i] : acc[r][i + 1];
-              const float got = __shfl_xor_sync(0xffffffffu, give, 4);
-              const int token = i / 4 * 8 + 2 * t + (g & 1), row = row0 + (i & 2 ? 8 : 0);
-              const u32 pair = g & 1 ? pack_bf16(got, keep) : pack_bf16(keep, got);
-              if (token < M && row < rows) *(u32*)(y + (u64)token * rows + row) = pair;
-            }
+          for (int i = 0; i < SUMS; i += 2) {
+            const float keep = g & 1 ? acc[i + 1] : acc[i], give = g & 1 ? acc[i] : acc[i + 1];
+            const float got = __shfl_xor_sync(0xffffffffu, give, 4);
+            const int token = i / 4 * 8 + 2 * t + (g & 1), row = row0 + (i & 2 ? 8 : 0);
+            const u32 pair = g & 1 ? pack_bf16(got, keep) : pack_bf16(keep, got);
+            if (token < M && row < rows) *(u32*)(y + (u64)token * rows + row) = pair;
           }
         }
       }
 #pragma unroll
-      for (int i = 0; i < R * SUMS; ++i) acc[i / SUMS][i % SUMS] = 0.f;
+      for (int i = 0; i < SUMS; ++i) acc[i] = 0.f;
       began = true;
     }
     if (++step == steps) { step = 0; ++rb; }
   };
   for (int unit = first; unit < last; ++unit) {
     multiply(0, even, even_absmax, odd, odd_absmax);
-    if (R == 2) {
-      multiply(R - 1, odd, odd_absmax, even, even_absmax);
+    if (B == 2) {
+      multiply(1, odd, odd_absmax, even, even_absmax);
     } else {
       finish_step(unit);
       if (++unit == last) break;
@@ -483,14 +510,14 @@ DEV void wg_kernel(const u8* __restrict__ weight, const u16* x, u16* y, const Co
     }
     finish_step(unit);
   }
-  copy_wait<0>();
+  }
 }
 
-#define WG(name, N, R, WR, WK, D)                                                                                     \
-  extern "C" __global__ void __launch_bounds__(WR * WK * 128, 1)                                                      \
-      name(const u8* weight, const u16* x, u16* y, const __grid_constant__ Codes codes, float* partials, int* flags, int M, \
-           int rows, int K, int ldx, int KB, int tiles) {                                                             \
-    wg_kernel<N, R, WR, WK, D>(weight, x, y, codes, partials, flags, M, rows, K, ldx, KB, tiles);                     \
+#define WG(name, N, WR, WK, B, D)                                                                                     \
+  extern "C" __global__ void __launch_bounds__((WR * WK + 1) * 128, 1)                                                \
+      name(const u8* weight, const __grid_constant__ TensorMap x, u16* y, const __grid_constant__ Codes codes,        \
+           float* partials, int* flags, int M, int rows, int KB, int tiles) {                                         \
+    wg_kernel<N, WR, WK, B, D>(weight, x, y, codes, partials, flags, M, rows, KB, tiles);                             \
   }
 #endif
 
@@ -519,7 +546,8 @@ extern "C" __global__ void __launch_bounds__(256)
   const int total = tiles * KB, stride = gridDim.x * 8;
   for (int i = blockIdx.x * 8 + (threadIdx.x >> 5); i < total; i += stride) {
     const u8* tile = weight + (u64)i * TILE;
-    const int row_tile = i / KB, column = (i - row_tile * KB) * 64 + t * 8;
+    const int quad = i >> 2, row_group = quad / KB, row_tile = row_group * 4 + (i & 3);
+    const int column = (quad - row_group * KB) * 64 + t * 8;
     float2 absmax = *(const float2*)(tile + 512 + g * 8);
     if (column >= K) continue;  // K is a multiple of 64: a block is inside or padding
 #pragma unroll
