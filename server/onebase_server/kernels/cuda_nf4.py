@@ -21,7 +21,8 @@ CODE_SCALE = 1.43701171875
 """The 16 codes are kept as bf16(code * CODE_SCALE) and absmax / CODE_SCALE: this factor makes the rounding of the codes
 smallest (rms 0.06 % instead of 0.11 %), found by trying all multiples of 1/4096 in [1, 2)."""
 
-_TILE_ROWS, _TILE_BYTES, _TABLE_BYTES = 16, 576, 65536
+_TILE_BYTES, _TABLE_BYTES = 576, 65536
+_ROWS_MULTIPLE = 64
 _BLOCKS_MULTIPLE = 4  # the wide kernels take up to four blocks of K a step
 
 Codes = ctypes.c_uint16 * 16
@@ -74,6 +75,10 @@ class Wide:
         return self.row_warps * self.row_tiles * 16
 
     @property
+    def stage_blocks(self) -> int:
+        return self.k_warps
+
+    @property
     def source(self) -> str:
         sizes = f"{self.token_tiles}, {self.row_tiles}, {self.row_warps}, {self.k_warps}, {self.depth}"
         return f"WIDE({self.name}, {sizes})"
@@ -93,35 +98,39 @@ class Wide:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """`wg_kernel<N, R, WR, WK, D>` (Hopper): up to N tokens, 64 R WR rows and 64 WK columns a step, D steps."""
+    """`wg_kernel<N, WR, WK, B, D>` (Hopper): up to N tokens, 64 WR rows and 64 WK B columns a stage, D stages."""
 
     tokens: int
-    row_tiles: int
     row_groups: int
-    k_warps: int
+    k_groups: int
+    blocks: int
     depth: int
 
     @property
     def name(self) -> str:
-        return f"nf4_wg_{self.tokens}_{self.row_tiles}_{self.row_groups}_{self.k_warps}_{self.depth}"
+        return f"nf4_wg_{self.tokens}_{self.row_groups}_{self.k_groups}_{self.blocks}_{self.depth}"
 
     @property
     def threads(self) -> int:
-        return self.row_groups * self.k_warps * 128
+        return (self.row_groups * self.k_groups + 1) * 128
 
     @property
     def rows(self) -> int:
-        return self.row_groups * self.row_tiles * 64
+        return self.row_groups * 64
+
+    @property
+    def stage_blocks(self) -> int:
+        return self.k_groups * self.blocks
 
     @property
     def source(self) -> str:
-        sizes = f"{self.tokens}, {self.row_tiles}, {self.row_groups}, {self.k_warps}, {self.depth}"
+        sizes = f"{self.tokens}, {self.row_groups}, {self.k_groups}, {self.blocks}, {self.depth}"
         return f"WG({self.name}, {sizes})"
 
     @property
     def shared_bytes(self) -> int:
-        stage = self.k_warps * self.tokens * 128 + self.threads // 32 * self.row_tiles * _TILE_BYTES
-        sums = self.rows * self.tokens * 4 if self.k_warps > 1 else 0
+        stage = self.stage_blocks * (self.tokens * 128 + self.row_groups * 4 * _TILE_BYTES)
+        sums = self.rows * self.tokens * 4 if self.k_groups > 1 else 0
         return _TABLE_BYTES + self.depth * (-(-stage // 1024) * 1024) + 1024 + sums
 
     @property
@@ -142,13 +151,13 @@ WIDE: dict[str, Variant] = {
 }
 """Tensor cores of any generation since Ampere."""
 GROUP: dict[str, Variant] = {
-    "wg8": Group(8, 1, 2, 2, 8),
-    "wg16": Group(16, 1, 2, 2, 8),
-    "wg32": Group(32, 1, 2, 2, 6),
-    "wg48": Group(48, 1, 4, 1, 8),
-    "wg64": Group(64, 1, 4, 1, 7),
-    "wg96": Group(96, 1, 2, 1, 7),
-    "wg128": Group(128, 1, 2, 1, 6),
+    "wg8": Group(8, 2, 2, 2, 5),
+    "wg16": Group(16, 2, 2, 2, 5),
+    "wg32": Group(32, 2, 2, 2, 4),
+    "wg48": Group(48, 4, 1, 2, 5),
+    "wg64": Group(64, 3, 1, 2, 5),
+    "wg96": Group(96, 2, 1, 2, 4),
+    "wg128": Group(128, 2, 1, 1, 6),
 }
 """Hopper."""
 MAX_TOKENS = 128
@@ -159,7 +168,7 @@ _MAX_ROW_BLOCKS = 65536
 class Tiles:
     """`NF4Weight.repacked` of this backend."""
 
-    data: Tensor  # uint8 [row tiles, blocks, 576]
+    data: Tensor  # uint8 [rows / 64, blocks, 4, 576]
     blocks: int
     row_tiles: int
     codes: "ctypes.Array[ctypes.c_uint16]"  # bf16(code * CODE_SCALE)
@@ -174,17 +183,19 @@ def supports(weight: NF4Weight) -> bool:
 def repack(weight: NF4Weight) -> Tiles:
     """Row-major nibbles and absmax -> tiles (see cuda/nf4.cu). Rows and blocks that pad have absmax 0."""
     n, k = weight.shape
-    rows, blocks = -(-n // _TILE_ROWS) * _TILE_ROWS, -(-k // BLOCK // _BLOCKS_MULTIPLE) * _BLOCKS_MULTIPLE
+    rows = -(-n // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
+    blocks = -(-k // BLOCK // _BLOCKS_MULTIPLE) * _BLOCKS_MULTIPLE
     packed = functional.pad(weight.packed.view(n, k // 2), (0, blocks * 32 - k // 2, 0, rows - n), value=0x77)
-    packed = packed.view(rows // 16, 2, 8, blocks, 4, 2, 4)  # tile, half, g, block, s, h, t
+    packed = packed.view(rows // 64, 4, 2, 8, blocks, 4, 2, 4)  # quad, tile, half, g, block, s, h, t
     absmax = functional.pad(weight.absmax / CODE_SCALE, (0, blocks - k // BLOCK, 0, rows - n))
-    tiles = torch.empty(rows // 16, blocks, _TILE_BYTES, dtype=torch.uint8, device=packed.device)
-    tiles[:, :, :512] = packed.permute(0, 3, 2, 6, 1, 4, 5).reshape(rows // 16, blocks, 512)  # g, t, half, s, h
-    scales = absmax.view(rows // 16, 2, 8, blocks).permute(0, 3, 2, 1).contiguous()  # tile, block, g, half
-    tiles[:, :, 512:] = scales.view(rows // 16, blocks, 16).view(torch.uint8)
+    absmax = absmax.view(rows // 64, 4, 2, 8, blocks).permute(0, 4, 1, 3, 2).contiguous()  # quad, block, tile, g, half
+    tiles = torch.empty(rows // 64, blocks, 4, _TILE_BYTES, dtype=torch.uint8, device=packed.device)
+    nibbles = packed.permute(0, 4, 1, 3, 7, 2, 5, 6)  # quad, block, tile, g, t, half, s, h
+    tiles[..., :512] = nibbles.reshape(rows // 64, blocks, 4, 512)
+    tiles[..., 512:] = absmax.view(rows // 64, blocks, 4, 16).view(torch.uint8)
     exact = (weight.code.double() * CODE_SCALE).float()
     codes = Codes(*[v & 0xFFFF for v in exact.to(torch.bfloat16).view(torch.int16).tolist()])
-    return Tiles(tiles, blocks, rows // 16, codes, exact)
+    return Tiles(tiles, blocks, -(-n // 16), codes, exact)
 
 
 class NF4Matmul:
@@ -251,7 +262,7 @@ class NF4Matmul:
             function.launch((grid, 1, 1), variant.threads, [*head, *sizes], shared_bytes=shared)
             return y
         row_blocks = -(-tiles.row_tiles * 16 // variant.rows)
-        grid = min(self._processors, row_blocks * tiles.blocks // variant.k_warps)
+        grid = min(self._processors, row_blocks * tiles.blocks // variant.stage_blocks)
         if isinstance(variant, Group):
             head[1] = tensor_map(x, variant.tokens)
             del sizes[2:4]  # K and the stride are in the map
@@ -266,8 +277,9 @@ class NF4Matmul:
         assert isinstance(tiles, Tiles)
         n, k = weight.shape
         dense = torch.empty(n, k, dtype=torch.bfloat16, device=tiles.data.device) if out is None else out
-        sizes = [ctypes.c_int(v) for v in (n, k, tiles.blocks, tiles.row_tiles)]
-        grid = min(self._processors * 8, -(-tiles.row_tiles * tiles.blocks // 8))
+        padded = tiles.data.shape[0] * 4
+        sizes = [ctypes.c_int(v) for v in (n, k, tiles.blocks, padded)]
+        grid = min(self._processors * 8, -(-padded * tiles.blocks // 8))
         arguments = [pointer(tiles.data), pointer(dense), pointer(tiles.exact_code), *sizes]
         self._module.function("nf4_dequantise").launch((grid, 1, 1), 256, arguments)
         return dense
