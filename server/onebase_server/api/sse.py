@@ -64,4 +64,5 @@ class EventStream(EventSourceResponse):
         except Exception as error:  # noqa: BLE001 - the status is sent: the error can only be an event now
             yield event(answer_for(error, request_id=self._request_id).body)
             return
-        yield self._done
+        if self._done:
+            yield self._done

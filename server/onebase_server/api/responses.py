@@ -1,0 +1,113 @@
+"""`/v1/responses`: OpenAI's newer form of chat, over the same path; kept for a time to go on from."""
+
+from typing import Any
+
+from litestar import Request, delete, get, post
+from litestar.di import NamedDependency
+from litestar.params import FromPath, JSONBody
+from litestar.types import ASGIApp
+
+from onebase_server.api.caller import caller_of
+from onebase_server.api.chat_plan import ChatPlan, check_chat, plan_chat
+from onebase_server.api.deps import AppDeps, Deps
+from onebase_server.api.generation import complete
+from onebase_server.api.models_lookup import look_up
+from onebase_server.api.replies import json_reply
+from onebase_server.api.response_plan import in_callers_words, output_messages, to_chat, to_chat_messages
+from onebase_server.api.response_reply import Finished, ResponseStream, begin_response, new_id, whole_response
+from onebase_server.api.response_store import ResponseStore
+from onebase_server.api.schemas_chat import ChatMessage, ToolCallBody
+from onebase_server.api.schemas_responses import (
+    InputItemList,
+    ResponseBody,
+    ResponseDeleted,
+    ResponseRequest,
+    StoredInputItem,
+)
+from onebase_server.api.sse import EventStream
+from onebase_server.api.waiting import unless_client_leaves
+
+Kept = NamedDependency[ResponseStore]
+Caller = Request[Any, Any, Any]
+
+
+@post("/responses", operation_id="createResponse", status_code=200, tags=["Responses"])
+async def create_response(data: JSONBody[ResponseRequest], deps: Deps, kept: Kept, request: Caller) -> ASGIApp:
+    """Answer an input, or go on from an earlier response; whole or as typed events."""
+    caller = caller_of(request, deps.settings)
+    history = kept.history(data.previous_response_id, caller.sees)
+    plan = plan_response(data, history, deps)
+    backend = deps.backend.get()
+    response = begin_response(data, plan)
+    finished = keeper(kept, caller.owner, data, history)
+    handle = backend.engine.submit(plan.request)
+    if data.stream:
+        stream = ResponseStream(response, plan, backend.tokenizer, finished)
+        events = stream.events(handle.events())
+        return EventStream(events, handle.cancel, ping_s=deps.settings.ping_s, done=b"")
+    [choice] = await unless_client_leaves(request.receive, complete(handle), handle.cancel)
+    finished(response, *whole_response(response, plan, choice, backend.tokenizer))
+    return json_reply(response)
+
+
+@get("/responses/{response_id:str}", operation_id="getResponse", tags=["Responses"])
+async def get_response(response_id: FromPath[str], deps: Deps, kept: Kept, request: Caller) -> ResponseBody:
+    """A response that is still kept."""
+    return kept.get(response_id, caller_of(request, deps.settings).sees).response
+
+
+@delete("/responses/{response_id:str}", operation_id="deleteResponse", status_code=200, tags=["Responses"])
+async def delete_response(response_id: FromPath[str], deps: Deps, kept: Kept, request: Caller) -> ResponseDeleted:
+    """Forget a response now."""
+    kept.delete(response_id, caller_of(request, deps.settings).sees)
+    return ResponseDeleted(id=response_id, object="response", deleted=True)
+
+
+@get("/responses/{response_id:str}/input_items", operation_id="listInputItems", tags=["Responses"])
+async def list_input_items(response_id: FromPath[str], deps: Deps, kept: Kept, request: Caller) -> InputItemList:
+    """What the request of a response put in, newest first."""
+    items = kept.get(response_id, caller_of(request, deps.settings).sees).items[::-1]
+    first, last = (items[0].id, items[-1].id) if items else (None, None)
+    return InputItemList(object="list", data=items, first_id=first, last_id=last, has_more=False)
+
+
+def plan_response(data: ResponseRequest, history: list[ChatMessage], deps: AppDeps) -> ChatPlan:
+    with in_callers_words():
+        chat = to_chat(data, history)
+        given = check_chat(chat, deps.settings.max_choices)
+        backend = deps.backend.get()
+        return plan_chat(chat, given, look_up(chat.model, backend, deps.store), backend)
+
+
+def keeper(kept: ResponseStore, owner: str, data: ResponseRequest, history: list[ChatMessage]) -> Finished:
+    """Keeps a finished response, unless its client wants it forgotten."""
+
+    def keep(response: ResponseBody, text: str, calls: list[ToolCallBody]) -> None:
+        if data.store is False:
+            return
+        said = to_chat_messages(data)
+        conversation = [*history, *said, *output_messages(text, calls)]
+        kept.keep(owner, response, conversation, [item for message in said for item in items_of(message)])
+
+    return keep
+
+
+def items_of(message: ChatMessage) -> list[StoredInputItem]:
+    if message.role == "tool":
+        output = message.content if isinstance(message.content, str) else ""
+        return [
+            StoredInputItem(id=new_id("fco"), type="function_call_output", call_id=message.tool_call_id, output=output)
+        ]
+    items = []
+    if message.content is not None:
+        kind = "output_text" if message.role == "assistant" else "input_text"
+        content = [{"type": kind, "text": message.content}]
+        items.append(StoredInputItem(id=new_id("msg"), type="message", role=message.role, content=content))
+    for call in message.tool_calls or []:
+        function = call.function
+        items.append(
+            StoredInputItem(
+                id=new_id("fc"), type="function_call", call_id=call.id, name=function.name, arguments=function.arguments
+            )
+        )
+    return items

@@ -1,0 +1,227 @@
+"""`/v1/responses` on the wire, in its text form: strings, messages, function calls and their outputs."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from onebase_server.api.schemas_chat import FunctionName, LogprobEntry
+from onebase_server.api.schemas_common import ListPage, RequestBody, Seed, StreamOptions, Text, Wire, text_or_list
+
+
+class InputPart(Wire):
+    """`input_text`, `output_text` and `refusal`: what a text model can read."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+InputContent = Annotated[Text | Annotated[list[InputPart], Tag("#list")], text_or_list]
+
+
+class InputItem(Wire):
+    """A message (the default), a `function_call`, or a `function_call_output`. `reasoning` items are left out."""
+
+    type: str | None = None
+    role: Literal["user", "assistant", "system", "developer"] | None = None
+    content: InputContent | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: InputContent | None = None
+
+
+Input = Annotated[Text | Annotated[list[InputItem], Field(min_length=1, max_length=4096), Tag("#list")], text_or_list]
+
+
+class ResponseTool(Wire):
+    """A function, flat: unlike in chat there is no object of it inside."""
+
+    type: Literal["function"]
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class NamedResponseTool(Wire):
+    type: Literal["function"]
+    name: str
+
+
+def choice_kind(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "#word"
+    return "#named" if isinstance(value, dict | NamedResponseTool) else None
+
+
+ResponseToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("#word")] | Annotated[NamedResponseTool, Tag("#named")],
+    Discriminator(
+        choice_kind, custom_error_type="tool_choice_type", custom_error_message="expected a string or an object"
+    ),
+]
+
+
+class TextFormat(Wire):
+    type: Literal["text", "json_object", "json_schema"]
+    name: FunctionName | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class TextSettings(Wire):
+    format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
+    """The only one there is: a model says as much as it was trained to."""
+
+
+class ResponseRequest(RequestBody):
+    model: str
+    input: Input
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    store: bool | None = None
+    previous_response_id: str | None = None
+    text: TextSettings | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=128)] | None = None
+    tool_choice: ResponseToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    include: list[str] | None = None
+    """`message.output_text.logprobs` asks for logprobs; others name things that this server does not have."""
+    truncation: Literal["disabled"] | None = None
+    background: Literal[False] | None = None
+    metadata: dict[str, str] | None = None
+    # As vLLM has them.
+    seed: Seed | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    # Accepted and ignored: they change nothing about the text.
+    user: str | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    max_tool_calls: int | None = None
+
+
+class OutputText(Wire):
+    type: Literal["output_text"]
+    text: str
+    annotations: list[Any]
+    logprobs: list[LogprobEntry]
+
+
+class OutputMessage(Wire):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    status: Literal["in_progress", "completed", "incomplete"]
+    content: list[OutputText]
+
+
+class OutputCall(Wire):
+    id: str
+    type: Literal["function_call"]
+    status: Literal["in_progress", "completed", "incomplete"]
+    call_id: str
+    name: str
+    arguments: str
+
+
+class InputTokensDetails(Wire):
+    cached_tokens: int
+
+
+class OutputTokensDetails(Wire):
+    reasoning_tokens: int
+
+
+class ResponseUsage(Wire):
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class IncompleteDetails(Wire):
+    reason: Literal["max_output_tokens"]
+
+
+class ResponseBody(Wire):
+    """OpenAI's Response: what was asked and what came."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["in_progress", "completed", "incomplete"]
+    error: None
+    incomplete_details: IncompleteDetails | None
+    instructions: str | None
+    max_output_tokens: int | None
+    model: str
+    output: list[OutputMessage | OutputCall]
+    parallel_tool_calls: bool
+    previous_response_id: str | None
+    reasoning: dict[str, None]
+    store: bool
+    temperature: float
+    text: TextSettings
+    tool_choice: ResponseToolChoice
+    tools: list[ResponseTool]
+    top_p: float
+    top_logprobs: int
+    truncation: Literal["disabled"]
+    background: Literal[False]
+    usage: ResponseUsage | None
+    user: str | None
+    metadata: dict[str, str]
+
+
+class ResponseDeleted(Wire):
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
+
+
+class StoredInputItem(Wire):
+    id: str
+    type: str
+    role: str | None = None
+    content: list[dict[str, Any]] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | None = None
+
+
+class InputItemList(ListPage):
+    data: list[StoredInputItem]
+    first_id: str | None
+    last_id: str | None
+    has_more: Literal[False]
+
+
+class ResponseEvent(Wire):
+    """One event of a stream. `type` is also its SSE event's name; the other fields depend on it."""
+
+    type: str
+    sequence_number: int
+    response: ResponseBody | None = None
+    item: OutputMessage | OutputCall | None = None
+    part: OutputText | None = None
+    item_id: str | None = None
+    output_index: int | None = None
+    content_index: int | None = None
+    delta: str | None = None
+    text: str | None = None
+    arguments: str | None = None
+    name: str | None = None
+    logprobs: list[LogprobEntry] | None = None
