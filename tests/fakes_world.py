@@ -60,9 +60,7 @@ class World:
         self.clock = ManualClock()
         self.executor = ManualExecutor()
         self.config = config or EngineConfig()
-        self.engine = Engine(
-            runner, FakeTokenizer(), self.config, executor=self.executor, clock=self.clock
-        )
+        self.engine = Engine(runner, FakeTokenizer(), self.config, executor=self.executor, clock=self.clock)
         self.core = self.engine.core
         self.asked: list[Asked] = []
 
@@ -90,9 +88,7 @@ class World:
             stop=stop,
             ignore_eos=ignore_eos,
         )
-        request = GenerationRequest(
-            str(len(self.asked)), tuple(prompt_ids), sampling, adapter, n, priority, deadline
-        )
+        request = GenerationRequest(str(len(self.asked)), tuple(prompt_ids), sampling, adapter, n, priority, deadline)
         asked = Asked(request, self.engine.submit(request))
         self.asked.append(asked)
         return asked
@@ -109,7 +105,7 @@ class World:
         for asked in self.asked:
             asked.events.extend(asked.handle.take())
 
-    def settle(self, limit: int = 20_000) -> int:
+    def settle(self, limit: int = 5_000) -> int:
         """Load everything and step until all requests have ended; how many ticks that took."""
         for count in range(limit):
             if all(asked.handle.is_finished for asked in self.asked) and not self.core.groups:
@@ -118,7 +114,9 @@ class World:
             self.executor.run_all()
             self.clock.now += 0.02
             self.tick()
-        raise AssertionError("requests hang: " + ", ".join(a.request.id for a in self.asked if not a.handle.is_finished))
+        raise AssertionError(
+            "requests hang: " + ", ".join(a.request.id for a in self.asked if not a.handle.is_finished)
+        )
 
     # Laws
 

@@ -84,10 +84,11 @@ class Admission:
         want = self._residency.want(entry)
         if want is Want.NO_SLOT and now - sequence.waiting_since >= self._config.fairness_wait_s:
             self._drain_for(entry, now)
+            want = self._residency.want(entry)  # what drains may be idle already
         return want is Want.READY
 
     def _drain_for(self, beneficiary: Residence, now: float) -> None:
-        """Choose the adapter in a slot whose running sequences have the least left to do."""
+        """Have the adapter drain, of those in slots, whose running sequences have the least left to do."""
         residents = self._residency.residents()
         if any(resident.drains_for is beneficiary for resident in residents):
             for resident in residents:

@@ -48,6 +48,8 @@ class Residency:
         self._num_loading = 0
         self._overdraft: Residence | None = None
         """The one version that may be read although the host budget is spent: the first in its turn."""
+        self._reserved_for: Residence | None = None
+        """The one version that may take slots now: others have drained for it."""
         self.host_bytes = 0
 
     # Leases
@@ -97,7 +99,7 @@ class Residency:
             if self._has_host_room() or self._may_overdraw(entry):
                 self._start_load(entry)
             return Want.FAILED if entry.error is not None and not entry.is_loading else Want.LOADING
-        slot = self._take_slot(entry.host)
+        slot = self._take_slot(entry, entry.host)
         if slot is None:
             if not self._slots:
                 self._fail(entry, EngineError(f"{entry.ref.id} does not fit into the server's LoRA rows; raise them"))
@@ -145,7 +147,7 @@ class Residency:
             _resolve(entry.preloads)
             self._drop_if_told(entry)
             return
-        if self._free_slots and self._runner.can_load(host):
+        if self._free_slots and not self._is_reserved_for_other(entry) and self._runner.can_load(host):
             self._copy_to(self._free_slots.pop(), entry)
         _resolve(entry.preloads)
         self._trim_host()
@@ -300,18 +302,34 @@ class Residency:
         self._trim_host()
         return Want.READY
 
-    def _take_slot(self, host: HostAdapter) -> int | None:
+    def _take_slot(self, entry: Residence, host: HostAdapter) -> int | None:
+        if self._is_reserved_for_other(entry):
+            return None
         while not (self._free_slots and self._runner.can_load(host)):
-            victim = next((entry for entry in self._slots.values() if self._may_leave_slot(entry)), None)
+            victim = next((other for other in self._slots.values() if self._may_leave_slot(other, entry)), None)
             if victim is None:
                 return None
+            if self.is_draining(victim):
+                # It drained for this version, whose rows may need more than one victim: nobody else may take them.
+                self._reserved_for = entry
             self._clear_slot(victim)
         return self._free_slots.pop()
 
-    def _may_leave_slot(self, entry: Residence) -> bool:
+    def _is_reserved_for_other(self, entry: Residence) -> bool:
+        holder = self._reserved_for
+        if holder is None or holder is entry:
+            return False
+        if holder.slot is not None or holder.num_leases == 0:
+            self._reserved_for = None
+            return False
+        return True
+
+    def _may_leave_slot(self, entry: Residence, beneficiary: Residence) -> bool:
         if entry.num_running or not entry.is_copied:
             return False
-        return self.is_draining(entry) or (entry.num_leases == 0 and not entry.is_pinned)
+        if self.is_draining(entry):
+            return entry.drains_for is beneficiary
+        return entry.num_leases == 0 and not entry.is_pinned
 
     def _clear_slot(self, entry: Residence) -> None:
         assert entry.slot is not None
