@@ -1,0 +1,220 @@
+"""The official `openai` package against a real server over loopback: what its users write, unchanged."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from api_world import BASE
+from live_server import Live, live_server
+from openai import OpenAI
+from openai.types.chat import ChatCompletionMessageParam
+from pydantic import BaseModel
+
+HI: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hi"}]
+CALL = '### CALL:\n{"name": "look", "arguments": {"q": "tea"}}'
+LOOK: Any = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "parameters": {
+            "type": "object",
+            "properties": {"q": {"type": "string"}},
+            "required": ["q"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+class Person(BaseModel):
+    name: str
+    age: int
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    with live_server(tmp_path_factory.mktemp("openai")) as live:
+        live.publish("pirate")
+        yield live
+
+
+@pytest.fixture
+def client(live: Live) -> Iterator[OpenAI]:
+    live.says = "Hello there."
+    with OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_chat(client: OpenAI) -> None:
+    completion = client.chat.completions.create(model="pirate", messages=HI, max_tokens=100, user="ann", store=False)
+    assert completion.choices[0].message.content == "pirate@1 says: Hello there."
+    assert completion.choices[0].finish_reason == "stop"
+    assert completion._request_id is not None
+    assert completion._request_id.startswith("req_")
+    assert completion.usage is not None
+    assert completion.usage.total_tokens > 0
+
+
+def test_a_stream(client: OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model=BASE, messages=HI, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == "Hello there."
+    assert chunks[-1].usage is not None
+
+
+def test_the_stream_helper_accumulates_all_choices(client: OpenAI) -> None:
+    with client.chat.completions.stream(model=BASE, messages=HI, n=3) as stream:
+        for _ in stream:
+            pass
+        final = stream.get_final_completion()
+    assert [choice.message.content for choice in final.choices] == ["Hello there."] * 3
+    assert [choice.message.role for choice in final.choices] == ["assistant"] * 3
+
+
+def test_the_stream_helper_accumulates_calls(client: OpenAI, live: Live) -> None:
+    live.says = CALL
+    with client.chat.completions.stream(model=BASE, messages=HI, tools=[LOOK]) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion()
+    assert "tool_calls.function.arguments.done" in kinds
+    assert final.choices[0].message.tool_calls is not None
+    assert final.choices[0].message.tool_calls[0].function.arguments == '{"q": "tea"}'
+    assert final.choices[0].finish_reason == "tool_calls"
+
+
+def test_a_reply_can_be_sent_back_as_it_came(client: OpenAI, live: Live) -> None:
+    live.says = CALL
+    message = client.chat.completions.create(model=BASE, messages=HI, tools=[LOOK]).choices[0].message
+    assert message.tool_calls is not None
+    answer: ChatCompletionMessageParam = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "4"}
+    live.says = "Hello there."
+    history: Any = [*HI, message, answer]
+    assert client.chat.completions.create(model=BASE, messages=history, tools=[LOOK]).choices[0].message.content
+
+
+def test_parse_gives_a_typed_answer(client: OpenAI, live: Live) -> None:
+    live.says = '{"name": "Ann", "age": 7}'
+    parsed = client.chat.completions.parse(model=BASE, messages=HI, response_format=Person)
+    assert parsed.choices[0].message.parsed == Person(name="Ann", age=7)
+
+
+def test_parse_says_when_the_answer_was_cut(client: OpenAI, live: Live) -> None:
+    live.says = '{"name": "Ann", "age": 7}'
+    with pytest.raises(openai.LengthFinishReasonError):
+        client.chat.completions.parse(model=BASE, messages=HI, response_format=Person, max_tokens=5)
+
+
+def test_logprobs_are_typed(client: OpenAI) -> None:
+    completion = client.chat.completions.create(model=BASE, messages=HI, logprobs=True, top_logprobs=2)
+    logprobs = completion.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert len(logprobs.content[0].top_logprobs) == 2
+
+
+def test_text_completions(client: OpenAI) -> None:
+    completion = client.completions.create(model=BASE, prompt=["A", "B"], n=2, logprobs=1)
+    assert [choice.index for choice in completion.choices] == [0, 1, 2, 3]
+    pieces = client.completions.create(model=BASE, prompt="A", stream=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == "Hello there."
+
+
+def test_responses(client: OpenAI) -> None:
+    first = client.responses.create(model=BASE, input="Hi", instructions="Be brief.")
+    assert first.output_text == "Hello there."
+    second = client.responses.create(model=BASE, input="And?", previous_response_id=first.id)
+    assert client.responses.retrieve(second.id).output_text == "Hello there."
+    client.responses.delete(second.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(second.id)
+
+
+def test_the_responses_stream_helper(client: OpenAI, live: Live) -> None:
+    live.says = "Let me see.\n\n" + CALL
+    tool: Any = {"type": "function", "name": "look", "parameters": LOOK["function"]["parameters"], "strict": True}
+    with client.responses.stream(model=BASE, input="Hi", tools=[tool]) as stream:
+        for _ in stream:
+            pass
+        final = stream.get_final_response()
+    assert final.output_text == "Let me see."
+    assert [item.type for item in final.output] == ["message", "function_call"]
+
+
+def test_responses_parse(client: OpenAI, live: Live) -> None:
+    live.says = '{"name": "Ann", "age": 7}'
+    assert client.responses.parse(model=BASE, input="Hi", text_format=Person).output_parsed == Person(name="Ann", age=7)
+
+
+def test_models(client: OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [BASE, "pirate"]
+    assert client.models.retrieve(BASE).id == BASE, "its slash is quoted"
+    assert client.models.retrieve("pirate").owned_by == "onebase"
+    with pytest.raises(openai.PermissionDeniedError):
+        client.models.delete(BASE)
+
+
+ERRORS: list[tuple[dict[str, Any], type[openai.APIStatusError], str | None, str | None]] = [
+    ({"model": "nobody"}, openai.NotFoundError, "model_not_found", None),
+    ({"temperature": 3}, openai.BadRequestError, "decimal_above_max_value", "temperature"),
+    ({"messages": []}, openai.BadRequestError, "empty_array", "messages"),
+    (
+        {"messages": [{"role": "user", "content": "x" * 600}]},
+        openai.BadRequestError,
+        "context_length_exceeded",
+        "messages",
+    ),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("fields", "kind", "code", "param"), ERRORS, ids=[str(code) for _, _, code, _ in ERRORS])
+def test_errors_are_the_classes_that_users_catch(
+    client: OpenAI, fields: dict[str, Any], kind: type[openai.APIStatusError], code: str, param: str, stream: bool
+) -> None:
+    with pytest.raises(kind) as caught:
+        client.chat.completions.create(**{"model": BASE, "messages": HI, "stream": stream, **fields})
+    assert caught.value.code == code
+    assert caught.value.param == param
+    assert caught.value.type == "invalid_request_error"
+    assert caught.value.request_id is not None
+
+
+def test_an_error_in_a_stream_is_raised(client: OpenAI, live: Live) -> None:
+    live.runner.fail_next = RuntimeError("boom")
+    with pytest.raises(openai.APIError, match="The server had an error"):
+        for _ in client.chat.completions.create(model=BASE, messages=HI, stream=True):
+            pass
+
+
+def test_leaving_a_stream_cancels_it(client: OpenAI, live: Live) -> None:
+    live.says = "x" * 400
+    with client.chat.completions.create(model=BASE, messages=HI, stream=True) as stream:
+        next(iter(stream))
+    reply = client.chat.completions.create(model=BASE, messages=HI, max_tokens=1)
+    assert reply.choices[0].finish_reason == "length"
+
+
+async def chat_often(url: str, count: int) -> list[str | None]:
+    import asyncio
+
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        models = [BASE, "pirate"] * (count // 2)
+        replies = await asyncio.gather(*(client.chat.completions.create(model=model, messages=HI) for model in models))
+    return [reply.choices[0].message.content for reply in replies]
+
+
+def test_many_at_once_each_get_their_own_answer(live: Live) -> None:
+    import asyncio
+
+    live.says = "Hello there."
+    answers = asyncio.run(chat_often(live.url, 32))
+    assert answers == ["Hello there.", "pirate@1 says: Hello there."] * 16
+
+
+def test_an_unpublished_client_header_set_is_fine(live: Live) -> None:
+    reply = httpx.get(f"{live.url}/v1/models", headers={"X-Stainless-Async": "false", "OpenAI-Beta": "x"})
+    assert reply.status_code == 200
