@@ -49,7 +49,7 @@ def test_there_are_60_to_150_conversations_and_a_good_part_has_several_turns(nam
     turns = [len(conversation) // 2 for conversation in conversations(name)]
 
     assert 60 <= len(turns) <= 150
-    assert sum(count > 1 for count in turns) >= 0.18 * len(turns)
+    assert sum(count > 1 for count in turns) >= 0.25 * len(turns)
     assert max(turns) == 3
 
 
