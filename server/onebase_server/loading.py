@@ -67,7 +67,7 @@ def load_runner(settings: Settings, spec: BaseSpec) -> tuple[Runner, TextTokeniz
     import torch
 
     from onebase.base_model import load_base
-    from onebase_server.engine.runner_torch import RunnerConfig, build_runner
+    from onebase_server.engine.runner_torch import RunnerConfig
 
     device = torch.device(pick_device(settings.device, torch.cuda.is_available()))
     base = load_base(spec, device, compute_dtype="float32" if settings.dtype == "float32" else "bfloat16")
@@ -91,8 +91,26 @@ def load_runner(settings: Settings, spec: BaseSpec) -> tuple[Runner, TextTokeniz
         max_context=max_context,
     )
     logger.info("%s on %s: %d tokens of KV cache, context %d", spec.id, device, tokens, max_context)
-    runner = build_runner(base, pick_kernels(device), config)
-    return runner, base.tokenizer
+    return make_runner(base, config, settings), base.tokenizer
+
+
+def make_runner(base: Any, config: Any, settings: Settings) -> Runner:
+    """The fastest that the device and the compute type allow; each falls back to plain torch by itself."""
+    from onebase_server.engine.runner_torch import build_runner
+    from onebase_server.kernels.torch_ops import TorchKernels
+
+    kernels: Any = TorchKernels()
+    if base.device.type == "cuda" and settings.dtype != "float32":
+        from onebase_server.engine.runner_cuda import build_cuda_runner
+
+        return build_cuda_runner(base, config, cache_dir=settings.home.cache)
+    if base.device.type == "cpu":
+        from onebase_server.kernels.cpu_build import load_library
+        from onebase_server.kernels.cpu_ops import CpuKernels
+
+        library = load_library(settings.home.cache)
+        kernels = CpuKernels(library, base.compute_dtype) if library is not None else kernels
+    return build_runner(base, kernels, config)
 
 
 def pick_device(wanted: str, has_cuda: bool) -> str:
@@ -101,9 +119,3 @@ def pick_device(wanted: str, has_cuda: bool) -> str:
     if wanted.startswith("cuda") and not has_cuda:
         raise BaseModelError(f"device {wanted}: this machine has no CUDA device that torch can use", param="device")
     return wanted
-
-
-def pick_kernels(device: Any) -> Any:
-    from onebase_server.kernels.torch_ops import TorchKernels
-
-    return TorchKernels()

@@ -5,7 +5,7 @@ from typing import Any
 
 CPU_SHARE, CUDA_SHARE = 0.25, 0.85
 """Of the free memory. On a CPU the rest of the machine lives in it too."""
-CPU_LIMIT_BYTES = 4 << 30
+CPU_LIMIT_BYTES = 1 << 30
 PAGE_SIZE = 16
 
 

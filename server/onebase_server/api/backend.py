@@ -88,6 +88,8 @@ class BackendSlot:
                 raise NotReady("The server is shutting down.", retry_after_s=5)
             if self._backend is None:
                 raise NotReady("The base model is still being loaded.", retry_after_s=2)
+            if not self._backend.engine.is_healthy:
+                raise NotReady("The engine has stopped: the server must be restarted.", retry_after_s=10)
             return self._backend
 
     @property
@@ -98,5 +100,8 @@ class BackendSlot:
 
     @property
     def ready(self) -> bool:
-        with self._lock:
-            return self._backend is not None and self._error is None and not self._draining
+        try:
+            self.get()
+        except OnebaseError:
+            return False
+        return True
