@@ -16,6 +16,7 @@ from onebase.tokenizer import TextTokenizer
 from onebase_training import attention, lora
 from onebase_training.config import Recipe
 from onebase_training.dataset import Dataset, load_dataset
+from onebase_training.fuse import fuse
 from onebase_training.objective import Objective
 from onebase_training.rows import Encoder
 
@@ -52,7 +53,9 @@ def prepare(base: LoadedBase, recipe: Recipe) -> Objective:
     base.model.config._attn_implementation = attention.register()
     lora.checkpoint_activations(base, recipe.compute.gradient_checkpointing)
     lora.keep_dequantized(base, recipe.compute.keep_dequantized)
-    return Objective(lora.attach_adapter(base, recipe.lora))
+    model = lora.attach_adapter(base, recipe.lora)
+    fuse(model, base.compute_dtype)
+    return Objective(model)
 
 
 def training_arguments(recipe: Recipe, run_dir: Path, steps: int, device: torch.device) -> Any:

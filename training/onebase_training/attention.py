@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onebase_training.packed_cpu import MAX_LENGTH, PackedCausalAttention
+
 NAME: Final = "onebase_packed"
 
 
@@ -26,19 +28,30 @@ def packed_attention(
     borders: tuple[int, ...] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, heads, T, D], key and value [B, kv heads, T, D] -> [B, T, heads, D].
+    """transformers' form: query [B, heads, T, D], key and value [B, kv heads, T, D] -> [B, T, heads, D]."""
+    assert attention_mask is None, "rows are separated by borders, and padding lies behind what is learnt"
+    assert not dropout, "no base of the Llama family drops attention"
+    scale = scaling if scaling is not None else float(query.shape[-1]) ** -0.5
+    return attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale, borders), None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, borders: tuple[int, ...] | None) -> Tensor:
+    """query [B, T, heads, D], key and value [B, T, kv heads, D] -> [B, T, heads, D].
 
     `borders` are the packed rows' starts and the end (B = 1); None: each of the B rows is one sequence, padding right.
     """
-    assert attention_mask is None, "rows are separated by borders, and padding lies behind what is learnt"
-    if borders is None or len(borders) == 2:
-        return _causal(query, key, value, scaling, dropout).transpose(1, 2), None
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
-        return _varlen(query, key, value, scaling, borders), None
-    parts = [
-        _causal(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, dropout) for a, b in pairwise(borders)
-    ]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    batch, length = query.shape[:2]
+    rows = borders or (0, length)
+    longest = max(b - a for a, b in pairwise(rows))
+    if query.device.type == "cpu" and batch == 1 and longest <= MAX_LENGTH:
+        return PackedCausalAttention.apply(query[0], key[0], value[0], rows, scaling).unsqueeze(0)  # type: ignore[no-untyped-call, no-any-return]
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if len(rows) == 2:
+        return _causal(query, key, value, scaling).transpose(1, 2)
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(query, key, value, scaling, rows)
+    parts = [_causal(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling) for a, b in pairwise(rows)]
+    return torch.cat(parts, dim=2).transpose(1, 2)
 
 
 def register() -> str:
@@ -49,11 +62,11 @@ def register() -> str:
     return NAME
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float) -> Tensor:
+def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, borders: tuple[int, ...]) -> Tensor:

@@ -80,6 +80,7 @@ def keep_dequantized(base: LoadedBase, setting: bool | str) -> bool:
         return False
     for module in linear4bit_modules(base.model).values():
         dense = dequantized(module, base.compute_dtype)
+        module.held_weight = dense
         bias: Any = module.bias
         module.forward = _DenseForward(dense, bias)
     return True

@@ -1,0 +1,133 @@
+"""Puts the fused operations into a PEFT model, module by module. transformers' module tree and PEFT's parameters stay.
+
+A module whose form is not known keeps its own forward (dropout, DoRA, another activation), so this can only make
+things faster. Generation with a cache goes the original way.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onebase.base_model import dequantized
+from onebase_training import attention
+from onebase_training.fused_ops import LoraLinear, RmsNorm, Rotary, SwiGlu
+
+
+def fuse(model: Any, compute_dtype: torch.dtype) -> int:
+    """Replace the forward of every module that is known; how many. `model` is a PeftModel on a Llama-family base."""
+    from peft.tuners.lora import LoraLayer
+
+    count = 0
+    for module in model.modules():
+        forward: Any = None
+        if isinstance(module, LoraLayer):
+            forward = _lora_forward(module, compute_dtype)
+        elif type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            forward = _NormForward(module)
+        elif type(module).__name__.endswith("MLP") and isinstance(getattr(module, "act_fn", None), nn.SiLU):
+            forward = _MlpForward(module)
+        elif _is_attention(module):
+            forward = _AttentionForward(module)
+        if forward is not None:
+            module.forward = forward
+            count += 1
+    return count
+
+
+class HeldWeight:
+    """A frozen weight kept in the compute dtype."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self) -> Tensor:
+        return self.weight
+
+
+class UnpackedWeight:
+    """A 4-bit weight, unpacked at each use: exactly what bitsandbytes' forward multiplies by."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        self._module, self._dtype = module, dtype
+
+    def __call__(self) -> Tensor:
+        return dequantized(self._module, self._dtype)
+
+
+def _lora_forward(module: Any, dtype: torch.dtype) -> Any:
+    """None unless it is one plain LoRA without dropout on a Linear4bit."""
+    from bitsandbytes.nn import Linear4bit
+
+    plain = (
+        list(module.lora_A) == ["default"]
+        and isinstance(module.lora_dropout["default"], nn.Identity)
+        and not module.lora_variant
+        and isinstance(module.base_layer, Linear4bit)
+    )
+    return _LoraForward(module, dtype) if plain else None
+
+
+class _LoraForward:
+    def __init__(self, module: Any, dtype: torch.dtype) -> None:
+        held = getattr(module.base_layer, "held_weight", None)
+        self._weight = HeldWeight(held) if held is not None else UnpackedWeight(module.base_layer, dtype)
+        self._bias = module.base_layer.bias
+        self._a, self._b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        self._scaling = float(module.scaling["default"])
+        self._module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._module.disable_adapters:
+            return self._module.base_layer(x)  # type: ignore[no-any-return]
+        return LoraLinear.apply(x, self._weight, self._bias, self._a, self._b, self._scaling)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _NormForward:
+    def __init__(self, module: Any) -> None:
+        self._weight, self._eps = module.weight, module.variance_epsilon
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return RmsNorm.apply(x, self._weight, self._eps)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _MlpForward:
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        mlp = self._module
+        return mlp.down_proj(SwiGlu.apply(mlp.gate_proj(x), mlp.up_proj(x)))  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _is_attention(module: nn.Module) -> bool:
+    needed = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling")
+    return type(module).__name__ in (
+        "LlamaAttention",
+        "MistralAttention",
+        "Qwen2Attention",
+        "Qwen3Attention",
+    ) and all(hasattr(module, name) for name in needed)
+
+
+class _AttentionForward:
+    """Training's pass: no cache. Anything else goes the module's own way."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self._original = module.forward
+
+    def __call__(self, hidden_states: Tensor, position_embeddings: Any = None, **kwargs: Any) -> Any:
+        attn = self._module
+        if kwargs.get("past_key_values") is not None or attn.config._attn_implementation != attention.NAME:
+            return self._original(hidden_states, position_embeddings=position_embeddings, **kwargs)
+        batch, length, _ = hidden_states.shape
+        shape = (batch, length, -1, attn.head_dim)
+        query, key = attn.q_proj(hidden_states).view(shape), attn.k_proj(hidden_states).view(shape)
+        value = attn.v_proj(hidden_states).view(shape)
+        if hasattr(attn, "q_norm"):
+            query, key = attn.q_norm(query), attn.k_norm(key)
+        cos, sin = position_embeddings
+        query, key = Rotary.apply(query, cos, sin), Rotary.apply(key, cos, sin)  # type: ignore[no-untyped-call]
+        out = attention.attend(query, key, value, attn.scaling, kwargs.get("borders"))
+        return attn.o_proj(out.reshape(batch, length, -1)), None
