@@ -25,10 +25,13 @@ from onebase.store import AdapterStore, Version
 from onebase.tokenizer import TextTokenizer
 from onebase_server.api.backend import BackendSlot
 from onebase_server.api.deps import AppDeps
-from onebase_server.api.metrics import HttpMetrics
+from onebase_server.api.metrics import Metrics
 from onebase_server.app import create_app
-from onebase_server.jobs.supervisor import Supervisor, SupervisorConfig
-from onebase_server.jobs.trainer_process import TrainerCommand
+from onebase_server.jobs.assembly import DurableConfig, assemble
+from onebase_server.jobs.process import RunCommand
+from onebase_server.jobs.run_life import RunTimes
+from onebase_server.jobs.service import JobLimits
+from onebase_server.jobs.supervisor import SupervisorConfig
 from onebase_server.loading import start_backend
 from onebase_server.settings import Settings
 
@@ -59,7 +62,7 @@ class World:
         async def send() -> httpx.Response:
             app = cast(Any, self.app)  # the ASGI dicts are typed twice
             transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=self.client)
-            async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
                 return await http.request(method, path, **{"headers": self.headers, **options})
 
         return self.loop.run_until_complete(send())
@@ -142,17 +145,23 @@ def open_world(root: Path, loop: asyncio.AbstractEventLoop, **options: Any) -> I
     home = Home(root / "home").create()
     settings = Settings(home=home, **options.get("settings", {}))
     store = AdapterStore(home.adapters)
-    command = TrainerCommand(program=options.get("trainer", ("false",)))
-    jobs = Supervisor(home, command, SupervisorConfig(queue_limit=settings.retrain_queue, poll_s=0.01))
+    spec = base_spec(home.bases / "tiny")
+    command = RunCommand(program=options.get("trainer", ("false",)))
+    times = RunTimes(poll_s=0.01, cancel_grace_s=0.3, max_attempts=2)
+    config = DurableConfig(
+        limits=JobLimits(settings.retrain_queue), supervisor=SupervisorConfig(look_s=0.05, times=times)
+    )
+    durable = assemble(home, store, command, config, lambda _: spec)
     runner = FakeRunner(reply=lambda digest, prompt: world_reply(world, digest), **options.get("runner", {}))
-    backend = start_backend(settings, base_spec(home.bases / "tiny"), runner, cast(TextTokenizer, FakeTokenizer()))
-    deps = AppDeps(settings=settings, store=store, backend=BackendSlot(backend), jobs=jobs, metrics=HttpMetrics())
+    backend = start_backend(settings, spec, runner, cast(TextTokenizer, FakeTokenizer()))
+    deps = AppDeps(settings=settings, store=store, backend=BackendSlot(backend), durable=durable, metrics=Metrics())
     world = World(home, runner, deps, create_app(deps), loop)
+    loop.run_until_complete(durable.start())
     try:
         yield world
     finally:
         backend.engine.stop()
-        jobs.stop()
+        loop.run_until_complete(durable.stop())
 
 
 def world_reply(world: World, digest: str | None) -> list[int]:

@@ -15,7 +15,7 @@ from onebase.manifest import BaseIdentity
 from onebase.store import AdapterStore
 from onebase_server.jobs.files import FileService
 from onebase_server.jobs.ledger import Ledger
-from onebase_server.jobs.new_supervisor import Supervisor, SupervisorConfig
+from onebase_server.jobs.supervisor import Supervisor, SupervisorConfig
 from onebase_server.jobs.orders import Base, FineTuningOrder, RetrainOrder
 from onebase_server.jobs.process import RunCommand
 from onebase_server.jobs.run_folder import RunFolder

@@ -8,30 +8,81 @@ from litestar.di import Provide
 from litestar.openapi import OpenAPIConfig
 from litestar.plugins.pydantic import PydanticSchemaPlugin
 
-from onebase import __version__
-from onebase_server.api import admin_adapters, admin_retrain, chat, completions, health, models
-from onebase_server.api.auth import KeyRing, require
+from onebase_server.api import (
+    admin_adapters,
+    admin_keys,
+    admin_retrain,
+    chat,
+    completions,
+    feedback,
+    files,
+    fine_tuning,
+    health,
+    models,
+    responses,
+    stored_chats,
+)
+from onebase_server.api.auth import require
 from onebase_server.api.decode import WirePlugin, WireRequest
 from onebase_server.api.deps import AppDeps
 from onebase_server.api.errors import handle_any_error
+from onebase_server.api.keys import KeyRing
+from onebase_server.api.limits import LIMIT_HEADERS, send_limits
 from onebase_server.api.request_id import send_request_id
+from onebase_server.api.response_store import ResponseStore
 from onebase_server.settings import Settings
 
 __all__ = ["AppDeps", "create_app"]
 
 
-def create_app(deps: AppDeps) -> Litestar:
-    """The app. Its base may still be loading: `deps.backend` is filled later, and answers 503 until then."""
-    guard = require(KeyRing(deps.settings.api_keys, deps.settings.admin_key))
-    openai = Router(
+def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
+    """The app. Its base may still be loading: `deps.backend` is filled later, and answers 503 until then.
+
+    `openapi` is for the command that writes openapi.yaml; a server needs none.
+    """
+    kept = ResponseStore()
+    ring = KeyRing(deps.settings, deps.keys)
+    guard = require(ring, deps.limiter, deps.settings)
+    inference = Router(
         "/v1",
         guards=[guard],
+        opt={"scope": "inference"},
         route_handlers=[
             chat.create_chat_completion,
             completions.create_completion,
+            responses.create_response,
+            responses.get_response,
+            responses.delete_response,
+            responses.list_input_items,
             models.list_models,
             models.retrieve_model,
             models.delete_model,
+            stored_chats.list_chats,
+            stored_chats.retrieve_chat,
+            stored_chats.update_chat,
+            stored_chats.delete_chat,
+            stored_chats.list_chat_messages,
+            feedback.create_feedback,
+        ],
+    )
+    training = Router(
+        "/v1",
+        guards=[guard],
+        opt={"scope": "training"},
+        route_handlers=[
+            files.create_file,
+            files.list_files,
+            files.retrieve_file,
+            files.download_file,
+            files.delete_file,
+            fine_tuning.create_job,
+            fine_tuning.list_jobs,
+            fine_tuning.retrieve_job,
+            fine_tuning.cancel_job,
+            fine_tuning.pause_job,
+            fine_tuning.resume_job,
+            fine_tuning.list_events,
+            fine_tuning.list_checkpoints,
         ],
     )
     admin = Router(
@@ -51,18 +102,26 @@ def create_app(deps: AppDeps) -> Litestar:
             admin_retrain.list_retrain_runs,
             admin_retrain.get_retrain_run,
             admin_retrain.cancel_retrain_run,
+            admin_keys.create_key,
+            admin_keys.list_keys,
+            admin_keys.revoke_key,
         ],
     )
     return Litestar(
-        route_handlers=[openai, admin, health.healthz, health.readyz, health.metrics],
-        dependencies={"deps": Provide(lambda: deps, sync_to_thread=False)},
+        route_handlers=[inference, training, admin, health.healthz, health.readyz, health.metrics],
+        dependencies={
+            "deps": Provide(lambda: deps, sync_to_thread=False),
+            "kept": Provide(lambda: kept, sync_to_thread=False),
+        },
         request_class=WireRequest,
         plugins=[WirePlugin(exclude_unset=True), PydanticSchemaPlugin()],
         exception_handlers={Exception: handle_any_error},
-        before_send=[send_request_id, deps.metrics.count],
+        before_send=[send_request_id, deps.metrics.count, send_limits(deps.limiter), deps.audit.note],
         request_max_body_size=deps.settings.max_body_mb * 1_000_000,
         cors_config=cors(deps.settings),
-        openapi_config=OpenAPIConfig(title="onebase", version=__version__, use_handler_docstrings=True),
+        openapi_config=openapi,
+        on_startup=[deps.durable.start],
+        on_shutdown=[ring.close, deps.durable.stop],
         logging_config=None,
     )
 
@@ -70,5 +129,5 @@ def create_app(deps: AppDeps) -> Litestar:
 def cors(settings: Settings) -> CORSConfig | None:
     if not settings.cors_origins:
         return None
-    exposed: list[Any] = ["x-request-id"]
+    exposed: list[Any] = ["x-request-id", "retry-after", *LIMIT_HEADERS]
     return CORSConfig(allow_origins=list(settings.cors_origins), expose_headers=exposed)

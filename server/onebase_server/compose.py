@@ -11,11 +11,14 @@ from onebase.errors import BaseModelError, OnebaseError
 from onebase.store import AdapterStore
 from onebase_server.api.backend import Backend, BackendSlot
 from onebase_server.api.deps import AppDeps
-from onebase_server.api.metrics import HttpMetrics
+from onebase_server.api.metrics import Metrics
+from onebase_server.api.tracing import otlp_tracer
 from onebase_server.app import create_app
 from onebase_server.http_server import HttpServer, Lifecycle
-from onebase_server.jobs.supervisor import Supervisor, SupervisorConfig
-from onebase_server.jobs.trainer_process import TrainerCommand
+from onebase_server.jobs.assembly import DurableConfig, assemble
+from onebase_server.jobs.process import RunCommand
+from onebase_server.jobs.service import JobLimits
+from onebase_server.jobs.supervisor import SupervisorConfig
 from onebase_server.loading import load_backend
 from onebase_server.logs import configure_logging
 from onebase_server.settings import Settings
@@ -27,13 +30,21 @@ LoadBackend = Callable[[Settings], Backend]
 
 def build_deps(settings: Settings) -> AppDeps:
     """Everything but the base."""
-    command = TrainerCommand(env=dict(settings.trainer_env) or None, nice=settings.retrain_nice)
+    store = AdapterStore(settings.home.adapters)
+    config = DurableConfig(
+        database=settings.database,
+        max_file=settings.max_file_mb * 1_000_000,
+        limits=JobLimits(waiting=settings.retrain_queue),
+        supervisor=SupervisorConfig(max_running=settings.training_jobs),
+    )
+    command = RunCommand(env=dict(settings.trainer_env) or None, nice=settings.retrain_nice)
     return AppDeps(
         settings=settings,
-        store=AdapterStore(settings.home.adapters),
+        store=store,
         backend=BackendSlot(),
-        jobs=Supervisor(settings.home, command, SupervisorConfig(queue_limit=settings.retrain_queue)),
-        metrics=HttpMetrics(),
+        durable=assemble(settings.home, store, command, config),
+        metrics=Metrics(settings.metrics_versions),
+        tracer=otlp_tracer(settings.otlp_endpoint) if settings.otlp_endpoint else None,
     )
 
 
@@ -53,7 +64,7 @@ def serve(settings: Settings, load: LoadBackend = load_backend) -> int:
 
 
 class Server:
-    """One serving process: the HTTP server, the thread that loads the base, the retrain supervisor."""
+    """One serving process: the HTTP server, the thread that loads the base."""
 
     def __init__(self, settings: Settings, load: LoadBackend) -> None:
         self._settings = settings
@@ -66,17 +77,13 @@ class Server:
         self.ended = threading.Event()
         """The engine has been stopped."""
         self.failed = False
-        lifecycle = Lifecycle(bound=self._on_bound, drain=self.deps.backend.drain, end=self._end_backend)
+        lifecycle = Lifecycle(bound=self._on_bound, drain=self._drain, end=self._end_backend)
         self.http = HttpServer(create_app(self.deps), settings, lifecycle)
 
     def run(self) -> None:
         """Until a signal, or until the base turns out not to load."""
-        self.deps.jobs.start()
-        try:
-            self.http.run()
-        finally:
-            self.deps.jobs.stop()
-            logger.info("bye")
+        self.http.run()
+        logger.info("bye")
 
     def stop(self) -> None:
         """What the first SIGTERM does; from any thread."""
@@ -88,6 +95,10 @@ class Server:
         if not self._settings.has_keys:
             logger.warning("no API keys are set: whoever reaches %s may do everything", url)
         threading.Thread(target=self._load_base, name="onebase-load", daemon=True).start()
+
+    def _drain(self) -> None:
+        self.deps.backend.drain()
+        self.deps.jobs.stop_following()
 
     def _load_base(self) -> None:
         try:

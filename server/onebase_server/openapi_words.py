@@ -5,6 +5,7 @@ from typing import Any
 
 from onebase_server.api.schemas_chat import ChatChunk, ChatCompletion
 from onebase_server.api.schemas_completions import Completion
+from onebase_server.api.schemas_fine_tuning import EventList, JobEvent
 
 ABOUT = """\
 One frozen 4-bit base and many QLoRA adapters behind OpenAI's API. Name the base or an adapter (`name`, `name@3`, a
@@ -18,6 +19,7 @@ TAGS = {
     "Models": "The base and the adapters.",
     "Files": "Uploads.",
     "Fine-tuning": "Jobs that train an adapter.",
+    "Stored chats": "Exchanges kept by `store: true`, and what people thought of them.",
     "Admin": "This server's own: residency, versions, retraining. Needs the admin key.",
     "Operations": "Health and metrics. No key needed.",
 }
@@ -73,6 +75,8 @@ def _ref(model: type) -> dict[str, Any]:
 REPLIES: Mapping[str, Mapping[str, Any]] = {
     "createChatCompletion": {"application/json": _ref(ChatCompletion), "text/event-stream": _ref(ChatChunk)},
     "createCompletion": {"application/json": _ref(Completion), "text/event-stream": _ref(Completion)},
+    "listFineTuningEvents": {"application/json": _ref(EventList), "text/event-stream": _ref(JobEvent)},
+    "downloadFile": {"application/octet-stream": {"type": "string", "format": "binary"}},
     "getMetrics": {"text/plain": {"type": "string"}},
 }
 
@@ -98,9 +102,23 @@ EXAMPLES: Mapping[str, Mapping[str, Any]] = {
             },
         },
     },
+    "createFineTuningJob": {
+        "supervised": {
+            "model": "SmolLM2-135M-Instruct",
+            "training_file": "file-abc",
+            "suffix": "pirate",
+            "seed": 7,
+            "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3, "batch_size": "auto"}}},
+        }
+    },
+    "createFeedback": {
+        "good": {"completion_id": "chatcmpl-abc", "rating": "good"},
+        "better": {"completion_id": "chatcmpl-abc", "rating": "bad", "better_answer": "Arr, by the palm."},
+    },
     "createCompletion": {"whole": {"model": "pirate", "prompt": "Once upon a time", "max_tokens": 32}},
     "createRetrainRun": {
         "default": {"adapter": "pirate", "dataset": "pirate.jsonl", "preset": "default"},
+        "gated": {"adapter": "pirate", "stored_chats": True, "from": "current", "gate": {"max_loss_increase": 0.02}},
         "shorter": {"adapter": "pirate", "dataset": "pirate.jsonl", "hyperparameters": {"epochs": 1, "r": 8}},
     },
     "publishVersion": {"one version": {"version": 3}, "a split": {"weights": {"3": 0.9, "4": 0.1}}},

@@ -13,7 +13,7 @@ from typing import Any
 from onebase.errors import InvalidInput
 from onebase.home import Home, default_home
 
-SECRETS = ("ONEBASE_API_KEYS", "ONEBASE_ADMIN_KEY")
+SECRETS = ("ONEBASE_API_KEYS", "ONEBASE_ADMIN_KEY", "ONEBASE_DATABASE")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -79,6 +79,9 @@ class Settings:
     api_keys: tuple[str, ...] = setting((), words, "keys for inference, comma-separated")
     admin_key: str | None = setting(None, text, "key for everything")
     allow_no_keys: bool = setting(False, yes_or_no, "listen beyond loopback without any key")
+    key_rpm: int | None = setting(None, integer(1, 10**9), "requests a minute of a key that has no own limit")
+    key_tpm: int | None = setting(None, integer(1, 10**12), "tokens a minute of a key that has no own limit")
+    key_parallel: int | None = setting(None, integer(1, 10**6), "generations at a time of a key without own limit")
     cors_origins: tuple[str, ...] = setting((), words, "origins whose pages may call, comma-separated; * is any")
     # What it serves, and with what
     base: str | None = setting(None, text, "base by id or path; none: the embedded one")
@@ -98,12 +101,25 @@ class Settings:
     # Bounds on one request
     max_body_mb: int = setting(8, integer(1, 4096), "largest request body, in MB")
     max_choices: int = setting(128, integer(1, 128), "largest n")
+    max_request_s: float = setting(600.0, seconds, "seconds that one generation may take; 0: no limit")
+    slow_client_s: float = setting(30.0, seconds, "seconds a client may take over headers, and between body pieces")
     ping_s: float = setting(15.0, seconds, "seconds of silence before a stream's keep-alive comment")
     drain_s: float = setting(30.0, seconds, "seconds that running requests get at shutdown")
     log_level: str = setting("info", one_of("debug", "info", "warning", "error"), "logging")
-    # Retraining
+    log_format: str = setting("line", one_of("line", "json"), "logs for people or for machines")
+    metrics_versions: int = setting(50, integer(1, 10_000), "adapter versions with metrics of their own")
+    otlp_endpoint: str | None = setting(None, text, "OpenTelemetry collector (http://host:4318); none: no traces")
+    # What it keeps
+    database: str | None = setting(None, text, "database URL (postgresql://...); none: SQLite in the home folder")
+    max_file_mb: int = setting(512, integer(1, 10**6), "largest uploaded file, in MB")
+    file_quota_mb: int | None = setting(None, integer(1, 10**9), "MB of uploaded files a key may keep; none: no limit")
+    adapter_quota_mb: int | None = setting(
+        None, integer(1, 10**9), "MB of adapters a key may have trained; none: no limit"
+    )
+    # Training jobs
     dataset_roots: tuple[Path, ...] = setting((), folders, "folders that /admin/retrain may read, besides datasets/")
-    retrain_queue: int = setting(16, integer(1, 1000), "runs that may wait")
+    retrain_queue: int = setting(16, integer(1, 1000), "training jobs that may wait")
+    training_jobs: int = setting(1, integer(1, 64), "training jobs that run at a time")
     retrain_nice: int = setting(10, integer(0, 19), "niceness of the training process")
     trainer_env: Mapping[str, str] = field(default_factory=dict, repr=False)
     """The environment that training processes get: the server's own, without its keys."""

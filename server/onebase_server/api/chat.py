@@ -6,14 +6,17 @@ from litestar import Request, post
 from litestar.params import JSONBody
 from litestar.types import ASGIApp
 
+from onebase_server.api.caller import caller_of
 from onebase_server.api.chat_plan import check_chat, plan_chat
 from onebase_server.api.chat_reply import ChatStream, chat_completion
+from onebase_server.api.chat_store import ChatKeeper
 from onebase_server.api.deps import Deps
 from onebase_server.api.generation import complete
-from onebase_server.api.models_lookup import look_up
 from onebase_server.api.replies import json_reply
+from onebase_server.api.running import submit
 from onebase_server.api.schemas_chat import ChatRequest
 from onebase_server.api.sse import EventStream
+from onebase_server.api.visible import visible_model
 from onebase_server.api.waiting import unless_client_leaves
 
 
@@ -22,10 +25,17 @@ async def create_chat_completion(data: JSONBody[ChatRequest], deps: Deps, reques
     """Answer a conversation with the base or an adapter, whole or streamed."""
     given = check_chat(data, deps.settings.max_choices)
     backend = deps.backend.get()
-    plan = plan_chat(data, given, look_up(data.model, backend, deps.store), backend)
-    handle = backend.engine.submit(plan.request)
+    caller = caller_of(request)
+    plan = plan_chat(data, given, await visible_model(data.model, caller, backend, deps), backend)
+    keeper = ChatKeeper(deps.chats, caller.owner, data, plan) if data.store else None
+    handle = submit(request, deps, backend, plan.request)
     if data.stream:
         stream = ChatStream(plan, backend.tokenizer, backend.fingerprint)
-        return EventStream(stream.events(handle.events()), handle.cancel, ping_s=deps.settings.ping_s)
+        events = stream.events(handle.events())
+        kept = keeper.watch(events) if keeper else events
+        return EventStream(kept, handle.cancel, ping_s=deps.settings.ping_s)
     choices = await unless_client_leaves(request.receive, complete(handle), handle.cancel)
-    return json_reply(chat_completion(plan, choices, backend.tokenizer, backend.fingerprint))
+    reply = chat_completion(plan, choices, backend.tokenizer, backend.fingerprint)
+    if keeper is not None:
+        await keeper.keep(reply)
+    return json_reply(reply)

@@ -18,7 +18,7 @@ from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.orders import Gate
 from onebase_server.jobs.process import RunCommand, RunProcess
 from onebase_server.jobs.progress import Reporter
-from onebase_server.jobs.recipes import evaluate_command, train_command, write_recipe
+from onebase_server.jobs.recipe import evaluate_command, train_command, write_recipe
 from onebase_server.jobs.run_folder import RunFolder
 from onebase_server.jobs.settle import Settler, job_error
 from onebase_server.jobs.states import CANCELLED, FINE_TUNING, PAUSED, PUBLISHING, RUNNING
@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RunTimes:
-    """Seconds, and how often a lost process is started again."""
+    """Seconds, and how often a job is begun: a process that was killed or lost is started again, one that ended by
+    itself with an error is not."""
 
     poll_s: float = 0.25
     cancel_grace_s: float = 3.0
@@ -136,11 +137,12 @@ class RunLife:
             )
             return await self._settler.fail(job, self._folder, error)
         reason = self._cause_of_death(process)
-        if job.attempt < self._times.max_attempts:
+        gave_up_itself = process is not None and (process.exit_code or 0) > 0
+        if job.attempt < self._times.max_attempts and not gave_up_itself:
             return await self._settler.requeue(job, reason)
         code = "trainer_stalled" if self._stalled else "trainer_died"
         last = self._folder.log_tail(400).splitlines()[-1:] or ["nothing"]
-        message = f"{reason}, {job.attempt} times; its log {self._folder.log} ends: {last[0]}"
+        message = f"{reason} (attempt {job.attempt}); its log {self._folder.log} ends: {last[0]}"
         return await self._settler.fail(job, self._folder, job_error(code, message))
 
     def _cause_of_death(self, process: RunProcess | None) -> str:

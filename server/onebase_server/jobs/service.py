@@ -15,7 +15,7 @@ from onebase_server.jobs.hyperparameters import AUTO
 from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.names import new_id, tuned_name
 from onebase_server.jobs.orders import FineTuningOrder, RetrainOrder, digest_of
-from onebase_server.jobs.recipes import fixed_part
+from onebase_server.jobs.recipe import fixed_part
 from onebase_server.jobs.run_folder import RunFolder
 from onebase_server.jobs.states import (
     CANCELLED,
@@ -58,6 +58,7 @@ class JobService:
         self._files = files
         self._chats = chats
         self._limits = limits or JobLimits()
+        self._closing = False
 
     # Making
 
@@ -185,9 +186,9 @@ class JobService:
         return await self._records.checkpoints(job_id, after=after, limit=limit)
 
     async def follow(self, job_id: str) -> AsyncIterator[EventRow]:
-        """Every event from the first on, as they happen, until the job has ended."""
+        """Every event from the first on, as they happen, until the job has ended (or the server goes down)."""
         told = 0
-        while True:
+        while not self._closing:
             job = await self._ledger.get(job_id)
             for event in await self._records.events_since(job_id, told):
                 told = event.seq
@@ -195,6 +196,11 @@ class JobService:
             if job.state in FINAL:
                 return
             await self._ledger.news.wait(LOOK_AGAIN_S)
+
+    def stop_following(self) -> None:
+        """The server goes down: end what `follow` gives out, so that nobody waits for it."""
+        self._closing = True
+        self._ledger.news.tell()
 
     # Steering
 

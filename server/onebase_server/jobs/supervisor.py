@@ -1,224 +1,209 @@
-"""Retraining beside serving: one run at a time, each a process of its own, each a folder that outlives the server.
+"""The supervisor: sees to it that every job in the table gets its turn and an end. One task of the server's loop.
 
-A run that fails, is killed or is cancelled publishes nothing: serving does not notice. One that ends well has
-published the next version into the store itself; the server finds it there. No HTTP here, and no torch.
+The table is the queue. A start takes up what an earlier server left: live processes are watched on, dead ones are
+settled or queued again. One supervisor works on a home folder at a time (a lock in it); further servers on the same
+home answer requests and leave the work to the one.
 """
 
+import asyncio
+import fcntl
 import logging
-import threading
+import os
 import time
-from collections import deque
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from onebase.errors import InvalidInput, NotFound, Overloaded
+from onebase.bases import resolve_base
 from onebase.home import Home
-from onebase_server.jobs.recipe import RetrainOrder, write_recipe
-from onebase_server.jobs.run_record import RUN_ID, Run, RunFolder, RunState, new_run, with_progress
-from onebase_server.jobs.trainer_process import TrainerCommand, TrainerProcess
+from onebase.store import AdapterStore
+from onebase_server.jobs.checkpoints import FindBase
+from onebase_server.jobs.files import FileService, is_abandoned
+from onebase_server.jobs.hyperparameters import decided
+from onebase_server.jobs.ledger import Ledger
+from onebase_server.jobs.process import RunCommand
+from onebase_server.jobs.run_folder import RunFolder
+from onebase_server.jobs.run_life import RunLife, RunTimes, ServerStopsError
+from onebase_server.jobs.settle import JobError, Settler, job_error
+from onebase_server.jobs.states import FINE_TUNING, QUEUED, RUNNING, VALIDATING
+from onebase_server.jobs.training_lines import FileProblem, check_training_file
+from onebase_server.records.jobs import NewEvent
+from onebase_server.records.tables import JobRow
 
 logger = logging.getLogger(__name__)
+
+LOCK = "supervisor.lock"
+JOB_PREFIXES = ("ftjob-", "run-")
 
 
 @dataclass(frozen=True, slots=True)
 class SupervisorConfig:
-    """Times in seconds."""
+    """`max_running`: training processes at a time. `look_s`: how often other processes' changes are looked for."""
 
-    queue_limit: int = 16
-    poll_s: float = 0.2
-    cancel_grace_s: float = 30.0
-    """What a cancelled trainer gets to end cleanly before it is killed."""
+    max_running: int = 1
+    look_s: float = 1.0
+    sweep_s: float = 600.0
+    times: RunTimes = field(default_factory=RunTimes)
 
 
 class Supervisor:
-    """The queue and its one thread. All methods may be called from any thread."""
+    """`await start()`, `await stop()`. Stopping lets running processes go on: the next server takes them up."""
 
     def __init__(
         self,
         home: Home,
-        command: TrainerCommand | None = None,
+        ledger: Ledger,
+        files: FileService,
+        store: AdapterStore,
+        command: RunCommand | None = None,
         config: SupervisorConfig | None = None,
+        find_base: FindBase | None = None,
     ) -> None:
         self._home = home
-        self._command = command or TrainerCommand()
+        self._ledger = ledger
+        self._records = ledger.records
+        self._files = files
+        self._store = store
+        self._settler = Settler(ledger, files, store)
+        self._command = command or RunCommand()
         self._config = config or SupervisorConfig()
-        self._lock = threading.Lock()
-        self._wake = threading.Condition(self._lock)
-        self._queue: deque[str] = deque()
-        self._running: str | None = None
+        self._find_base = find_base or partial(resolve_base, home)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._runs: set[str] = set()
+        self._loop: asyncio.Task[None] | None = None
         self._stopping = False
-        self._thread: threading.Thread | None = None
+        self._lock: int | None = None
 
-    # Life
+    async def start(self) -> None:
+        self._loop = asyncio.create_task(self._supervise(), name="job supervisor")
 
-    def start(self) -> None:
-        """Take up what an earlier server left: its queue, and its running trainer if that still lives."""
-        left = [run for run in self.list() if not run.is_final]
-        for run in sorted(left, key=lambda run: (run.state != "running", run.created_at, run.id)):
-            self._queue.append(run.id)
-        self._thread = threading.Thread(target=self._work, name="retrain-supervisor", daemon=True)
-        self._thread.start()
+    async def stop(self) -> None:
+        self._stopping = True
+        self._ledger.news.tell()
+        await asyncio.gather(*filter(None, [self._loop, *self._tasks.values()]))
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
-    def stop(self) -> None:
-        """Let go: a running trainer goes on, and the next server takes it up."""
-        with self._wake:
-            self._stopping = True
-            self._wake.notify_all()
-        if self._thread is not None:
-            self._thread.join()
-
-    # Orders
-
-    def submit(self, order: RetrainOrder) -> Run:
-        """Queue a run. Raises Overloaded when too many wait."""
-        run = new_run(order.adapter, str(order.dataset), order.preset, dict(order.hyperparameters or {}))
-        folder = self._folder(run.id)
-        with self._wake:
-            if len(self._queue) >= self._config.queue_limit:
-                raise Overloaded(f"{len(self._queue)} retrain runs wait already", retry_after_s=60)
-            folder.create()
-            write_recipe(folder.recipe, order)
-            folder.write(run)  # last: the run exists from here on
-            self._queue.append(run.id)
-            self._wake.notify_all()
-        logger.info("run %s queued: adapter %s", run.id, order.adapter)
-        return run
-
-    def cancel(self, run_id: str) -> Run:
-        """Cancel a waiting or running one. Raises NotFound, or InvalidInput if it has ended."""
-        with self._wake:
-            run = self._read(run_id)
-            if run.is_final:
-                raise InvalidInput(f"run {run_id} has already {run.state}", param="id", code="run_has_ended")
-            if run_id in self._queue:
-                self._queue.remove(run_id)
-                run = replace(run, state="cancelled", finished_at=int(time.time()))
-            else:
-                run = replace(run, cancel_requested=True)
-            self._folder(run_id).write(run)
-            self._wake.notify_all()
-            return run
-
-    def get(self, run_id: str) -> Run:
-        """The run with its progress. Raises NotFound."""
-        with self._lock:
-            run = self._read(run_id)
-        return self._with_progress(run)
-
-    def list(self) -> list[Run]:
-        """All runs that the home folder knows, newest first."""
-        folders = sorted(self._home.runs.iterdir(), reverse=True) if self._home.runs.is_dir() else []
-        runs = [RunFolder(self._home.runs, each.name).read() for each in folders if RUN_ID.match(each.name)]
-        return [self._with_progress(run) for run in runs if run is not None]
-
-    # The thread
-
-    def _work(self) -> None:
-        while True:
-            with self._wake:
-                while not self._queue and not self._stopping:
-                    self._wake.wait()
-                if self._stopping:
-                    return
-                self._running = self._queue.popleft()
-                run = self._read(self._running)
+    async def _supervise(self) -> None:
+        swept_at = float("-inf")
+        now: Callable[[], float] = asyncio.get_running_loop().time
+        while not self._stopping:
             try:
-                self._carry_out(run)
+                if self._lock is None:
+                    self._lock = self._take_lock()
+                if self._lock is not None:
+                    await self._dispatch()
+                    if now() - swept_at > self._config.sweep_s:
+                        swept_at = now()
+                        await self._clean_up()
             except Exception:
-                # whatever it was, the next run in the queue must get its turn
-                logger.exception("run %s could not be carried out", run.id)
-                self._end(run.id, "failed", error=error_of("internal_error", "the server could not start the trainer"))
-            self._running = None
+                logger.exception("the job supervisor could not do its round")
+            await self._ledger.news.wait(self._config.look_s)
 
-    def _carry_out(self, run: Run) -> None:
-        folder = self._folder(run.id)
-        process = self._take_up(run) if run.state == "running" else self._launch(run)
-        if process is not None and not self._watch(run.id, process):
-            process.let_go()  # the server stops; the trainer goes on, and the next server takes it up
-            return
-        self._conclude(run.id, folder, process)
-
-    def _launch(self, run: Run) -> TrainerProcess:
-        folder = self._folder(run.id)
-        process = self._command.start(folder.recipe, self._home.root, folder.status, folder.log)
-        logger.info("run %s started: pid %d", run.id, process.pid)
-        self._update(run.id, state="running", started_at=int(time.time()), pid=process.pid, pid_created=process.created)
-        return process
-
-    def _take_up(self, run: Run) -> TrainerProcess | None:
-        if run.pid is None or run.pid_created is None:
+    def _take_lock(self) -> int | None:
+        self._home.locks.mkdir(parents=True, exist_ok=True)
+        fd = os.open(self._home.locks / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
             return None
-        process = TrainerProcess.find(run.pid, run.pid_created)
-        logger.info("run %s taken up: its trainer %s", run.id, "lives" if process else "has ended")
-        return process
+        return fd
 
-    def _watch(self, run_id: str, process: TrainerProcess) -> bool:
-        """Until the process ends; False if the server stops first."""
-        kill_at: float | None = None
-        while process.is_alive():
-            with self._wake:
-                self._wake.wait(self._config.poll_s)
-                if self._stopping:
-                    return False
-                cancelled = self._read(run_id).cancel_requested
-            if cancelled and kill_at is None:
-                process.interrupt()
-                kill_at = time.monotonic() + self._config.cancel_grace_s
-            elif kill_at is not None and time.monotonic() > kill_at:
-                process.kill()
-        return True
+    async def _clean_up(self) -> None:
+        """What crashes left half made, in files, store and runs."""
+        await self._files.sweep()
+        await asyncio.to_thread(self._store.sweep)
+        paths = list(self._home.runs.iterdir()) if self._home.runs.is_dir() else []
+        known = await self._records.ids()
+        for path in paths:
+            if path.name.startswith(JOB_PREFIXES) and path.name not in known and is_abandoned(path, time.time()):
+                RunFolder(self._home.runs, path.name).remove()
 
-    def _conclude(self, run_id: str, folder: RunFolder, process: TrainerProcess | None) -> None:
-        """The outcome, from the trainer's last word; without one it died."""
-        status = folder.read_status()
-        said = status.get("state")
-        if said == "succeeded" and status.get("version"):
-            self._end(run_id, "succeeded", version=str(status["version"]))
-        elif self._read(run_id).cancel_requested or said == "cancelled":
-            self._end(run_id, "cancelled")
-        elif said == "failed":
-            given = status.get("error")
-            self._end(
-                run_id, "failed", error=given if isinstance(given, dict) else error_of("training_failed", str(given))
-            )
-        else:
-            self._end(run_id, "failed", error=error_of("trainer_died", self._cause_of_death(folder, process)))
+    async def _dispatch(self) -> None:
+        for job in await self._records.with_open_run():
+            if job.id not in self._tasks:
+                self._begin(job.id, self._take_up(job), is_run=True)
+        waiting = await self._records.in_states((VALIDATING, QUEUED))
+        for job in waiting:
+            if job.state == VALIDATING and job.id not in self._tasks:
+                self._begin(job.id, self._validate(job), is_run=False)
+        for job in waiting:
+            if len(self._runs) >= self._config.max_running:
+                return
+            if job.state == QUEUED and not job.run_open and job.id not in self._tasks:
+                self._begin(job.id, self._run(job), is_run=True)
 
-    @staticmethod
-    def _cause_of_death(folder: RunFolder, process: TrainerProcess | None) -> str:
-        code = process.exit_code if process is not None else None
-        how = "ended without a result" if code is None else f"ended with exit code {code}"
-        if code is not None and code < 0:
-            how = f"was killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
-        last = folder.log_tail(400).splitlines()[-1:] or ["nothing"]
-        return f"the training process {how}; its log {folder.log} ends: {last[0]}"
+    def _begin(self, job_id: str, work: Coroutine[Any, Any, None], *, is_run: bool) -> None:
+        if is_run:
+            self._runs.add(job_id)
+        task = asyncio.create_task(self._guarded(job_id, work), name=f"job {job_id}")
+        self._tasks[job_id] = task
 
-    def _end(
-        self, run_id: str, state: RunState, version: str | None = None, error: dict[str, Any] | None = None
-    ) -> None:
-        logger.info(
-            "run %s %s%s", run_id, state, f": {version}" if version else f": {error['message']}" if error else ""
+    async def _guarded(self, job_id: str, work: Coroutine[Any, Any, None]) -> None:
+        """However it ends, the job may be taken up again, and the next one gets its turn."""
+        try:
+            await work
+        except ServerStopsError:
+            return
+        except Exception:
+            logger.exception("job %s could not be carried on; trying again", job_id)
+            await asyncio.sleep(self._config.look_s)
+        finally:
+            self._runs.discard(job_id)
+            self._tasks.pop(job_id, None)
+            self._ledger.news.tell()
+
+    async def _validate(self, job: JobRow) -> None:
+        folder = RunFolder(self._home.runs, job.id)
+        checked = await asyncio.to_thread(_check_files, job, folder)
+        if not isinstance(checked, int):
+            await self._settler.fail(job, folder, checked)
+            return
+        values: dict[str, Any] = {"state": QUEUED}
+        if job.kind == FINE_TUNING:
+            values["hyperparameters"] = decided(job.hyperparameters, checked)
+        event = NewEvent("validated", "Files validated, moving job to queued state")
+        await self._ledger.change(job.id, values, when=(VALIDATING,), events=[event])
+
+    async def _run(self, job: JobRow) -> None:
+        event = NewEvent(f"started:{job.attempt + 1}", "Fine-tuning job started")
+        values = {
+            "state": RUNNING,
+            "run_open": True,
+            "attempt": job.attempt + 1,
+            "started_at": job.started_at or self._ledger.now(),
+        }
+        started = await self._ledger.change(job.id, values, when=(QUEUED,), events=[event])
+        if started is not None:  # else it was cancelled just now
+            await self._life(started).carry_out(started, taken_up=False)
+
+    async def _take_up(self, job: JobRow) -> None:
+        await self._life(job).carry_out(job, taken_up=True)
+
+    def _life(self, job: JobRow) -> RunLife:
+        return RunLife(
+            job,
+            self._home,
+            self._ledger,
+            self._settler,
+            self._store,
+            self._command,
+            self._config.times,
+            self._find_base,
+            lambda: self._stopping,
         )
-        self._update(run_id, state=state, finished_at=int(time.time()), version=version, error=error, pid=None)
-
-    # The record
-
-    def _update(self, run_id: str, **changes: Any) -> None:
-        with self._lock:
-            self._folder(run_id).write(replace(self._read(run_id), **changes))
-
-    def _read(self, run_id: str) -> Run:
-        run = self._folder(run_id).read() if RUN_ID.match(run_id) else None
-        if run is None:
-            raise NotFound(f"No such run: {run_id}", param="id")
-        return run
-
-    def _folder(self, run_id: str) -> RunFolder:
-        return RunFolder(self._home.runs, run_id)
-
-    def _with_progress(self, run: Run) -> Run:
-        return with_progress(run, self._folder(run.id).read_status())
 
 
-def error_of(code: str, message: str) -> dict[str, Any]:
-    return {"code": code, "message": message, "param": None}
+def _check_files(job: JobRow, folder: RunFolder) -> int | JobError:
+    """The number of training examples, or why the job can't be trained."""
+    found = check_training_file(folder.training)
+    if isinstance(found, FileProblem):
+        return job_error(found.code, found.message, "training_file")
+    if job.validation_file is not None:
+        validation = check_training_file(folder.validation, kind="validation", minimum=1)
+        if isinstance(validation, FileProblem):
+            return job_error(validation.code, validation.message, "validation_file")
+    return found.examples

@@ -62,7 +62,7 @@ def test_an_unknown_path_is_404(world: World, path: str) -> None:
 @pytest.mark.parametrize(
     ("method", "path"),
     [
-        ("GET", "/v1/chat/completions"),
+        ("PUT", "/v1/chat/completions"),
         ("DELETE", "/v1/chat/completions"),
         ("PUT", "/v1/completions"),
         ("POST", "/v1/models"),

@@ -1,0 +1,110 @@
+"""`GET /v1/chat/completions` and below: the chats that were kept by `store: true`, as OpenAI lists them."""
+
+from typing import Annotated, Any, Literal
+
+from litestar import Request, delete, get, post
+from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
+
+from onebase.errors import NotFound
+from onebase_server.api.caller import caller_of
+from onebase_server.api.deps import AppDeps, Deps
+from onebase_server.api.query import metadata_filter
+from onebase_server.api.schemas_stored import (
+    ChatDeleted,
+    ChatMessageList,
+    StoredChat,
+    StoredChatList,
+    UpdateChat,
+    chat_messages,
+    stored_chat,
+)
+from onebase_server.records.tables import ChatRow
+
+AnyRequest = Request[Any, Any, Any]
+Limit = Annotated[int, QueryParameter(ge=1, le=1000)]
+Order = Literal["asc", "desc"]
+
+
+@get("/chat/completions", operation_id="listChatCompletions", tags=["Stored chats"])
+async def list_chats(
+    request: AnyRequest,
+    deps: Deps,
+    model: FromQuery[str | None] = None,
+    after: FromQuery[str | None] = None,
+    limit: Limit = 20,
+    order: FromQuery[Order] = "asc",
+) -> StoredChatList:
+    """The caller's stored chats, oldest first; `metadata[key]=value` filters them."""
+    page = await deps.chats.list(
+        caller_of(request, deps.settings).sees,
+        model=model,
+        metadata=metadata_filter(request.query_params),
+        after=after,
+        limit=limit,
+        order=order,
+    )
+    data = [stored_chat(row) for row in page.rows]
+    return StoredChatList(
+        object="list",
+        data=data,
+        first_id=data[0].id if data else None,
+        last_id=data[-1].id if data else None,
+        has_more=page.has_more,
+    )
+
+
+@get("/chat/completions/{chat_id:str}", operation_id="getChatCompletion", tags=["Stored chats"])
+async def retrieve_chat(chat_id: FromPath[str], request: AnyRequest, deps: Deps) -> StoredChat:
+    """One stored chat."""
+    return stored_chat(await find_chat(chat_id, request, deps))
+
+
+@post("/chat/completions/{chat_id:str}", operation_id="updateChatCompletion", status_code=200, tags=["Stored chats"])
+async def update_chat(
+    chat_id: FromPath[str], data: JSONBody[UpdateChat], request: AnyRequest, deps: Deps
+) -> StoredChat:
+    """Replace a stored chat's metadata."""
+    sees = caller_of(request, deps.settings).sees
+    row = await deps.chats.set_metadata(chat_id, sees, data.metadata)
+    return stored_chat(row or missing(chat_id))
+
+
+@delete("/chat/completions/{chat_id:str}", operation_id="deleteChatCompletion", status_code=200, tags=["Stored chats"])
+async def delete_chat(chat_id: FromPath[str], request: AnyRequest, deps: Deps) -> ChatDeleted:
+    """Forget a stored chat and what was thought of it."""
+    if not await deps.chats.delete(chat_id, caller_of(request, deps.settings).sees):
+        missing(chat_id)
+    return ChatDeleted(object="chat.completion.deleted", id=chat_id, deleted=True)
+
+
+@get("/chat/completions/{chat_id:str}/messages", operation_id="getChatCompletionMessages", tags=["Stored chats"])
+async def list_chat_messages(
+    chat_id: FromPath[str],
+    request: AnyRequest,
+    deps: Deps,
+    after: FromQuery[str | None] = None,
+    limit: Limit = 20,
+    order: FromQuery[Order] = "asc",
+) -> ChatMessageList:
+    """What a stored chat was asked."""
+    messages = chat_messages(await find_chat(chat_id, request, deps))
+    if order == "desc":
+        messages.reverse()
+    ids = [message.id for message in messages]
+    start = ids.index(after) + 1 if after in ids else 0
+    data = messages[start : start + limit]
+    return ChatMessageList(
+        object="list",
+        data=data,
+        first_id=data[0].id if data else None,
+        last_id=data[-1].id if data else None,
+        has_more=start + limit < len(messages),
+    )
+
+
+async def find_chat(chat_id: str, request: AnyRequest, deps: AppDeps) -> ChatRow:
+    return await deps.chats.get(chat_id, caller_of(request, deps.settings).sees) or missing(chat_id)
+
+
+def missing(chat_id: str) -> ChatRow:
+    raise NotFound(f"No stored chat completion '{chat_id}': it was not made with store: true.", param="completion_id")

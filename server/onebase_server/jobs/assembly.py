@@ -1,0 +1,74 @@
+"""The parts that keep files, jobs and chats, put together once for a server: nothing is opened before `start`."""
+
+from dataclasses import dataclass, field
+
+from onebase.home import Home
+from onebase.store import AdapterStore
+from onebase_server.jobs.checkpoints import FindBase
+from onebase_server.jobs.files import FileService
+from onebase_server.jobs.ledger import Ledger
+from onebase_server.jobs.process import RunCommand
+from onebase_server.jobs.service import JobLimits, JobService
+from onebase_server.jobs.supervisor import Supervisor, SupervisorConfig
+from onebase_server.records.chats import ChatRecords
+from onebase_server.records.database import Database
+from onebase_server.records.files import FileRecords
+from onebase_server.records.jobs import JobRecords
+from onebase_server.records.keys import KeyRecords
+
+
+@dataclass(frozen=True, slots=True)
+class DurableConfig:
+    """`database`: a URL, or None for SQLite in the home folder. `max_file`: bytes."""
+
+    database: str | None = None
+    max_file: int = 512 << 20
+    limits: JobLimits = field(default_factory=JobLimits)
+    supervisor: SupervisorConfig = field(default_factory=SupervisorConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Durable:
+    """What outlives a request. Lives on one event loop: `start` and `stop` are its beginning and end."""
+
+    database: Database
+    ledger: Ledger
+    files: FileService
+    chats: ChatRecords
+    keys: KeyRecords
+    jobs: JobService
+    supervisor: Supervisor
+
+    async def start(self) -> None:
+        """Migrate the tables and begin to supervise."""
+        await self.database.migrate()
+        await self.supervisor.start()
+
+    async def stop(self) -> None:
+        """Running processes go on: the next server takes them up."""
+        self.jobs.stop_following()
+        await self.supervisor.stop()
+        await self.database.close()
+
+
+def assemble(
+    home: Home,
+    store: AdapterStore,
+    command: RunCommand,
+    config: DurableConfig,
+    find_base: FindBase | None = None,
+) -> Durable:
+    """Raises InvalidInput for a database URL that can't be used."""
+    database = Database.at(config.database) if config.database else Database.file(home.root / "onebase.db")
+    ledger = Ledger(JobRecords(database))
+    files = FileService(home.files, FileRecords(database), limit=config.max_file)
+    chats = ChatRecords(database)
+    return Durable(
+        database=database,
+        ledger=ledger,
+        files=files,
+        chats=chats,
+        keys=KeyRecords(database),
+        jobs=JobService(home, ledger, files, chats, config.limits),
+        supervisor=Supervisor(home, ledger, files, store, command, config.supervisor, find_base),
+    )
