@@ -6,9 +6,10 @@ the text itself. The engine never waits for a reader.
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 
 from onebase_server.engine.types import FinishReason, GenerationRequest, TokenEvent, TokenLogprob, Usage
 
@@ -25,6 +26,9 @@ class Completion:
     usage: Usage
 
 
+MAX_UNREAD = 32
+"""Events of one choice that lie unread before they are merged."""
+
 Waiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 
 
@@ -34,12 +38,15 @@ class RequestHandle:
     def __init__(self, request: GenerationRequest, cancel: Callable[["RequestHandle"], None]) -> None:
         self.request = request
         self._cancel = cancel
-        self._condition = threading.Condition(threading.Lock())
-        self._unread: dict[int, TokenEvent] = {}
+        self._lock = threading.Lock()
+        self._condition = threading.Condition(self._lock)
+        self._unread: dict[int, list[TokenEvent]] = {}
         self._open = request.n
         """Choices whose last event has not been pushed."""
         self._waiter: Waiter | None = None
         self._blocked = False
+        self.queue_s: float | None = None
+        """Submission to the first step, once that has been; written by the engine thread."""
 
     @property
     def is_finished(self) -> bool:
@@ -58,14 +65,15 @@ class RequestHandle:
         try:
             while remaining:
                 waiter: asyncio.Future[None] | None = None
-                with self._condition:
+                with self._lock:
                     unread, self._unread = self._unread, {}
                     if not unread:
                         waiter = loop.create_future()
                         self._waiter = (loop, waiter)
                 if waiter is not None:
                     await waiter
-                for event in unread.values():
+                for events in unread.values():
+                    event = merge(events)
                     remaining -= event.finish_reason is not None
                     yield event
         finally:
@@ -83,7 +91,8 @@ class RequestHandle:
                         self._condition.wait()
                     self._blocked = False
                     unread, self._unread = self._unread, {}
-                for event in unread.values():
+                for events in unread.values():
+                    event = merge(events)
                     remaining -= event.finish_reason is not None
                     yield event
         finally:
@@ -91,9 +100,9 @@ class RequestHandle:
 
     def take(self) -> list[TokenEvent]:
         """Unread events, at most one a choice; does not wait."""
-        with self._condition:
+        with self._lock:
             unread, self._unread = self._unread, {}
-        return list(unread.values())
+        return [merge(events) for events in unread.values()]
 
     async def complete(self) -> list[Completion]:
         """Every choice in whole, by index. Raises the error of a choice that failed."""
@@ -105,9 +114,14 @@ class RequestHandle:
 
     def push(self, event: TokenEvent) -> Waiter | None:
         """Engine side. Returns the reader to wake, if an asyncio one waits (see `wake`)."""
-        with self._condition:
-            earlier = self._unread.get(event.index)
-            self._unread[event.index] = event if earlier is None else merge(earlier, event)
+        with self._lock:
+            events = self._unread.get(event.index)
+            if events is None:
+                self._unread[event.index] = [event]
+            else:
+                events.append(event)
+                if len(events) == MAX_UNREAD:
+                    events[:] = [merge(events)]
             if event.finish_reason is not None:
                 self._open -= 1
             if self._blocked:
@@ -133,34 +147,35 @@ def _resolve(futures: list["asyncio.Future[None]"]) -> None:
             future.set_result(None)
 
 
-def merge(earlier: TokenEvent, later: TokenEvent) -> TokenEvent:
-    """Two events of one choice as one."""
+def merge(events: Sequence[TokenEvent]) -> TokenEvent:
+    """Events of one choice as one."""
+    if len(events) == 1:
+        return events[0]
+    last = events[-1]
     return TokenEvent(
-        index=earlier.index,
-        text=earlier.text + later.text,
-        token_ids=earlier.token_ids + later.token_ids,
-        logprobs=earlier.logprobs + later.logprobs,
-        finish_reason=later.finish_reason,
-        usage=later.usage,
-        error=later.error,
+        index=last.index,
+        text="".join([event.text for event in events]),
+        token_ids=tuple(chain.from_iterable([event.token_ids for event in events])),
+        logprobs=tuple(chain.from_iterable([event.logprobs for event in events])),
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+        error=last.error,
     )
 
 
 def gather_choices(events: Iterable[TokenEvent], n: int) -> list[Completion]:
     """All events of a request as whole choices. Raises the error of the first choice that failed."""
-    merged: dict[int, TokenEvent] = {}
+    choices: list[list[TokenEvent]] = [[] for _ in range(n)]
     for event in events:
-        earlier = merged.get(event.index)
-        merged[event.index] = event if earlier is None else merge(earlier, event)
-    for event in merged.values():
-        if event.error is not None:
-            raise event.error
+        choices[event.index].append(event)
     completions = []
-    for index in range(n):
-        event = merged[index]
-        assert event.finish_reason is not None
-        assert event.usage is not None
+    for index, pieces in enumerate(choices):
+        whole = merge(pieces)
+        if whole.error is not None:
+            raise whole.error
+        assert whole.finish_reason is not None
+        assert whole.usage is not None
         completions.append(
-            Completion(index, event.text, event.token_ids, event.logprobs, event.finish_reason, event.usage)
+            Completion(index, whole.text, whole.token_ids, whole.logprobs, whole.finish_reason, whole.usage)
         )
     return completions
