@@ -96,7 +96,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "onebase_workspace_bytes": ([c_void_p, c_int, c_int, c_int], c_int64),
         "onebase_forward": ([c_void_p, c_void_p], None),
         "onebase_nf4_matmul": (
-            [c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_int, c_void_p, c_int64, c_void_p],
+            [c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_void_p, c_void_p],
             None,
         ),
     }

@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "cpu"
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-w")
+FLAGS = ("-O3", "-std=c++17", "-pthread", "-fPIC", "-shared", "-fno-math-errno", "-w")
 
 
 def load_library(cache: Path, *, march: str = "native") -> ctypes.CDLL | None:
-    """The compiled kernels, or None with a warning that says why. Import torch first: its OpenMP is then shared.
+    """The compiled kernels, or None with a warning that says why.
 
     `march` is the compiler's name of the target; others than native serve the tests of the fallbacks.
     """

@@ -46,11 +46,9 @@ class CpuKernels(TorchKernels):
         if not isinstance(weight.repacked, Repacked):
             return super().nf4_matmul(x, weight)
         n, k = weight.shape
-        threads = torch.get_num_threads()
         rows = x.contiguous() if self.amx else x.float().contiguous()
         out = torch.empty(x.shape[0], (-(-n // STRIP) + 1) * STRIP)  # row_stride of cpu/model.h
-        each = 2 * k * STRIP * 2 + (BLOCK + x.shape[0]) * STRIP * 4 + 16384
-        scratch = torch.empty(threads * each, dtype=torch.uint8)
+        scratch = torch.empty(2 * k * STRIP * 2 + (BLOCK + x.shape[0]) * STRIP * 4 + 16384, dtype=torch.uint8)
         linear = cpu_abi.Linear(data=weight.repacked.data.data_ptr(), n=n, k=k, slices=1)
         self.library.onebase_nf4_matmul(
             ctypes.byref(linear),
@@ -59,9 +57,7 @@ class CpuKernels(TorchKernels):
             x.shape[0],
             int(self.amx),
             int(x.dtype == torch.bfloat16),
-            threads,
             scratch.data_ptr(),
-            each,
             out.data_ptr(),
         )
         return out[:, :n].to(x.dtype)

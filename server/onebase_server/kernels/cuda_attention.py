@@ -30,6 +30,7 @@ class DecodeAttention:
         self._head = head
         self._workspace = torch.empty(0, device="cuda")
         self._counters = torch.zeros(0, dtype=torch.int32, device="cuda")
+        self._retired: list[Tensor] = []
 
     def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, meta: StepMeta) -> Tensor:
         """q [S, H, D] -> [S, H * D]; `scale` includes log2(e). A sequence with no context keeps whatever was there."""
@@ -47,10 +48,12 @@ class DecodeAttention:
         return out
 
     def _reserve(self, floats: int, counters: int) -> None:
-        """Grow only. A captured graph must have seen its largest step before capture."""
+        """Grow only; what captured graphs hold stays."""
         if self._workspace.numel() < floats:
+            self._retired.append(self._workspace)
             self._workspace = torch.empty(floats, dtype=torch.float32, device="cuda")
         if self._counters.numel() < counters:
+            self._retired.append(self._counters)
             self._counters = torch.zeros(counters, dtype=torch.int32, device="cuda")
 
 

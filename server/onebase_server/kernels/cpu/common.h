@@ -1,11 +1,10 @@
-// Types and small helpers shared by the CPU kernels: 16-lane vectors that any compiler target can lower, bf16, threads.
+// Types and small helpers shared by the CPU kernels: 16-lane vectors that any compiler target can lower, bf16.
 // Every reduction here has one fixed order, so that a row's result never depends on the batch around it.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <omp.h>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>

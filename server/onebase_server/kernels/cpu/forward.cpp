@@ -50,38 +50,29 @@ void onebase_forward(const Model* m, const Step* s) {
     const int rank = max_rank_of(*s);
 #ifdef ONEBASE_AMX
     if (m->use_amx && m->is_bf16) {
-        Forward<bf16, true>(*m, *s, rank).run();
+        run_forward<bf16, true>(*m, *s, rank);
         return;
     }
 #endif
-    if (m->is_bf16) Forward<bf16, false>(*m, *s, rank).run();
-    else Forward<float, false>(*m, *s, rank).run();
+    if (m->is_bf16) run_forward<bf16, false>(*m, *s, rank);
+    else run_forward<float, false>(*m, *s, rank);
 }
 
-// y [count][row_stride(n)] fp32 = x [count][k] . W; x bf16 for AMX, fp32 otherwise (already rounded if `round`).
-void onebase_nf4_matmul(const Linear* w, const float* code, const void* x, int count, int use_amx, int round, int threads,
-                        uint8_t* scratch, int64_t scratch_each, float* y) {
-    const int columns = count < 16 ? count : 16, blocks = (count + columns - 1) / columns;
-    uint32_t* packed = nullptr;
-    if (use_amx) {
-        packed = new uint32_t[size_t(blocks) * columns * (w->k / 2)]();
-        pack((const bf16*)x, count, w->k, packed);
-    }
-#pragma omp parallel num_threads(threads)
-    {
-        const int thread = omp_get_thread_num();
-        const Range strips = share(padded(w->n) / STRIP, thread, threads);
-        uint8_t* own = scratch + thread * scratch_each;
+// y [count][row_stride(n)] fp32 = x [count][k] . W on one thread; x bf16 for AMX, fp32 otherwise (already rounded if
+// `round`).
+void onebase_nf4_matmul(const Linear* w, const float* code, const void* x, int count, int use_amx, int round, uint8_t* scratch, float* y) {
+    const Range strips{0, padded(w->n) / STRIP};
 #ifdef ONEBASE_AMX
-        if (use_amx) {
-            nf4_matmul_amx(*w, code, Tokens{packed, count, columns, w->k}, strips, (bf16*)own, y);
-            tile_release();
-        }
-#endif
-        if (!use_amx && round) nf4_matmul_wide<true>(*w, code, (const float*)x, count, strips, (float*)own, y);
-        if (!use_amx && !round) nf4_matmul_wide<false>(*w, code, (const float*)x, count, strips, (float*)own, y);
+    if (use_amx) {
+        const int columns = columns_for(count), blocks = (count + columns - 1) / columns;
+        std::unique_ptr<uint32_t[]> packed(new uint32_t[size_t(blocks) * columns * (w->k / 2)]());
+        pack((const bf16*)x, count, w->k, packed.get());
+        nf4_matmul_amx(*w, code, Tokens{packed.get(), count, columns, w->k}, strips, (bf16*)scratch, y);
+        tile_release();
     }
-    delete[] packed;
+#endif
+    if (!use_amx && round) nf4_matmul_wide<true>(*w, code, (const float*)x, count, strips, (float*)scratch, y);
+    if (!use_amx && !round) nf4_matmul_wide<false>(*w, code, (const float*)x, count, strips, (float*)scratch, y);
 }
 
 }  // extern "C"

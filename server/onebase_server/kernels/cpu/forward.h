@@ -11,8 +11,8 @@
 namespace onebase {
 
 template <typename T, bool AMX> struct Forward {
-    const Model& m;
-    const Step& step;
+    const Model m;  // copies: a straggling thread may look at them after the call has returned
+    const Step step;
     const Workspace work;
     const int tokens, threads;
     const LoraStep lora;
@@ -22,7 +22,7 @@ template <typename T, bool AMX> struct Forward {
     Forward(const Model& model, const Step& s, int max_rank)
         : m(model), step(s), work(model, s.num_tokens, max_rank, s.threads, s.workspace), tokens(s.num_tokens),
           threads(s.threads), lora{s.lora_starts, s.lora_ranks, model.rank_table, max_rank},
-          schedule(model.num_layers * 9 + 4, s.threads) {
+          schedule(model.num_layers * 9 + 4) {
         const int per = m.heads / m.groups;
         for (int i = 0; i < step.num_seqs; i++)
             units += ((step.query_starts[i + 1] - step.query_starts[i]) * per + 15) / 16 * m.groups;
@@ -206,10 +206,9 @@ template <typename T, bool AMX> struct Forward {
         put(t, column, gate, BLOCK, m.inner, tokens);
     }
 
-    void logits(Range strips, int thread) {
+    void logits(Range strips) {
         const int samples = step.num_samples;
         const T* head = (const T*)m.lm_head;
-        (void)thread;
 #ifdef ONEBASE_AMX
         if constexpr (AMX) {
             const Tokens x{(const uint32_t*)work.inputs, samples, columns_of(samples), m.hidden};
@@ -248,25 +247,28 @@ template <typename T, bool AMX> struct Forward {
         each(tokens, [&](int t) { residual(w[DOWN], DOWN, next_norm, t, thread); });
     }
 
-    void run() {
-#pragma omp parallel num_threads(threads)
-        {
-            const int thread = omp_get_thread_num();
-            int phase = 0;
-            schedule.run(phase, tokens, grain(tokens), [&](int begin, int end) {
-                for (int t = begin; t < end; t++) embed(t, thread);
-            });
-            for (int i = 0; i < m.num_layers; i++) layer(i, thread, phase);
-            schedule.run(phase, step.num_samples, 1, [&](int r, int) {
-                norm_and_put(int(step.sample_tokens[r]), m.norm, thread, r, step.num_samples);
-            });
-            const int strips = step.num_samples ? m.vocab / STRIP : 0;
-            schedule.run(phase, strips, 64, [&](int begin, int end) { logits({begin, end}, thread); });
+    void steps(int thread) {
+        int phase = 0;
+        schedule.run(phase, tokens, grain(tokens), [&](int begin, int end) {
+            for (int t = begin; t < end; t++) embed(t, thread);
+        });
+        for (int i = 0; i < m.num_layers && !schedule.finished(); i++) layer(i, thread, phase);
+        if (schedule.finished()) return;
+        schedule.run(phase, step.num_samples, 1, [&](int r, int) {
+            norm_and_put(int(step.sample_tokens[r]), m.norm, thread, r, step.num_samples);
+        });
+        const int strips = step.num_samples ? m.vocab / STRIP : 0;
+        schedule.run(phase, strips, 64, [&](int begin, int end) { logits({begin, end}); });
+        schedule.finish();
 #ifdef ONEBASE_AMX
-            if (AMX) tile_release();
+        if (AMX) tile_release();
 #endif
-        }
     }
 };
+
+template <typename T, bool AMX> void run_forward(const Model& m, const Step& s, int max_rank) {
+    auto forward = std::make_shared<Forward<T, AMX>>(m, s, max_rank);
+    Pool::shared().run(s.threads, std::make_shared<const Pool::Job>([forward](int thread) { forward->steps(thread); }));
+}
 
 }  // namespace onebase
