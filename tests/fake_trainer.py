@@ -1,7 +1,7 @@
 """A scripted training process: it keeps to the trainer's command line, status file, metrics file and signals.
 
     python fake_trainer.py PLAN.json train RECIPE --home H --status S --run-dir D --resume --alias A --no-make-current
-    python fake_trainer.py PLAN.json evaluate RECIPE --home H --status S --adapter NAME@N --max-examples N --out FILE
+    python fake_trainer.py PLAN.json evaluate RECIPE --home H --status S --no-base --adapter NAME@N ... --out FILE
 
 The plan (all optional): `steps`, `step_s`, `every` (steps a checkpoint), `ends` (how each attempt ends: "succeed",
 "fail", "give up", "crash", "hang"; the last one repeats), `deaf` (signals do nothing); `loss` and `stop_rate` by
@@ -29,8 +29,10 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     for name in ("home", "status", "run-dir", "out"):
         parser.add_argument(f"--{name}", type=Path)
-    for name in ("alias", "adapter", "max-examples"):
+    for name in ("alias", "max-examples"):
         parser.add_argument(f"--{name}")
+    parser.add_argument("--adapter", action="append")
+    parser.add_argument("--no-base", action="store_true")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--no-make-current", action="store_true")
     given = parser.parse_args(sys.argv[2:])
@@ -99,10 +101,17 @@ def publish(given: Any) -> str:
 
 def evaluate(given: Any, plan: dict[str, Any]) -> None:
     time.sleep(plan.get("evaluate_s", 0.0))
-    loss = plan.get("loss", {}).get(given.adapter, 1.0)
-    stop_rate = plan.get("stop_rate", {}).get(given.adapter, 1.0)
+    measured = [
+        {
+            "model": version,
+            "response_loss": plan.get("loss", {}).get(version, 1.0),
+            "stop_rate": plan.get("stop_rate", {}).get(version, 1.0),
+            "examples": 10,
+        }
+        for version in given.adapter
+    ]
     beside = given.out.with_suffix(".tmp")
-    beside.write_text(json.dumps({"response_loss": loss, "stop_rate": stop_rate, "examples": 10}))
+    beside.write_text(json.dumps({"models": measured}))
     beside.rename(given.out)
 
 

@@ -15,12 +15,12 @@ from onebase.manifest import BaseIdentity
 from onebase.store import AdapterStore
 from onebase_server.jobs.files import FileService
 from onebase_server.jobs.ledger import Ledger
-from onebase_server.jobs.supervisor import Supervisor, SupervisorConfig
 from onebase_server.jobs.orders import Base, FineTuningOrder, RetrainOrder
 from onebase_server.jobs.process import RunCommand
 from onebase_server.jobs.run_folder import RunFolder
 from onebase_server.jobs.run_life import RunTimes
 from onebase_server.jobs.service import JobLimits, JobService
+from onebase_server.jobs.supervisor import Supervisor, SupervisorConfig
 from onebase_server.records.chats import ChatRecords
 from onebase_server.records.database import Database
 from onebase_server.records.files import FileRecords

@@ -1,7 +1,7 @@
 """The gate before a retrained version takes over: candidate and current, measured alike, compared by stated margins.
 
-Measuring is a process of the trainer's package (`evaluate`), which writes one JSON file for each version; judging is
-here, on numbers only.
+Measuring is a process of the trainer's package (`evaluate`), which writes one JSON file; judging is here, on numbers
+only.
 """
 
 import json
@@ -20,7 +20,7 @@ class Measured:
 
     version: str
     loss: float
-    stop_rate: float
+    stop_rate: float | None
     examples: int
 
 
@@ -47,11 +47,11 @@ def judge(gate: Gate, candidate: Measured, current: Measured | None) -> Verdict:
                 f"its response loss {candidate.loss:.4f} is more than {gate.max_loss_increase} above the current "
                 f"version's {current.loss:.4f}"
             )
-        drop = current.stop_rate - candidate.stop_rate
-        if drop > gate.max_stop_rate_drop:
+        new, old = candidate.stop_rate, current.stop_rate
+        if new is not None and old is not None and old - new > gate.max_stop_rate_drop:
             problems.append(
-                f"{candidate.stop_rate:.0%} of its answers end by themselves, more than {gate.max_stop_rate_drop:.0%} "
-                f"below the current version's {current.stop_rate:.0%}"
+                f"{new:.0%} of its answers end by themselves, more than {gate.max_stop_rate_drop:.0%} "
+                f"below the current version's {old:.0%}"
             )
     if not problems:
         return Verdict(True, "the gate holds", candidate, current)
@@ -61,12 +61,19 @@ def judge(gate: Gate, candidate: Measured, current: Measured | None) -> Verdict:
     )
 
 
-def read_measured(path: Path, version: str) -> Measured | None:
-    """What `evaluate` wrote; None if it has not, or not wholly."""
+def read_measured(path: Path) -> dict[str, Measured]:
+    """What `evaluate` wrote, by version; nothing if it has not, or not wholly."""
     try:
-        values: Mapping[str, Any] = json.loads(path.read_text("utf-8"))
-        return Measured(
-            version, float(values["response_loss"]), float(values["stop_rate"]), int(values.get("examples", 0))
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        return {each["model"]: _measured(each) for each in json.loads(path.read_text("utf-8"))["models"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _measured(values: Mapping[str, Any]) -> Measured:
+    stop_rate = values["stop_rate"]
+    return Measured(
+        version=str(values["model"]),
+        loss=float(values["response_loss"]),
+        stop_rate=None if stop_rate is None else float(stop_rate),
+        examples=int(values["examples"]),
+    )

@@ -4,7 +4,7 @@ Training is another package behind a process border: this writes its documented 
 What does not depend on the number of examples is fixed when the job is made (`fixed_part`), and kept in its row.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -87,9 +87,10 @@ def train_command(folder: RunFolder, home: Path, alias: str) -> list[str]:
     ]  # fmt: skip
 
 
-def evaluate_command(folder: RunFolder, home: Path, version: str, max_examples: int) -> list[str]:
-    """Measure a version on what the recipe holds out; the result is one JSON file."""
+def evaluate_command(folder: RunFolder, home: Path, versions: Sequence[str], max_examples: int) -> list[str]:
+    """Measure versions on what the recipe holds out; the result is one JSON file."""
     return [
-        "evaluate", str(folder.recipe), "--home", str(home), "--status", str(folder.status),
-        "--adapter", version, "--max-examples", str(max_examples), "--out", str(folder.evaluation(version)),
+        "evaluate", str(folder.recipe), "--home", str(home), "--status", str(folder.status), "--no-base",
+        *(word for version in versions for word in ("--adapter", version)),
+        "--max-examples", str(max_examples), "--out", str(folder.evaluation),
     ]  # fmt: skip

@@ -44,11 +44,8 @@ class RunFolder:
         self.events = self.path / "status.json.events.jsonl"
         self.work = self.path / "work"
         self.log = self.path / "train.log"
+        self.evaluation = self.path / "evaluation.json"
         self.lock = self.path / "lock"
-
-    def evaluation(self, version: str) -> Path:
-        """What the gate measured of a version."""
-        return self.path / f"evaluation-{version}.json"
 
     def create(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

@@ -212,22 +212,22 @@ class RunLife:
         entry = self._store.get(candidate.name)
         current = entry.current if entry is not None else None
         versions = [candidate] if current is None or current.id == candidate.id else [candidate, current]
-        measured = [read_measured(self._folder.evaluation(version.id), version.id) for version in versions]
-        missing = [version for version, found in zip(versions, measured, strict=True) if found is None]
-        if missing:
-            return missing
-        first, *others = [found for found in measured if found is not None]
+        measured = read_measured(self._folder.evaluation)
+        if any(version.id not in measured for version in versions):
+            return versions
+        first, *others = [measured[version.id] for version in versions]
         return judge(Gate(**job.gate), first, others[0] if others else None)
 
     async def _evaluate(self, job: JobRow, versions: list[Version]) -> bool:
-        """Measure the first of them. False if it can't be done, and the job has failed for it."""
-        if self._evaluations > self._times.max_attempts:
-            message = f"{versions[0].id} could not be evaluated, so it was not published; the log is {self._folder.log}"
-            await self._settler.fail(job, self._folder, job_error("gate_not_measured", message))
+        """Measure them. False if it can't be done, and the job has failed for it."""
+        ids = [version.id for version in versions]
+        if self._evaluations >= self._times.max_attempts:
+            last = self._folder.log_tail(400).splitlines()[-1:] or ["nothing"]
+            message = f"{ids[0]} could not be evaluated, so it was not published; the log ends: {last[0]}"
+            await self._settler.fail(job, self._folder, job_error("gate_not_measured", message), version=ids[0])
             return False
         self._evaluations += 1
-        await self._ledger.change(self._id, {"message": f"evaluating {versions[0].id}"}, when=(RUNNING,))
+        await self._ledger.change(self._id, {"message": f"evaluating {' and '.join(ids)}"}, when=(RUNNING,))
         gate = Gate(**(job.gate or {}))
-        arguments = evaluate_command(self._folder, self._home.root, versions[0].id, gate.max_examples)
-        await self._watch(await self._start(arguments))
+        await self._watch(await self._start(evaluate_command(self._folder, self._home.root, ids, gate.max_examples)))
         return True

@@ -41,7 +41,7 @@ async def test_a_first_version_passes_the_gate_and_a_worse_one_does_not(world: J
     assert worse.error["code"] == "gate_not_passed"
     assert "bot@2 was not published" in worse.error["message"]
     assert "bot@1 stays" in worse.error["message"]
-    assert (current(world), world.starts(worse)) == ("bot@1", ["train", "evaluate", "evaluate"])
+    assert (current(world), world.starts(worse)) == ("bot@1", ["train", "evaluate"])
     near = await world.ended(await world.retrain(dataset=dataset, gate=Gate(max_loss_increase=0.02)))
     assert (near.state, current(world)) == ("succeeded", "bot@3")
     assert near.gate_report is not None
