@@ -9,11 +9,13 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
 from torch import nn
 
+from onebase.base_cache import quantized_copy, write_quantized_copy
 from onebase.base_convert import quiet
 from onebase.bases import BaseSpec, verify_base
 from onebase.errors import BaseModelError
@@ -49,6 +51,7 @@ def load_base(
     compute_dtype: ComputeDtype = "bfloat16",
     quantize: bool = True,
     attn_implementation: str = "sdpa",
+    tokenizer: TextTokenizer | None = None,
 ) -> LoadedBase:
     """Load a base whole on one device. `quantize=False` gives the unquantised weights, for merging adapters.
 
@@ -57,16 +60,20 @@ def load_base(
     """
     if sum(file.stat().st_size for file in spec.path.glob("*.safetensors")) < _VERIFY_BELOW:
         verify_base(spec)
-    tokenizer = TextTokenizer.load(spec.path)
+    tokenizer = tokenizer or TextTokenizer.load(spec.path)
     check_tokenizer(spec, tokenizer)
     dtype = torch.bfloat16 if compute_dtype == "bfloat16" else torch.float32
+    copy = quantized_copy(spec) if quantize else None
     with offline(), quiet():
-        model = _build(spec, torch.device(device), dtype, quantize, attn_implementation)
+        model = _build(spec, copy, torch.device(device), dtype, quantize, attn_implementation)
+        if quantize and copy is None and dtype == torch.bfloat16:
+            write_quantized_copy(spec, model)
     # Adapters and messages must name the base, not a place on this disk.
     model.name_or_path = model.config._name_or_path = spec.id
     model.requires_grad_(False)
     model.eval()
     _keep_weights_as_stored(model)
+    _compute_in(model, dtype)
     logger.info("base %s on %s: %.0f MB", spec.id, device, memory_bytes(model) / 1e6)
     return LoadedBase(model=model, tokenizer=tokenizer, spec=spec, compute_dtype=dtype)
 
@@ -118,6 +125,16 @@ def _keep_weights_as_stored(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
+def _compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """The quantised copy was written in bf16, and transformers keeps what it finds in such a file."""
+    for module in linear4bit_modules(model).values():
+        weight: Any = module.weight
+        module.compute_dtype = weight.quant_state.dtype = dtype  # type: ignore[assignment]
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
 def memory_bytes(model: nn.Module) -> int:
     """Bytes of parameters and buffers, shared storage counted once."""
     tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
@@ -137,11 +154,18 @@ def offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = previous
 
 
-def _build(spec: BaseSpec, device: torch.device, dtype: torch.dtype, quantize: bool, attn_implementation: str) -> Any:
+def _build(
+    spec: BaseSpec,
+    copy: Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: bool,
+    attn_implementation: str,
+) -> Any:
     import transformers
 
     settings: dict[str, Any] = {}
-    if quantize:
+    if quantize and copy is None:
         settings["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -150,7 +174,7 @@ def _build(spec: BaseSpec, device: torch.device, dtype: torch.dtype, quantize: b
         )
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            spec.path,
+            copy or spec.path,
             dtype=dtype,
             device_map={"": str(device)},
             local_files_only=True,

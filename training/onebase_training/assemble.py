@@ -31,21 +31,18 @@ def find_base(home: Home, name: str) -> BaseSpec:
         return fetch_embedded(home)
 
 
-def make_renderer(recipe: Recipe, spec: BaseSpec) -> PromptRenderer:
+def make_renderer(recipe: Recipe, spec: BaseSpec, tokenizer: TextTokenizer) -> PromptRenderer:
     template = spec.path / "chat_template.jinja"
     return get_renderer(
         recipe.data.prompt_format,
-        TextTokenizer.load(spec.path),
+        tokenizer,
         template.read_text("utf-8") if template.is_file() else None,
     )
 
 
-def make_encoder(recipe: Recipe, spec: BaseSpec) -> Encoder:
-    return Encoder(TextTokenizer.load(spec.path), make_renderer(recipe, spec), headers=recipe.data.headers)
-
-
-def read_data(recipe: Recipe, spec: BaseSpec) -> Dataset:
-    return load_dataset(recipe, make_encoder(recipe, spec), spec.context_length)
+def read_data(recipe: Recipe, spec: BaseSpec, tokenizer: TextTokenizer) -> Dataset:
+    encoder = Encoder(tokenizer, make_renderer(recipe, spec, tokenizer), headers=recipe.data.headers)
+    return load_dataset(recipe, encoder, spec.context_length)
 
 
 def prepare(base: LoadedBase, recipe: Recipe) -> Objective:

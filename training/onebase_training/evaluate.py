@@ -19,6 +19,7 @@ from onebase.durable import replace_file
 from onebase.errors import InvalidInput
 from onebase.home import Home
 from onebase.store import AdapterStore, Version
+from onebase.tokenizer import TextTokenizer
 from onebase_training import attention, lora
 from onebase_training.assemble import find_base, make_renderer, read_data
 from onebase_training.config import Recipe
@@ -62,10 +63,12 @@ def evaluate(
     versions = [store.resolve(name) for name in adapters]
     spec = find_base(home, recipe.base)
     _require_base(versions, spec.identity)
-    rows = read_data(recipe, spec).eval[:max_examples]
+    tokenizer = TextTokenizer.load(spec.path)
+    rows = read_data(recipe, spec, tokenizer).eval[:max_examples]
     if not rows:
         raise InvalidInput("nothing is held out: give data.eval, or data.eval_fraction above 0", param="data.eval")
-    base = load_base(spec, lora.compute_settings(recipe.compute), compute_dtype=recipe.compute.dtype)
+    device = lora.compute_settings(recipe.compute)
+    base = load_base(spec, device, compute_dtype=recipe.compute.dtype, tokenizer=tokenizer)
     base.model.config._attn_implementation = attention.register()
     lora.keep_dequantized(base, recipe.compute.keep_dequantized)
     results = []
@@ -85,7 +88,7 @@ def _measure(
         batches = eval_batches(rows, tokens_at_once=2048, pad_id=base.tokenizer.pad_id)
         metrics = held_out_metrics(Objective(model), batches, base.device, "")
         prompts, references = _questions(rows)
-        renderer = make_renderer(recipe, base.spec)
+        renderer = make_renderer(recipe, base.spec, base.tokenizer)
         answers = greedy_answers(
             model,
             prompts,

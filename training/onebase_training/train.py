@@ -17,6 +17,7 @@ from onebase.base_model import LoadedBase, load_base, memory_bytes
 from onebase.errors import OnebaseError
 from onebase.home import Home
 from onebase.store import AdapterStore, Version
+from onebase.tokenizer import TextTokenizer
 from onebase_training import checkpoint, lora
 from onebase_training.assemble import find_base, prepare, read_data, tokens_at_once, training_arguments
 from onebase_training.config import Recipe
@@ -89,7 +90,8 @@ def _run(
     for notice in recipe.notices:
         console.print(f"[yellow]note[/]: {notice}")
     spec = find_base(home, recipe.base)
-    dataset = read_data(recipe, spec)
+    tokenizer = TextTokenizer.load(spec.path)
+    dataset = read_data(recipe, spec, tokenizer)
     for notice in dataset.notices:
         console.print(f"[yellow]data[/]: {notice}")
         status.event("notice", {"message": notice})
@@ -97,7 +99,7 @@ def _run(
     status.enter("validating", "loading the base", total_steps=len(plan))
     device = lora.compute_settings(recipe.compute)
     torch.manual_seed(recipe.train.seed)
-    base = load_base(spec, device, compute_dtype=recipe.compute.dtype)
+    base = load_base(spec, device, compute_dtype=recipe.compute.dtype, tokenizer=tokenizer)
     objective = prepare(base, recipe)
     if recipe.resume_from is not None:
         start = AdapterStore(home.adapters).resolve(recipe.resume_from)
