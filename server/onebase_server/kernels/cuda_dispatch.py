@@ -3,8 +3,12 @@
 Choice = str
 """A variant's name in cuda_nf4.py, or `dequantise` (then cuBLAS)."""
 
-_H100: dict[tuple[int, int], list[tuple[int, Choice]]] = {}
-"""(N, K) -> rising (largest M, choice)."""
+_H100: dict[tuple[int, int], list[tuple[int, Choice | None]]] = {
+    (4096, 4096): [(8, "small16")],
+    (4096, 11008): [(4, "small16")],
+    (22016, 4096): [(8, "small"), (48, None), (64, "wg64_tall")],
+}
+"""(N, K) -> rising (largest M, choice); None: the rule of thumb is as good."""
 
 _TABLES = {"NVIDIA H100": _H100}
 

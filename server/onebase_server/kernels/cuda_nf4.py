@@ -141,7 +141,7 @@ class Group:
 
 Variant = Small | Wide | Group
 
-SMALL: dict[str, Variant] = {"small": Small(16, 4), "small_3": Small(16, 3)}
+SMALL: dict[str, Variant] = {"small": Small(8, 8), "small16": Small(16, 3)}
 WIDE: dict[str, Variant] = {
     "wide8": Wide(1, 2, 4, 4, 6),
     "wide16": Wide(2, 2, 4, 4, 5),
@@ -154,10 +154,11 @@ GROUP: dict[str, Variant] = {
     "wg8": Group(8, 2, 2, 2, 5),
     "wg16": Group(16, 2, 2, 2, 5),
     "wg32": Group(32, 2, 2, 2, 4),
-    "wg48": Group(48, 4, 1, 2, 5),
-    "wg64": Group(64, 3, 1, 2, 5),
+    "wg48": Group(48, 3, 1, 2, 5),
+    "wg64": Group(64, 2, 1, 2, 6),
+    "wg64_tall": Group(64, 3, 1, 2, 5),
     "wg96": Group(96, 2, 1, 2, 4),
-    "wg128": Group(128, 2, 1, 1, 6),
+    "wg128": Group(128, 2, 1, 2, 3),
 }
 """Hopper."""
 MAX_TOKENS = 128
@@ -229,7 +230,7 @@ class NF4Matmul:
         if m > MAX_TOKENS:
             return "dequantise"
         choice = measured_choice(self._gpu, m, n, k)
-        if choice is not None and self.fits(choice, m, blocks):
+        if choice and self.fits(choice, m, blocks):
             return choice
         for name in self.variants:
             if self.fits(name, m, blocks):

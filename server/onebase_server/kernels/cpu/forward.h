@@ -28,21 +28,43 @@ template <typename T, bool AMX> struct Forward {
             units += ((step.query_starts[i + 1] - step.query_starts[i]) * per + 15) / 16 * m.groups;
     }
 
+    static int columns_of(int count) { return count < 16 ? count : 16; }
+
     // Matmul input of `count` rows: values [column, column + width) of row `row`; rounds to the compute dtype.
     void put(int row, int column, const float* values, int width, int k, int count) {
+        const T* own = put_row(row, column, values, width, k);
+        if (!AMX) return;
+        const int columns = columns_of(count);
+        uint32_t* to = (uint32_t*)work.inputs + size_t(row / columns) * columns * (k / 2);
+        to += size_t(column / 2) * columns + row % columns;
+        for (int i = 0; i < width / 2; i++) memcpy(to + size_t(i) * columns, own + 2 * i, 4);
+    }
+
+    // The same without packing for AMX: `pack_block` does it for 16 rows at once.
+    const T* put_row(int row, int column, const float* values, int width, int k) {
         T* own = (T*)work.rows + size_t(row) * k + column;
         for (int i = 0; i < width; i += LANES) store_narrow(own + i, load(values + i));
-        if (AMX) {
-            const int columns = columns_of(count);
-            uint32_t* to = (uint32_t*)work.inputs + size_t(row / columns) * columns * (k / 2);
-            const uint32_t* pairs = (const uint32_t*)own;
-            for (int i = 0; i < width / 2; i++) to[size_t(column / 2 + i) * columns + row % columns] = pairs[i];
-        } else {
+        if (!AMX) {
             float* to = (float*)work.inputs + size_t(row) * k + column;
             for (int i = 0; i < width; i += LANES) store(to + i, load_wide(own + i));
         }
+        return own;
     }
-    static int columns_of(int count) { return count < 16 ? count : 16; }
+
+    // Rows [16 * block, 16 * block + 16), columns [column, column + BLOCK), when columns_of is 16.
+    void pack_block(int block, int column, int k) {
+#ifdef ONEBASE_AMX
+        for (int part = 0; part < BLOCK; part += 32) {
+            __m512 r[16];
+            for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps((const bf16*)work.rows + size_t(16 * block + i) * k + column + part);
+            transpose(r);
+            float* to = (float*)work.inputs + size_t(block) * 16 * (k / 2) + size_t(column + part) / 2 * 16;
+            for (int i = 0; i < 16; i++) _mm512_storeu_ps(to + 16 * i, r[i]);
+        }
+#else
+        (void)block, (void)column, (void)k;
+#endif
+    }
 
     void norm(const float* x, const float* weight, int n, float* out) const {
         v16f squares{};
@@ -193,17 +215,23 @@ template <typename T, bool AMX> struct Forward {
         if (next_norm) norm_and_put(t, next_norm, thread, t, tokens);
     }
 
-    // silu(gate) * up of 64 columns of a token.
+    // silu(gate) * up of 64 columns of up to 16 tokens.
     void silu(const Linear& w, int item) {
-        const int chunks = m.inner / BLOCK, t = item / chunks, column = item % chunks * BLOCK;
-        finish(w, GATE_UP, t, 0, column, BLOCK);
-        finish(w, GATE_UP, t, 1, m.inner + column, BLOCK);
-        float* gate = work.y + size_t(t) * row_stride(w.n) + column;
-        for (int i = 0; i < BLOCK; i += LANES) {
-            const v16f g = load(gate + i);
-            store(gate + i, g / (splat(1.0f) + vexp(-g)) * load(gate + m.inner + i));
+        const int chunks = m.inner / BLOCK, block = item / chunks, column = item % chunks * BLOCK;
+        const bool whole = AMX && tokens >= 16;
+        const int end = tokens < block * 16 + 16 ? tokens : block * 16 + 16;
+        for (int t = block * 16; t < end; t++) {
+            finish(w, GATE_UP, t, 0, column, BLOCK);
+            finish(w, GATE_UP, t, 1, m.inner + column, BLOCK);
+            float* gate = work.y + size_t(t) * row_stride(w.n) + column;
+            for (int i = 0; i < BLOCK; i += LANES) {
+                const v16f g = load(gate + i);
+                store(gate + i, g / (splat(1.0f) + vexp(-g)) * load(gate + m.inner + i));
+            }
+            if (whole) put_row(t, column, gate, BLOCK, m.inner);
+            else put(t, column, gate, BLOCK, m.inner, tokens);
         }
-        put(t, column, gate, BLOCK, m.inner, tokens);
+        if (whole) pack_block(block, column, m.inner);
     }
 
     void logits(Range strips) {
@@ -242,7 +270,7 @@ template <typename T, bool AMX> struct Forward {
         project(w[OUT], OUT, thread, phase);
         each(tokens, [&](int t) { residual(w[OUT], OUT, l.post_norm, t, thread); });
         project(w[GATE_UP], GATE_UP, thread, phase);
-        each(tokens * (m.inner / BLOCK), [&](int item) { silu(w[GATE_UP], item); });
+        each((tokens + 15) / 16 * (m.inner / BLOCK), [&](int item) { silu(w[GATE_UP], item); });
         project(w[DOWN], DOWN, thread, phase);
         each(tokens, [&](int t) { residual(w[DOWN], DOWN, next_norm, t, thread); });
     }
