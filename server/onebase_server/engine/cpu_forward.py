@@ -39,9 +39,7 @@ class CpuForward:
         self._model = self._describe(cache)
         self._workspace = torch.empty(0, dtype=torch.uint8)
 
-    def __call__(
-        self, token_ids: Tensor, meta: StepMeta, active: frozenset[str], sample_tokens: Tensor
-    ) -> Tensor:
+    def __call__(self, token_ids: Tensor, meta: StepMeta, active: frozenset[str], sample_tokens: Tensor) -> Tensor:
         """token_ids int32 [T]; sample_tokens int64 [R] -> logits [R, V] fp32."""
         threads = torch.get_num_threads()
         tokens, samples = token_ids.shape[0], sample_tokens.shape[0]
@@ -73,9 +71,7 @@ class CpuForward:
 
     def _space(self, tokens: int, max_rank: int, threads: int) -> Tensor:
         """One block of memory, grown to the largest step so far."""
-        needed = self.kernels.library.onebase_workspace_bytes(
-            ctypes.byref(self._model), tokens, max_rank, threads
-        )
+        needed = self.kernels.library.onebase_workspace_bytes(ctypes.byref(self._model), tokens, max_rank, threads)
         if self._workspace.numel() < needed:
             self._workspace = torch.zeros(needed, dtype=torch.uint8)
         return self._workspace
@@ -126,7 +122,8 @@ class CpuForward:
     def _linear(self, index: int, layer: LayerWeights, name: str, module: int) -> cpu_abi.Linear:
         projection, pool = layer.projections[name], self.slots.layer(index)[name]
         repacked = projection.weight.repacked
-        assert isinstance(repacked, Repacked) and repacked.amx == self.kernels.amx
+        assert isinstance(repacked, Repacked)
+        assert repacked.amx == self.kernels.amx
         n, k = projection.weight.shape
         slices = len(projection.offsets) - 1
         return cpu_abi.Linear(
@@ -143,6 +140,7 @@ class CpuForward:
 
     def _pointer(self, tensor: Tensor) -> int:
         """The address of a contiguous tensor that then lives as long as this object."""
-        assert tensor.is_contiguous() and tensor.device.type == "cpu"
+        assert tensor.is_contiguous()
+        assert tensor.device.type == "cpu"
         self._kept.append(tensor)
         return tensor.data_ptr()

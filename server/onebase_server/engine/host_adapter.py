@@ -1,7 +1,7 @@
 """A version's files -> one adapter in host memory in the layout of the pools, scaling folded in, checked.
 
-`A` of a fused projection is [layers, I, r, K] and `B` is [layers, r, N]: what a module lacks is zero. `r` is the largest
-rank of the adapter; smaller modules fill their first rows. Nothing here touches the device or the slots.
+`A` of a fused projection is [layers, I, r, K] and `B` is [layers, r, N]: what a module lacks is zero. `r` is the
+adapter's largest rank; smaller modules fill their first rows. Nothing here touches the device or the slots.
 """
 
 from collections.abc import Callable, Mapping
@@ -50,7 +50,9 @@ def read_host_adapter(
     return lay_out(tensors, files.config.scaling, weights, rank)
 
 
-def lay_out(tensors: Mapping[str, Tensor], scaling: "Scaling", weights: ModelWeights, rank: int) -> TorchHostAdapter:
+def lay_out(
+    tensors: Mapping[str, Tensor], scaling: Callable[[str], float], weights: ModelWeights, rank: int
+) -> TorchHostAdapter:
     """PEFT's tensors by name -> pools' layout in the compute dtype; `scaling(module path)` is folded into B in fp32."""
     pairs = {_module_of(name): name for name in tensors if _A in name}
     first, layers, dtype = weights.layers[0].projections, weights.geometry.layers, weights.dtype

@@ -44,9 +44,7 @@ class ModelForward:
         self.cache = cache
         self.pools = pools
 
-    def __call__(
-        self, token_ids: Tensor, meta: StepMeta, active: frozenset[str], sample_tokens: Tensor
-    ) -> Tensor:
+    def __call__(self, token_ids: Tensor, meta: StepMeta, active: frozenset[str], sample_tokens: Tensor) -> Tensor:
         """token_ids [T]; `active` projections have LoRA work; sample_tokens [R] index T -> logits [R, V] in fp32."""
         hidden = self.hidden_states(token_ids, meta, active)
         return functional.linear(hidden[sample_tokens], self.weights.lm_head).float()
@@ -65,9 +63,7 @@ class ModelForward:
             normed, residual = k.add_rms_norm(inner, residual, following, eps)
         return normed
 
-    def _attention(
-        self, x: Tensor, index: int, layer: LayerWeights, meta: StepMeta, active: frozenset[str]
-    ) -> Tensor:
+    def _attention(self, x: Tensor, index: int, layer: LayerWeights, meta: StepMeta, active: frozenset[str]) -> Tensor:
         w, k, g = self.weights, self.kernels, self.weights.geometry
         qkv = self._project("qkv", x, index, layer, meta, active)
         if layer.q_norm is not None and layer.k_norm is not None:

@@ -64,8 +64,8 @@ class TorchRunner:
         self.slots = LoraSlots(weights, rows)
         self.forward: Forward = _forward(weights, kernels, self.cache, self.slots)
         self.sampler = Sampler(weights.geometry.vocab, self.device, eos_token_ids)
-        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._loading: dict[int, torch.cuda.Event] = {}
+        self._copies: Any = _copy_stream(self.device)
+        self._loading: dict[int, Any] = {}
         self._limits = RunnerLimits(
             vocab_size=weights.geometry.vocab,
             max_context=weights.geometry.max_context,
@@ -92,7 +92,7 @@ class TorchRunner:
             return
         with torch.cuda.stream(self._copies):
             self.slots.load(slot, host, non_blocking=True)
-            self._loading[slot] = cast(torch.cuda.Event, self._copies.record_event())
+            self._loading[slot] = self._copies.record_event()
 
     def slot_ready(self, slot: int) -> bool:
         event = self._loading.get(slot)
@@ -160,6 +160,11 @@ class TorchRunner:
     def _put(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+
+
+def _copy_stream(device: torch.device) -> Any:
+    """The CUDA stream that adapters are copied on; None on the CPU."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def _forward(weights: ModelWeights, kernels: Kernels, cache: KVCache, slots: LoraSlots) -> Forward:

@@ -53,7 +53,9 @@ class Sampler:
         return StepResult(tokens, logprobs, top_ids, top_logprobs)
 
     def _choose(self, logits: Tensor, rows: list[SampleRow]) -> NDArray[np.int64]:
-        plain, cut, greedy = [], [], []
+        plain: list[int] = []
+        cut: list[int] = []
+        greedy: list[int] = []
         for i, row in enumerate(rows):
             (greedy if is_greedy(row.sampling) else cut if is_truncated(row.sampling) else plain).append(i)
         if len(greedy) == len(rows):

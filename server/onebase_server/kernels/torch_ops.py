@@ -58,7 +58,8 @@ class TorchKernels:
     ) -> Tensor:
         groups, head = k_cache.shape[2], k_cache.shape[3]
         heads = qkv.shape[1] // head - 2 * groups
-        q, k, v = qkv.view(qkv.shape[0], -1, head).split((heads, groups, groups), dim=1)
+        wide = qkv.view(qkv.shape[0], -1, head)
+        q, k, v = wide[:, :heads], wide[:, heads : heads + groups], wide[:, heads + groups :]
         position = meta.positions.long()
         c, s = cos[position][:, None], sin[position][:, None]
         k_cache.view(-1, groups, head)[meta.kv_slots] = _rotate(k, c, s).to(k_cache.dtype)
