@@ -89,7 +89,8 @@ class EngineCore:
 
     def idle_s(self) -> float | None:
         """How long to wait for a command before the next step; None: until one comes."""
-        if self.scheduler.running or self._unemitted is not None:
+        is_over = self._stop_at is not None and not self.groups
+        if self.scheduler.running or self._unemitted is not None or is_over:
             return 0.0
         if self.residency.is_copying:
             return POLL_S
@@ -124,7 +125,10 @@ class EngineCore:
         counters.num_steps += 1
         counters.generated_tokens += len(plan.sampling)
         counters.runner_s += runner_s
-        counters.step_s += time.perf_counter() - begin
+        took = time.perf_counter() - begin
+        counters.step_s += took
+        counters.steps_s.add(took)
+        counters.batch_sizes.add(len(plan.sequences))
         return True
 
     def _launch_and_collect(self, plan: StepPlan) -> tuple[StepResult, float]:
@@ -179,6 +183,8 @@ class EngineCore:
                 if group is not None:
                     self._end_group(group, FinishReason.CANCELLED)
             case commands.AdapterLoaded():
+                self.counters.num_loads += 1
+                self.counters.load_s += command.seconds
                 self.residency.on_loaded(command.residence, command.host, command.error, command.seconds)
                 self.scheduler.admission.is_stale = True
             case commands.GrammarCompiled():
@@ -306,6 +312,9 @@ class EngineCore:
         if sequence.group.is_queued:
             self._leave_queue(sequence.group)
             self.counters.cached_tokens += sequence.cached_tokens or 0
+            waited = self._clock() - sequence.group.submitted_at
+            self.counters.waits_s.add(waited)
+            sequence.group.handle.queue_s = waited
 
     def _leave_queue(self, group: RequestGroup) -> None:
         if group.is_queued:

@@ -124,7 +124,7 @@ class Detokenizer:
             self._make_final(held[:stop])
             self._held = ""
             self._tokens = [token for token in self._tokens if token[2] < self._emitted or token[3] <= self._emitted]
-            self._decoded = self._emitted
+            self._end_here()
             return True
         final = self._stops.held_from(held)
         self._make_final(held[:final])
@@ -136,8 +136,7 @@ class Detokenizer:
         self._make_final(self._held)
         self._held = ""
         self._partial = False
-        self._decoded = self._emitted
-        self._tokens = [(token, logprob, begin, min(end, self._emitted)) for token, logprob, begin, end in self._tokens]
+        self._end_here()
 
     def take(self) -> tuple[str, tuple[int, ...], tuple[TokenLogprob, ...]]:
         """Text that became final since the last call, with the tokens whose text is all out, and their logprobs."""
@@ -156,6 +155,11 @@ class Detokenizer:
         if done and done[0][1] is not None:
             return text, ids, tuple([token[1] for token in done if token[1] is not None])
         return text, ids, ()
+
+    def _end_here(self) -> None:
+        """No text will follow: tokens whose text was cut off have all that they get."""
+        self._decoded = self._emitted
+        self._tokens = [(token, logprob, begin, min(end, self._emitted)) for token, logprob, begin, end in self._tokens]
 
     def _make_final(self, text: str) -> None:
         if text:

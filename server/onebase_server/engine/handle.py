@@ -6,7 +6,7 @@ the text itself. The engine never waits for a reader.
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -58,7 +58,7 @@ class RequestHandle:
         if self._open:
             self._cancel(self)
 
-    async def events(self) -> AsyncIterator[TokenEvent]:
+    async def events(self) -> AsyncGenerator[TokenEvent, None]:
         """Events as they come, until every choice has ended. Leaving early cancels."""
         loop = asyncio.get_running_loop()
         remaining = self.request.n
