@@ -17,7 +17,7 @@ import numpy as np
 from litestar import Litestar
 from safetensors.numpy import save_file
 
-from fakes import FakeRunner, FakeTokenizer
+from fakes import EOS, FakeRunner, FakeTokenizer
 from onebase.bases import BaseSpec
 from onebase.home import Home
 from onebase.manifest import BaseIdentity
@@ -27,6 +27,7 @@ from onebase_server.api.backend import BackendSlot
 from onebase_server.api.deps import AppDeps
 from onebase_server.api.metrics import Metrics
 from onebase_server.app import create_app
+from onebase_server.engine.runner import SampleRow
 from onebase_server.jobs.assembly import DurableConfig, assemble
 from onebase_server.jobs.process import RunCommand
 from onebase_server.jobs.run_life import RunTimes
@@ -174,3 +175,20 @@ def with_settings(world: World, **changes: Any) -> World:
     """The same server under other settings."""
     deps = replace(world.deps, settings=replace(world.deps.settings, **changes))
     return replace(world, deps=deps, app=create_app(deps))
+
+
+def obey_masks(runner: FakeRunner) -> None:
+    """From now on a constrained sequence says what it wants where that is allowed, else the nearest end."""
+    wants = runner._next_token
+
+    def obey(row: SampleRow, digest: str | None, summary: int) -> int:
+        token = wants(row, digest, summary)
+        if row.mask is None:
+            return token
+        allowed = np.flatnonzero(np.unpackbits(row.mask.view(np.uint8), bitorder="little")).tolist()
+        if token in allowed:
+            return token
+        ends = [end for end in (EOS, ord('"'), ord("}"), ord("n")) if end in allowed]
+        return int((ends or allowed)[0])
+
+    runner._next_token = obey  # type: ignore[method-assign]

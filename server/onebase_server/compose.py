@@ -1,7 +1,6 @@
 """The composition root: settings -> app, with the base loaded behind it -> HTTP server. Everything meets here only."""
 
 import logging
-import signal
 import threading
 from collections.abc import Callable
 
@@ -86,8 +85,8 @@ class Server:
         logger.info("bye")
 
     def stop(self) -> None:
-        """What the first SIGTERM does; from any thread."""
-        self.http.handle_exit(signal.SIGTERM, None)
+        """End as a SIGTERM ends it; from any thread, any number of times."""
+        self.http.begin_exit()
 
     def _on_bound(self, url: str) -> None:
         self.url = url

@@ -6,6 +6,7 @@ balancers need the 503 of /readyz first, and a clean end is exit code 0.
 
 import asyncio
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -58,6 +59,11 @@ class HttpServer(uvicorn.Server):
         await super().startup(sockets)  # type: ignore[arg-type]
         if self.started:
             self._lifecycle.bound(self._url())
+
+    def begin_exit(self) -> None:
+        """What the first signal does; does nothing if there was one. From any thread."""
+        if self._drain_until is None and not self.should_exit:
+            self.handle_exit(signal.SIGTERM, None)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second one ends at once."""

@@ -52,7 +52,7 @@ def connect(live: Live, body: dict[str, Any], buffer: int | None = None) -> sock
         conn.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
     conn.connect((address.hostname, address.port))
     payload = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(payload)}\r\n\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(payload)}\r\n\r\n"
     conn.sendall(head.encode() + payload)
     return conn
 

@@ -7,11 +7,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 
-from api_world import World, error_of, open_world, text_of
-from fakes import EOS
+from api_world import World, error_of, obey_masks, open_world, text_of
 
 PERSON = {
     "type": "object",
@@ -37,19 +35,7 @@ PUT = {"type": "function", "function": {"name": "put"}}
 @pytest.fixture(scope="module")
 def obedient_world(tmp_path_factory: pytest.TempPathFactory, loop: Any) -> Iterator[World]:
     with open_world(tmp_path_factory.mktemp("obedient"), loop) as world:
-        wants = world.runner._next_token
-
-        def obey(row: Any, digest: str | None, summary: int) -> int:
-            token = wants(row, digest, summary)
-            if row.mask is None:
-                return token
-            allowed = np.flatnonzero(np.unpackbits(row.mask.view(np.uint8), bitorder="little")).tolist()
-            if token not in allowed:
-                ends = [end for end in (EOS, ord('"'), ord("}"), ord("n")) if end in allowed]
-                token = (ends or allowed)[0]
-            return int(token)
-
-        world.runner._next_token = obey  # type: ignore[method-assign]
+        obey_masks(world.runner)
         yield world
 
 
@@ -218,7 +204,7 @@ def test_neighbours_are_free(world: World) -> None:
 
     async def both() -> list[Any]:
         transport = httpx.ASGITransport(world.app, client=world.client)  # type: ignore[arg-type]
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
             from api_world import chat_body
 
             bodies = [chat_body(), chat_body(**schema(PERSON)), chat_body(n=2)]
