@@ -116,6 +116,7 @@ class FakeRunner:
         self.reply = reply
         self.broken: set[str] = set()
         self.fail_next: Exception | None = None
+        self.num_failed = 0
         self.reads: list[str] = []
         self.batches: list[StepBatch] = []
         self.keep_batches = False
@@ -174,6 +175,7 @@ class FakeRunner:
         self._check(batch)
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
+            self.num_failed += 1
             raise error
         summaries = [self._forward(batch, index) for index in range(len(batch.slots))]
         tokens = []
@@ -238,12 +240,25 @@ class FakeRunner:
 class OverlappingFakeRunner(FakeRunner):
     """Also `launch` and `collect`: the engine emits a step's tokens while the next one runs."""
 
+    in_flight = False
+
     def launch(self, batch: StepBatch) -> object:
+        assert not self.in_flight
+        self.in_flight = True
         return batch
 
     def collect(self, ticket: object) -> StepResult:
         assert isinstance(ticket, StepBatch)
+        self.in_flight = False
         return self.run(ticket)
+
+    def release_state(self, state_id: int) -> None:
+        assert not self.in_flight, "the step under way still uses the state"
+        super().release_state(state_id)
+
+    def clear_slot(self, slot: int) -> None:
+        assert not self.in_flight, "the step under way still uses the slot"
+        super().clear_slot(slot)
 
 
 class FakeTokenizer:

@@ -149,6 +149,7 @@ class World:
     def check_end(self) -> None:
         """Everything has come back, and every choice was answered once, with its own adapter's words."""
         self.check()
+        assert self.core.counters.num_failed_steps == self.runner.num_failed, "a step failed by the engine's fault"
         assert not self.core.groups
         assert not self.core.scheduler.running
         assert not len(self.core.scheduler.waiting)

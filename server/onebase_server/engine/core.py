@@ -61,6 +61,8 @@ class EngineCore:
         self.groups: dict[RequestHandle, RequestGroup] = {}
         self._deadlines: list[tuple[float, int, RequestGroup]] = []
         self._unemitted: tuple[StepPlan, StepResult] | None = None
+        self._closed_in_flight: list[Sequence] | None = None
+        """Sequences that ended while a step runs, until it is collected; None between steps."""
         self._constrained: set[Sequence] = set()
         self._stop_at: float | None = None
         self._failures_in_row = 0
@@ -139,9 +141,15 @@ class EngineCore:
             result = self._runner.run(batch)
         else:
             ticket = self._overlapping.launch(batch)
-            self._emit()
-            begin = time.perf_counter()
-            result = self._overlapping.collect(ticket)
+            self._closed_in_flight = []
+            try:
+                self._emit()
+                begin = time.perf_counter()
+                result = self._overlapping.collect(ticket)
+            finally:
+                closed, self._closed_in_flight = self._closed_in_flight, None
+                for sequence in closed:
+                    self._release(sequence)
         return result, time.perf_counter() - begin
 
     def _emit(self) -> None:
@@ -290,6 +298,12 @@ class EngineCore:
             self._emitter.close(sequence, reason, error)
 
     def _on_close(self, sequence: Sequence) -> None:
+        if self._closed_in_flight is None:
+            self._release(sequence)
+        else:  # a stop string ended it; the step under way still works on its pages and state
+            self._closed_in_flight.append(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
         """The one place where a sequence's pages, state, place and lease come back."""
         if sequence.status is not SequenceStatus.FINISHED:
             self.scheduler.remove(sequence)
