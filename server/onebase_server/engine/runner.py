@@ -16,7 +16,7 @@ from onebase_server.engine.types import AdapterRef, SamplingParams
 Int32 = NDArray[np.int32]
 
 
-class DeviceLost(EngineError):  # noqa: N818 - named as in core/errors.py
+class DeviceLost(EngineError):
     """The device can't go on (an illegal access, out of memory): the process must be restarted."""
 
 
@@ -135,8 +135,8 @@ class Runner(Protocol):
 class OverlappingRunner(Runner, Protocol):
     """A runner whose device works on while the engine does: step k's tokens are emitted while k + 1 runs.
 
-    One ticket at a time. Between the two calls only `read_adapter` and `release_state` may be called (a sequence
-    that a stop string ended is still in the step; its sampled token is ignored)."""
+    One ticket at a time; between the two calls nothing but `read_adapter` is called. A sequence that a stop string
+    ends meanwhile stays in the step, and its sampled token is ignored."""
 
     def launch(self, batch: StepBatch) -> object:
         """Start a step and return at once."""
