@@ -53,23 +53,28 @@ def train(
     ] = None,
 ) -> None:
     """Train an adapter and publish it as the next version of its name. Ctrl-C once saves a checkpoint."""
-    console = Console(stderr=True)
+    # Under `accelerate launch` every process trains, and the first one speaks.
+    speaks = os.environ.get("RANK", "0") == "0"
+    console = Console(stderr=True, quiet=not speaks)
     _quiet_libraries()
     from onebase_training.config import load_recipe
     from onebase_training.status import StatusWriter
 
-    writer = StatusWriter(status)
+    writer = StatusWriter(status if speaks else None)
     with _UserErrors(console, writer):
         loaded = load_recipe(recipe)
-        from onebase_training.train import RunOptions, run
+        from onebase_training.train import Run, RunOptions, carry_out
 
-        result = run(
-            loaded,
-            Home(home or default_home(os.environ)).create(),
-            run_dir=run_dir,
-            status=writer,
-            console=console,
-            options=RunOptions(resume=resume, make_current=make_current, aliases=tuple(alias or ())),
+        place = Home(home or default_home(os.environ)).create()
+        result = carry_out(
+            Run(
+                loaded,
+                place,
+                run_dir or place.runs / loaded.name,
+                writer,
+                console,
+                RunOptions(resume=resume, make_current=make_current, aliases=tuple(alias or ())),
+            )
         )
     if result.state == "cancelled":
         raise typer.Exit(CANCELLED)

@@ -1,5 +1,8 @@
 """The parts of a run, each made from the recipe: base, rows, model to train, Trainer's arguments. No run logic."""
 
+import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,10 @@ from onebase_training.config import Recipe
 from onebase_training.dataset import Dataset, load_dataset
 from onebase_training.fuse import fuse
 from onebase_training.objective import Objective
-from onebase_training.rows import Encoder
+from onebase_training.plan import Plan
+from onebase_training.progress import RunCallback
+from onebase_training.rows import Encoder, Row
+from onebase_training.trainer import PlanTrainer, StepDataset, eval_batches
 
 
 def find_base(home: Home, name: str) -> BaseSpec:
@@ -86,8 +92,51 @@ def training_arguments(recipe: Recipe, run_dir: Path, steps: int, device: torch.
     )
 
 
+def build_trainer(
+    recipe: Recipe,
+    objective: Objective,
+    base: LoadedBase,
+    dataset: Dataset,
+    plan: Plan,
+    run_dir: Path,
+    callback: RunCallback,
+) -> PlanTrainer:
+    rows = [row for row, _ in dataset.train]
+    tokens, pad_id = tokens_at_once(recipe, base, dataset.max_tokens), base.tokenizer.pad_id
+    args = training_arguments(recipe, run_dir, len(plan), base.device)
+    steps = StepDataset(
+        rows,
+        plan,
+        recipe.train,
+        tokens_at_once=tokens,
+        pad_id=pad_id,
+        rank=args.process_index,
+        world=args.world_size,
+    )
+    trainer = PlanTrainer(
+        objective,
+        args,
+        steps,
+        eval_batches=eval_batches(dataset.eval, tokens_at_once=tokens, pad_id=pad_id),
+        keep_checkpoints=recipe.train.keep_checkpoints,
+        recipe_hash=_run_hash(recipe, rows),
+        callbacks=[callback],
+    )
+    callback.trainer = trainer
+    return trainer
+
+
 def tokens_at_once(recipe: Recipe, base: LoadedBase, longest: int) -> int:
     """auto: on CPU small enough for the caches, on CUDA large enough to fill the device; never below one row."""
     if recipe.train.tokens_at_once != "auto":
         return recipe.train.tokens_at_once
     return max(longest, 2048 if base.device.type == "cpu" else 8192)
+
+
+def _run_hash(recipe: Recipe, rows: Sequence[Row]) -> str:
+    """What a checkpoint depends on: the settings and every row."""
+    settings = {key: value for key, value in recipe.settings().items() if key not in ("compute", "description", "eval")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for row in rows:
+        digest.update(row.key)
+    return digest.hexdigest()

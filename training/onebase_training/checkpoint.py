@@ -13,10 +13,11 @@ from typing import Any, Final
 
 import torch
 
-from onebase.adapter import CONFIG, WEIGHTS
+from onebase.adapter import WEIGHTS
 from onebase.durable import fsync_folder
 from onebase.errors import TrainingError
 
+BEST: Final = "best"
 _NAME: Final = re.compile(r"checkpoint-(\d+)")
 RECIPE_HASH: Final = "recipe.sha256"
 
@@ -42,6 +43,28 @@ def save_adapter(model: Any, folder: Path, tensors: dict[str, torch.Tensor] | No
         config.save_pretrained(str(folder))
     finally:
         config.inference_mode = training
+
+
+def save_best(model: Any, run: Path) -> None:
+    """Over the best so far, atomically."""
+    staged = run / ".best"
+    shutil.rmtree(staged, ignore_errors=True)
+    save_adapter(model, staged)
+    for file in staged.iterdir():
+        _fsync_file(file)
+    shutil.rmtree(run / BEST, ignore_errors=True)
+    os.rename(staged, run / BEST)
+    fsync_folder(run)
+
+
+def best_adapter(run: Path) -> Path | None:
+    return run / BEST if (run / BEST / WEIGHTS).is_file() else None
+
+
+def clear(run: Path) -> None:
+    """A fresh run in a used folder: what an earlier one left there would mislead a later resume."""
+    for old in (*run.glob("checkpoint-*"), run / BEST, run / ".best", run / ".staging"):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def load_adapter_tensors(model: Any, folder: Path) -> None:
@@ -104,17 +127,3 @@ def _fsync_file(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-__all__ = [
-    "CONFIG",
-    "RECIPE_HASH",
-    "WEIGHTS",
-    "adapter_tensors",
-    "commit_checkpoint",
-    "last_checkpoint",
-    "load_adapter_tensors",
-    "require_same_recipe",
-    "save_adapter",
-    "set_adapter_tensors",
-]

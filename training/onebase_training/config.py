@@ -5,8 +5,6 @@ recognised and translated by `seed_config.py`. Nothing below this module reads Y
 """
 
 import difflib
-import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -175,6 +173,8 @@ class ComputeConfig(Section):
     keep_dequantized: bool | Literal["auto"] = "auto"
     """Hold each NF4 weight's 16-bit values too, instead of unpacking them at every use: the same numbers, faster,
     4 times the base's memory. auto: on CPU when they fit in a third of the free memory."""
+    preflight: bool | Literal["auto"] = "auto"
+    """Run the longest micro-batch first, to fail before hours are spent. auto: on CUDA, and for long rows."""
     threads: int | None = Field(default=None, ge=1)
 
 
@@ -215,9 +215,6 @@ class Recipe(Section):
     def settings(self) -> dict[str, Any]:
         """The resolved settings as plain values, for the manifest."""
         return self.model_dump(mode="json", exclude={"folder", "notices"})
-
-    def settings_hash(self) -> str:
-        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -1,16 +1,11 @@
 """What a run shows while it goes: a bar with loss, tokens/s and time left, the status file, events, evaluations.
 
-One Trainer callback. It also turns a signal into a clean end: Ctrl-C or SIGTERM lets the step finish, then Trainer
-saves (Ctrl-C) or just stops.
+One Trainer callback, which also says when to evaluate, to save and to stop.
 """
 
 import math
-import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import transformers
@@ -20,35 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from onebase_training.config import TrainConfig
 from onebase_training.plan import Plan
 from onebase_training.status import StatusWriter
-
-
-class StopRequest:
-    """Set by a signal. `save`: Ctrl-C asks for a checkpoint, SIGTERM for none."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.save = False
-
-    @contextmanager
-    def installed(self, console: Console) -> Iterator[None]:
-        """Catch SIGINT and SIGTERM; a second Ctrl-C interrupts at once."""
-
-        def interrupt(_signal: int, _frame: FrameType | None) -> None:
-            if self.asked:
-                raise KeyboardInterrupt
-            self.asked = self.save = True
-            console.print("[yellow]stopping after this step; a checkpoint will be saved (Ctrl-C again: at once)")
-
-        def terminate(_signal: int, _frame: FrameType | None) -> None:
-            self.asked = True
-
-        before = {signal.SIGINT: signal.signal(signal.SIGINT, interrupt)}
-        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, terminate)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+from onebase_training.stop import StopRequest
 
 
 class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
@@ -63,10 +30,9 @@ class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
         stop: StopRequest,
         *,
         has_eval: bool,
-        on_best: Callable[[float], None],
     ) -> None:
         self._plan, self._config, self._status, self._console = plan, config, status, console
-        self._stop, self._has_eval, self._on_best = stop, has_eval, on_best
+        self._stop, self._has_eval = stop, has_eval
         self._times: deque[tuple[float, int]] = deque(maxlen=20)
         self._bar = Progress(
             TextColumn("[bold]step {task.completed:.0f}/{task.total:.0f}"),
@@ -78,9 +44,7 @@ class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
         )
         self._task = self._bar.add_task("training", total=len(plan), loss="-", speed="-")
         self.trainer: Any = None
-        self.best_loss = math.inf
-        self.evaluations: list[dict[str, float]] = []
-        self.losses: list[dict[str, float]] = []
+        self._best_loss = math.inf
         self._without_better = 0
 
     @property
@@ -91,6 +55,9 @@ class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
         self._bar.start()
         self._bar.update(self._task, completed=state.global_step)
         self._times.append((time.monotonic(), self.trainer.trained_tokens))
+        for entry in state.log_history:  # of the run before a resume
+            if "eval_loss" in entry:
+                self._judge(float(entry["eval_loss"]))
         self._status.enter("running", step=state.global_step, total_steps=len(self._plan))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -110,8 +77,6 @@ class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
             return
         speed, left = self._speed(state.global_step)
         loss = float(logs["loss"])
-        accuracy = self.trainer.last_accuracy
-        self.losses.append({"step": state.global_step, "train_loss": loss, "train_accuracy": accuracy})
         self._bar.update(self._task, completed=state.global_step, loss=f"{loss:.3f}", speed=f"{speed:,.0f}")
         self._status.progress(
             step=state.global_step,
@@ -127,7 +92,7 @@ class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
                 "step": state.global_step,
                 "total_steps": len(self._plan),
                 "train_loss": loss,
-                "train_mean_token_accuracy": accuracy,
+                "train_mean_token_accuracy": logs.get("accuracy"),
                 "learning_rate": logs.get("learning_rate"),
                 "grad_norm": logs.get("grad_norm"),
             },
@@ -139,7 +104,6 @@ class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         loss, accuracy = metrics["eval_loss"], metrics["eval_accuracy"]
-        self.evaluations.append({"step": state.global_step, "loss": loss, "accuracy": accuracy})
         self._console.print(
             f"step {state.global_step}: held-out response loss {loss:.4f}, token accuracy {accuracy:.1%}"
         )
@@ -152,15 +116,19 @@ class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
                 "full_valid_mean_token_accuracy": accuracy,
             },
         )
-        if loss < self.best_loss:
-            self.best_loss, self._without_better = loss, 0
-            self._on_best(loss)
-        else:
-            self._without_better += 1
-        patience = self._config.early_stopping
-        if patience is not None and self._without_better >= patience:
-            self._console.print(f"stopping early: no lower response loss in {patience} evaluations")
+        if self._judge(loss) and self.stops_early and self.trainer.is_world_process_zero():
+            self.trainer.keep_best()
+        if self._config.early_stopping is not None and self._without_better >= self._config.early_stopping:
+            self._console.print(f"stopping early: no lower response loss in {self._without_better} evaluations")
             control.should_training_stop = True
+
+    def _judge(self, loss: float) -> bool:
+        """Whether it is the lowest so far."""
+        if loss < self._best_loss:
+            self._best_loss, self._without_better = loss, 0
+            return True
+        self._without_better += 1
+        return False
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = f"{args.output_dir}/checkpoint-{state.global_step}"

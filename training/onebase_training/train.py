@@ -4,40 +4,29 @@ Each stage is a function of the one before. Nothing reaches the store but by `pu
 (a broken file, a NaN, Ctrl-C, kill -9) leaves the store as it was.
 """
 
-import hashlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
 
-from onebase.base_model import LoadedBase, load_base, memory_bytes
+from onebase.base_model import load_base
 from onebase.errors import OnebaseError
 from onebase.home import Home
 from onebase.store import AdapterStore, Version
 from onebase.tokenizer import TextTokenizer
-from onebase_training import checkpoint, lora
-from onebase_training.assemble import find_base, prepare, read_data, tokens_at_once, training_arguments
+from onebase_training import checkpoint, lora, preflight
+from onebase_training.assemble import build_trainer, find_base, prepare, read_data
 from onebase_training.config import Recipe
-from onebase_training.dataset import Dataset
-from onebase_training.objective import Objective
-from onebase_training.plan import Plan, make_plan
-from onebase_training.progress import RunCallback, StopRequest
+from onebase_training.plan import make_plan
+from onebase_training.progress import RunCallback
 from onebase_training.publish import publish_adapter, write_checked
+from onebase_training.report import Metrics, describe, final_metrics, write_reports
 from onebase_training.status import StatusWriter
-from onebase_training.trainer import PlanTrainer, StepDataset, eval_batches, held_out_metrics
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """How a run ended. `folder` keeps PEFT's files of the adapter, published or not."""
-
-    state: Literal["succeeded", "cancelled"]
-    version: Version | None
-    folder: Path
-    metrics: dict[str, float | int | str | None]
+from onebase_training.stop import StopRequest
+from onebase_training.trainer import PlanTrainer, held_out_metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,210 +40,143 @@ class RunOptions:
     """Further names of the version, such as a job's `ft:...`."""
 
 
-def run(
-    recipe: Recipe,
-    home: Home,
-    *,
-    run_dir: Path | None = None,
-    status: StatusWriter | None = None,
-    console: Console | None = None,
-    options: RunOptions | None = None,
-) -> RunResult:
-    """Carry out a recipe. Raises the OnebaseError that ended it; the status file says the same either way."""
-    status, console = status or StatusWriter(None), console or Console()
-    run_dir = run_dir or home.create().runs / recipe.name
-    run_dir.mkdir(parents=True, exist_ok=True)
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run's surroundings. `run_dir` keeps checkpoints, curves and PEFT's files of the adapter."""
+
+    recipe: Recipe
+    home: Home
+    run_dir: Path
+    status: StatusWriter = field(default_factory=lambda: StatusWriter(None))
+    console: Console = field(default_factory=Console)
+    options: RunOptions = field(default_factory=RunOptions)
+    stop: StopRequest = field(default_factory=StopRequest)
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """How a run ended. `version` is None when it was cancelled, can't be served (DoRA), or on other processes than
+    the first of several."""
+
+    state: Literal["succeeded", "cancelled"]
+    version: Version | None
+    metrics: Metrics
+
+
+def carry_out(run: Run) -> RunResult:
+    """The whole run. Raises the OnebaseError that ended it; the status file says the same either way."""
+    run.run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        result = _run(recipe, home, run_dir, status, console, options or RunOptions())
+        with run.stop.installed(run.console):
+            return _carry_out(run)
     except OnebaseError as error:
-        status.enter("failed", error.message, error=_error(error))
+        run.status.enter("failed", error.message, error=_error(error))
         raise
     except KeyboardInterrupt:
-        status.enter("cancelled", "interrupted")
-        raise
+        run.status.enter("cancelled", "stopped before training; nothing published")
+        return RunResult("cancelled", None, {})
     except BaseException as error:
-        status.enter("failed", f"{type(error).__name__}: {error}", error=_error(error))
+        run.status.enter("failed", f"{type(error).__name__}: {error}", error=_error(error))
         raise
-    return result
 
 
-def _run(
-    recipe: Recipe,
-    home: Home,
-    run_dir: Path,
-    status: StatusWriter,
-    console: Console,
-    options: RunOptions,
-) -> RunResult:
+def _carry_out(run: Run) -> RunResult:
     started = time.monotonic()
-    for notice in recipe.notices:
-        console.print(f"[yellow]note[/]: {notice}")
-    spec = find_base(home, recipe.base)
+    recipe, console = run.recipe, run.console
+    _say(run, "note", recipe.notices)
+    spec = find_base(run.home, recipe.base)
     tokenizer = TextTokenizer.load(spec.path)
     dataset = read_data(recipe, spec, tokenizer)
-    for notice in dataset.notices:
-        console.print(f"[yellow]data[/]: {notice}")
-        status.event("notice", {"message": notice})
+    _say(run, "data", dataset.notices)
     plan = make_plan([weight for _, weight in dataset.train], recipe.train)
-    status.enter("validating", "loading the base", total_steps=len(plan))
+    run.status.enter("validating", "loading the base", total_steps=len(plan))
+
     device = lora.compute_settings(recipe.compute)
     torch.manual_seed(recipe.train.seed)
     base = load_base(spec, device, compute_dtype=recipe.compute.dtype, tokenizer=tokenizer)
     objective = prepare(base, recipe)
     if recipe.resume_from is not None:
-        start = AdapterStore(home.adapters).resolve(recipe.resume_from)
-        console.print(f"going on from the weights of {start.id}")
+        start = AdapterStore(run.home.adapters).resolve(recipe.resume_from)
+        console.print(f"starting from the weights of {start.id}")
         checkpoint.load_adapter_tensors(objective.model, start.path)
-    _describe(console, recipe, base, dataset, plan, objective)
+    describe(console, recipe, base, dataset, plan, objective)
 
-    stop = StopRequest()
-    trainer, callback, best = _trainer(recipe, objective, base, dataset, plan, run_dir, status, console, stop)
-    before = _evaluate_base(trainer, recipe, console)
-    last = checkpoint.last_checkpoint(run_dir) if options.resume else None
-    if last is not None:
-        console.print(f"going on from {last}")
-    with stop.installed(console):
-        try:
-            outcome = trainer.train(resume_from_checkpoint=str(last) if last else None)
-        finally:
-            callback.close()
-    if stop.asked:
-        return _cancelled(run_dir, status, console, stop)
+    callback = RunCallback(plan, recipe.train, run.status, console, run.stop, has_eval=bool(dataset.eval))
+    trainer = build_trainer(recipe, objective, base, dataset, plan, run.run_dir, callback)
+    preflight.check(trainer, recipe.compute.preflight, console)
+    before = _measure_base(run, trainer)
+    outcome = _train(run, trainer, callback)
+    if run.stop.asked:
+        return _cancelled(run)
+    if not trainer.is_world_process_zero():
+        return RunResult("succeeded", None, {})
 
-    metrics = _metrics(trainer, callback, before, outcome, time.monotonic() - started)
-    folder = run_dir / "adapter"
-    tensors = best.tensors if best.tensors is not None else checkpoint.adapter_tensors(objective.model)
-    write_checked(objective.model, tensors, folder)
-    version = publish_adapter(
-        AdapterStore(home.adapters),
-        folder,
-        recipe,
-        spec,
-        metrics,
-        make_current=options.make_current,
-        aliases=options.aliases,
+    metrics = final_metrics(trainer, callback, before, outcome, time.monotonic() - started)
+    version = _publish(run, trainer, callback, metrics)
+    write_reports(run.run_dir, recipe, spec, trainer.state.log_history, metrics, version)
+    where = f"published {version.id}" if version else f"trained, but no server can serve its kind: {run.run_dir}"
+    console.print(
+        f"[green]{where}[/]: {metrics['steps']} steps, {metrics['seconds']} s, {metrics['tokens_per_s']} tok/s"
     )
-    _report(console, version, folder, metrics)
-    status.enter("succeeded", "published" if version else "trained", version=version.id if version else None)
-    return RunResult("succeeded", version, folder, metrics)
+    run.status.enter("succeeded", "published" if version else "trained", version=version.id if version else None)
+    return RunResult("succeeded", version, metrics)
 
 
-class _Best:
-    """The adapter of the evaluation with the lowest loss, kept in memory; only with early stopping."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, torch.Tensor] | None = None
-
-
-def _trainer(
-    recipe: Recipe,
-    objective: Objective,
-    base: LoadedBase,
-    dataset: Dataset,
-    plan: Plan,
-    run_dir: Path,
-    status: StatusWriter,
-    console: Console,
-    stop: StopRequest,
-) -> tuple[PlanTrainer, RunCallback, _Best]:
-    rows = [row for row, _ in dataset.train]
-    tokens = tokens_at_once(recipe, base, dataset.max_tokens)
-    args = training_arguments(recipe, run_dir, len(plan), base.device)
-    best = _Best()
-
-    def keep_best(_loss: float) -> None:
-        if recipe.train.early_stopping is not None:
-            own = checkpoint.adapter_tensors(objective.model)
-            best.tensors = {key: value.detach().cpu().clone() for key, value in own.items()}
-
-    callback = RunCallback(plan, recipe.train, status, console, stop, has_eval=bool(dataset.eval), on_best=keep_best)
-    trainer = PlanTrainer(
-        objective,
-        args,
-        StepDataset(
-            rows,
-            plan,
-            recipe.train,
-            tokens_at_once=tokens,
-            pad_id=base.tokenizer.pad_id,
-            rank=args.process_index,
-            world=args.world_size,
-        ),
-        eval_batches=eval_batches(dataset.eval, tokens_at_once=tokens, pad_id=base.tokenizer.pad_id),
-        keep_checkpoints=recipe.train.keep_checkpoints,
-        recipe_hash=_run_hash(recipe, rows),
-        callbacks=[callback],
-    )
-    callback.trainer = trainer
-    return trainer, callback, best
-
-
-def _run_hash(recipe: Recipe, rows: list[Any]) -> str:
-    """What a checkpoint depends on: the settings and every row."""
-    digest = hashlib.sha256(recipe.settings_hash().encode())
-    for row in rows:
-        digest.update(row.key)
-    return digest.hexdigest()
-
-
-def _evaluate_base(trainer: PlanTrainer, recipe: Recipe, console: Console) -> dict[str, float]:
+def _measure_base(run: Run, trainer: PlanTrainer) -> dict[str, float]:
     """The untrained adapter is the base: its held-out loss is what training is measured against."""
-    if not trainer.eval_batches or recipe.train.eval_every == "never":
+    if not trainer.eval_batches or run.recipe.train.eval_every == "never" or run.recipe.resume_from is not None:
         return {}
     metrics = held_out_metrics(trainer.model, trainer.eval_batches, trainer.args.device, "base_")
-    console.print(
+    run.console.print(
         f"base: held-out response loss {metrics['base_loss']:.4f}, token accuracy {metrics['base_accuracy']:.1%}"
     )
     return metrics
 
 
-def _cancelled(run_dir: Path, status: StatusWriter, console: Console, stop: StopRequest) -> RunResult:
-    last = checkpoint.last_checkpoint(run_dir) if stop.save else None
+def _train(run: Run, trainer: PlanTrainer, callback: RunCallback) -> Any:
+    last = checkpoint.last_checkpoint(run.run_dir) if run.options.resume else None
     if last is not None:
-        console.print(f"stopped; saved {last}. Go on with the same command and --resume")
-    status.enter("cancelled", "stopped by a signal; nothing published", checkpoint=str(last) if last else None)
-    return RunResult("cancelled", None, run_dir, {})
+        run.console.print(f"going on from {last}")
+    elif trainer.is_world_process_zero():
+        checkpoint.clear(run.run_dir)
+    trainer.accelerator.wait_for_everyone()
+    with run.stop.after_the_step():
+        try:
+            return trainer.train(resume_from_checkpoint=str(last) if last else None)
+        finally:
+            callback.close()
 
 
-def _metrics(
-    trainer: PlanTrainer, callback: RunCallback, before: dict[str, float], outcome: Any, seconds: float
-) -> dict[str, float | int | str | None]:
-    """What the version's manifest tells. A loss that is not finite never comes this far."""
-    training_seconds = float(outcome.metrics["train_runtime"])
-    metrics: dict[str, float | int | str | None] = {
-        "train_loss": callback.losses[-1]["train_loss"] if callback.losses else None,
-        "steps": int(outcome.global_step),
-        "trained_tokens": trainer.trained_tokens,
-        "tokens_per_s": round(trainer.trained_tokens / max(1e-6, training_seconds), 1),
-        "seconds": round(seconds, 1),
-    }
-    if callback.evaluations:
-        chosen = (
-            min(callback.evaluations, key=lambda e: e["loss"]) if callback.stops_early else callback.evaluations[-1]
-        )
-        metrics |= {"eval_loss": chosen["loss"], "eval_accuracy": chosen["accuracy"], "eval_step": int(chosen["step"])}
-    return metrics | before
-
-
-def _describe(
-    console: Console, recipe: Recipe, base: LoadedBase, dataset: Dataset, plan: Plan, objective: Objective
-) -> None:
-    trainable = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    total = sum(out * into for out, into in base.spec.linear_shapes.values())
-    tokens = sum(len(row) for row, _ in dataset.train)
-    console.print(
-        f"[bold]{recipe.name}[/] on {base.spec.id} ({base.device}, {memory_bytes(base.model) / 1e6:,.0f} MB): "
-        f"{len(dataset.train)} conversations, {tokens:,} tokens, {len(dataset.eval)} held out; "
-        f"{len(plan)} steps, {plan.epochs:g} epochs; {trainable:,} LoRA parameters "
-        f"({trainable / total:.2%} of the linear layers')"
+def _publish(run: Run, trainer: PlanTrainer, callback: RunCallback, metrics: Metrics) -> Version | None:
+    """The last weights, or with early stopping those of the best evaluation."""
+    model = trainer.model.model
+    if callback.stops_early and checkpoint.best_adapter(run.run_dir) is not None:
+        checkpoint.load_adapter_tensors(model, run.run_dir / checkpoint.BEST)
+    folder = run.run_dir / "adapter"
+    write_checked(model, checkpoint.adapter_tensors(model), folder)
+    return publish_adapter(
+        AdapterStore(run.home.adapters),
+        folder,
+        run.recipe,
+        find_base(run.home, run.recipe.base),
+        metrics,
+        make_current=run.options.make_current,
+        aliases=run.options.aliases,
     )
 
 
-def _report(console: Console, version: Version | None, folder: Path, metrics: dict[str, Any]) -> None:
-    where = f"published {version.id}" if version else f"trained, but not servable (DoRA): {folder}"
-    console.print(
-        f"[green]{where}[/]: {metrics['steps']} steps in {metrics['seconds']} s, {metrics['tokens_per_s']:,} tok/s"
-    )
+def _cancelled(run: Run) -> RunResult:
+    last = checkpoint.last_checkpoint(run.run_dir) if run.stop.save else None
+    if last is not None:
+        run.console.print(f"stopped; saved {last}. Go on with the same command and --resume")
+    run.status.enter("cancelled", "stopped by a signal; nothing published", checkpoint=str(last) if last else None)
+    return RunResult("cancelled", None, {})
+
+
+def _say(run: Run, kind: str, notices: Any) -> None:
+    for notice in notices:
+        run.console.print(f"[yellow]{kind}[/]: {notice}")
+        run.status.event("notice", {"message": notice})
 
 
 def _error(error: BaseException) -> dict[str, str | None]:

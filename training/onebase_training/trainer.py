@@ -45,6 +45,14 @@ class StepDataset(Dataset[list[MicroBatch]]):
     def __len__(self) -> int:
         return len(self._plan)
 
+    def longest_row(self) -> int:
+        return max(len(row) for row in self._rows)
+
+    def heaviest_step(self) -> int:
+        """The step that holds the longest row."""
+        longest = max(range(len(self._rows)), key=lambda index: len(self._rows[index]))
+        return next((k for k, step in enumerate(self._plan.steps) if longest in step), 0)
+
     def __getitem__(self, step: int) -> list[MicroBatch]:
         whole = [self._rows[index] for index in self._plan.steps[step]]
         weights = token_weights(whole, self._config.normalize)
@@ -76,16 +84,31 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
         super().__init__(model=objective, args=args, train_dataset=steps, callbacks=callbacks)
         self.remove_callback(transformers.PrinterCallback)
         self.remove_callback(transformers.ProgressCallback)
-        self._steps = steps
+        self.steps = steps
         self.eval_batches = eval_batches
         self._keep = keep_checkpoints
         self._recipe_hash = recipe_hash
-        self.trained_tokens = 0
-        self.last_accuracy = math.nan
+        self.session_tokens = 0
+        """Tokens since this process started."""
+        self._last_accuracy = math.nan
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of this process since the run began, before a resume too."""
+        return int(self.state.num_input_tokens_seen)
+
+    def keep_best(self) -> None:
+        """The adapter as it is now, whole or not at all, in the run's folder."""
+        ck.save_best(self.model.model, Path(self.args.output_dir))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs["accuracy"] = self._last_accuracy
+        super().log(logs, start_time)
 
     def get_train_dataloader(self) -> DataLoader[list[MicroBatch]]:
         """In the plan's order, one step an item; every process builds its own share of each step."""
-        return DataLoader(self._steps, batch_size=1, shuffle=False, collate_fn=_only)
+        return DataLoader(self.steps, batch_size=1, shuffle=False, collate_fn=_only)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """All micro-batches of one step. Returns the step's loss; raises TrainingError when it is not finite."""
@@ -102,7 +125,8 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
             total += losses.loss.detach()
             correct += losses.correct
             learnt += len(batch.targets)
-            self.trained_tokens += batch.tokens
+            self.session_tokens += batch.tokens
+            self.state.num_input_tokens_seen += batch.tokens
         if self.args.world_size > 1:
             total = self.accelerator.reduce(total, reduction="sum")
         if not math.isfinite(total.item()):
@@ -111,7 +135,7 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
                 "published. A lower learning_rate or max_grad_norm usually helps",
                 code="loss_not_finite",
             )
-        self.last_accuracy = correct.item() / max(1, learnt)
+        self._last_accuracy = correct.item() / max(1, learnt)
         return total
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -135,9 +159,11 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
         staged = staging / f"checkpoint-{self.state.global_step}"
         with _changed(self.args, "output_dir", str(staging)):
             super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             (staged / ck.RECIPE_HASH).write_text(self._recipe_hash + "\n", "utf-8")
             ck.commit_checkpoint(staged, run, self._keep)
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         ck.require_same_recipe(Path(resume_from_checkpoint), self._recipe_hash)
