@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.set-up
 SAY     = @printf '\n\033[1m== %s\033[0m\n'
 
-.PHONY: help setup demo test lint test-fast test-slow test-gpu openapi serve clean
+.PHONY: help setup demo test lint test-fast test-slow test-gpu map openapi serve clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -49,6 +49,9 @@ test-slow: setup  ## real models, real servers, real clients (minutes)
 
 test-gpu: setup  ## the CUDA tests, on a machine with a GPU
 	@$(PY) -m pytest -q -m gpu tests/gpu
+
+map: setup  ## write README's map of the tree
+	@$(PY) docs/make_map.py
 
 openapi: setup  ## write openapi.yaml from the app
 	@$(PY) -m onebase_server.openapi
