@@ -58,6 +58,10 @@ class LoraSlots:
     def owner(self, slot: int) -> SlotRows | None:
         return self._owners.get(slot)
 
+    def fits(self, rank: int) -> bool:
+        """Whether so many rows are free (gaps are closed when need be)."""
+        return sum(own.rank for own in self._owners.values()) + rank <= self.rows
+
     def load(self, slot: int, adapter: TorchHostAdapter, *, non_blocking: bool = False) -> None:
         """Copy an adapter into free rows. Replaces what the slot held. Raises EngineError when the rows run out."""
         self.clear(slot)

@@ -84,6 +84,9 @@ class TorchRunner:
     def read_adapter(self, ref: AdapterRef) -> TorchHostAdapter:
         return read_host_adapter(ref.path, self.weights, self.identity, self.config.max_lora_rank)
 
+    def can_load(self, adapter: HostAdapter) -> bool:
+        return self.slots.fits(cast(TorchHostAdapter, adapter).rank)
+
     def load_slot(self, slot: int, adapter: HostAdapter) -> None:
         """CUDA: on a stream of its own, so that decoding goes on; CPU: at once."""
         host = cast(TorchHostAdapter, adapter)
@@ -158,7 +161,9 @@ class TorchRunner:
         return rows[0], rows[1]
 
     def _put(self, array: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        """int32 as the kernels want it; only what is int64 already stays so."""
+        wide = array.dtype == np.int64
+        tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64 if wide else np.int32))
         return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
 
 
