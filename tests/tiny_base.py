@@ -15,7 +15,7 @@ NAME = "tiny-llama"
 
 
 def tiny_base(root: Path, *, hidden: int = 64, layers: int = 2, context: int = 256) -> tuple[Home, BaseSpec]:
-    """A random Llama with OpenLLaMA's kind of tokenizer (bos, byte fallback, legacy space), fetched into `root/home`."""
+    """A random Llama with OpenLLaMA's kind of tokenizer (bos, byte fallback, legacy space), in `root/home`."""
     import torch
     import transformers
 
@@ -41,7 +41,12 @@ def tiny_base(root: Path, *, hidden: int = 64, layers: int = 2, context: int = 2
 
 
 CONVERSATIONS: list[list[tuple[str, str]]] = [
-    [("human", f"Hello {n}"), ("gpt", f"The quick brown fox {n}."), ("human", "Bye"), ("gpt", "I am fine." * (1 + n % 3))]
+    [
+        ("human", f"Hello {n}"),
+        ("gpt", f"The quick brown fox {n}."),
+        ("human", "Bye"),
+        ("gpt", "I am fine." * (1 + n % 3)),
+    ]
     for n in range(24)
 ]
 
