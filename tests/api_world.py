@@ -20,7 +20,6 @@ from safetensors.numpy import save_file
 from fakes import EOS, FakeRunner, FakeTokenizer
 from onebase.bases import BaseSpec
 from onebase.home import Home
-from onebase.manifest import BaseIdentity
 from onebase.store import AdapterStore, Version
 from onebase.tokenizer import TextTokenizer
 from onebase_server.api.backend import BackendSlot
@@ -35,9 +34,9 @@ from onebase_server.jobs.service import JobLimits
 from onebase_server.jobs.supervisor import SupervisorConfig
 from onebase_server.loading import start_backend
 from onebase_server.settings import Settings
+from scripted_base import IDENTITY, SCRIPTED_BASE
 
 BASE = "tiny/base"
-IDENTITY = BaseIdentity(id=BASE, revision="1", config_hash="0" * 32, quantization="nf4-dq64")
 NUMBERS = itertools.count(1.0)
 LOOPBACK = ("127.0.0.1", 50000)
 
@@ -152,7 +151,7 @@ def open_world(root: Path, loop: asyncio.AbstractEventLoop, **options: Any) -> I
     config = DurableConfig(
         limits=JobLimits(settings.retrain_queue), supervisor=SupervisorConfig(look_s=0.05, times=times)
     )
-    durable = assemble(home, store, command, config, lambda _: spec)
+    durable = assemble(home, store, command, config, lambda _: SCRIPTED_BASE)
     runner = FakeRunner(reply=lambda digest, prompt: world_reply(world, digest), **options.get("runner", {}))
     backend = start_backend(settings, spec, runner, cast(TextTokenizer, FakeTokenizer()))
     deps = AppDeps(settings=settings, store=store, backend=BackendSlot(backend), durable=durable, metrics=Metrics())

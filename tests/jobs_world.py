@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fake_trainer
-from onebase.bases import BaseSpec
 from onebase.home import Home
-from onebase.manifest import BaseIdentity
 from onebase.store import AdapterStore
 from onebase_server.jobs.files import FileService
 from onebase_server.jobs.ledger import Ledger
@@ -26,20 +24,11 @@ from onebase_server.records.database import Database
 from onebase_server.records.files import FileRecords
 from onebase_server.records.jobs import JobRecords
 from onebase_server.records.tables import EventRow, FileRow, JobRow
+from scripted_base import SCRIPTED_BASE
 
-IDENTITY = BaseIdentity(id="tiny/base", revision="1", config_hash="0" * 32, quantization="nf4-dq64")
 TINY = Base("tiny/base", "tiny")
-SHAPES = {"model.layers.0.self_attn.q_proj": (8, 8)}
 FAST = RunTimes(poll_s=0.01, cancel_grace_s=0.3, stall_s=30.0, max_attempts=3)
 LINE = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy"}]}
-
-
-class TinyBase(BaseSpec):
-    """A base whose only use is to be named in manifests."""
-
-    @property
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        return SHAPES
 
 
 @dataclass
@@ -108,8 +97,7 @@ async def jobs_world(root: Path, *, start: bool = True, **options: Any) -> Async
         plan.write_text("{}")
     command = RunCommand(program=(sys.executable, str(Path(fake_trainer.__file__)), str(plan)))
     config = SupervisorConfig(max_running=options.get("running", 1), look_s=0.05, times=options.get("times", FAST))
-    base = TinyBase("tiny/base", root / "tiny", IDENTITY, {})
-    supervisor = Supervisor(home, ledger, files, store, command, config, find_base=lambda _: base)
+    supervisor = Supervisor(home, ledger, files, store, command, config, find_base=lambda _: SCRIPTED_BASE)
     jobs = JobService(home, ledger, files, chats, JobLimits(options.get("waiting", 16)))
     if start:
         await supervisor.start()

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from api_world import IDENTITY, base_spec, lora_folder
+from api_world import base_spec, lora_folder
 from fakes import FakeRunner, FakeTokenizer
 from onebase.home import Home
 from onebase.store import AdapterStore
 from onebase.tokenizer import TextTokenizer
 from onebase_server.api.backend import Backend
-from onebase_server.compose import Server
+from onebase_server.compose import Server, build_deps
 from onebase_server.loading import start_backend
 from onebase_server.settings import Settings
+from scripted_base import IDENTITY, SCRIPTED_BASE
 
 
 @dataclass
@@ -50,12 +51,13 @@ def live_server(
     root: Path, load: Callable[[Settings, FakeRunner], Backend] | None = None, **options: Any
 ) -> Iterator[Live]:
     """`settings`: overrides; `runner`: a FakeRunner of the test's own; `seen` gets the server and `before_wait` is
-    called before the base is loaded."""
+    called before the base is loaded; `trainer`: the RunCommand of training jobs."""
     home = Home(root / "home").create()
     settings = Settings(home=home, port=0, **options.get("settings", {}))
     runner = options.get("runner") or FakeRunner(reply=lambda digest, prompt: live.reply(digest))
     live = Live(settings, runner, AdapterStore(home.adapters))
-    server = Server(settings, lambda given: (load or load_fake)(given, runner))
+    deps = build_deps(settings, options.get("trainer"), lambda _: SCRIPTED_BASE)
+    server = Server(settings, lambda given: (load or load_fake)(given, runner), deps)
     live.server = server
     thread = threading.Thread(target=server.run, name="live-server")
     options.get("seen", []).append(live)

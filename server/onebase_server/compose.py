@@ -15,6 +15,7 @@ from onebase_server.api.tracing import otlp_tracer
 from onebase_server.app import create_app
 from onebase_server.http_server import HttpServer, Lifecycle
 from onebase_server.jobs.assembly import DurableConfig, assemble
+from onebase_server.jobs.checkpoints import FindBase
 from onebase_server.jobs.process import RunCommand
 from onebase_server.jobs.service import JobLimits
 from onebase_server.jobs.supervisor import SupervisorConfig
@@ -27,8 +28,8 @@ logger = logging.getLogger(__name__)
 LoadBackend = Callable[[Settings], Backend]
 
 
-def build_deps(settings: Settings) -> AppDeps:
-    """Everything but the base."""
+def build_deps(settings: Settings, command: RunCommand | None = None, find_base: FindBase | None = None) -> AppDeps:
+    """Everything but the base. `command` and `find_base`: another trainer than ours, for tests."""
     store = AdapterStore(settings.home.adapters)
     config = DurableConfig(
         database=settings.database,
@@ -36,12 +37,12 @@ def build_deps(settings: Settings) -> AppDeps:
         limits=JobLimits(waiting=settings.retrain_queue),
         supervisor=SupervisorConfig(max_running=settings.training_jobs),
     )
-    command = RunCommand(env=dict(settings.trainer_env) or None, nice=settings.retrain_nice)
+    command = command or RunCommand(env=dict(settings.trainer_env) or None, nice=settings.retrain_nice)
     return AppDeps(
         settings=settings,
         store=store,
         backend=BackendSlot(),
-        durable=assemble(settings.home, store, command, config),
+        durable=assemble(settings.home, store, command, config, find_base),
         metrics=Metrics(settings.metrics_versions),
         tracer=otlp_tracer(settings.otlp_endpoint) if settings.otlp_endpoint else None,
     )
@@ -65,10 +66,10 @@ def serve(settings: Settings, load: LoadBackend = load_backend) -> int:
 class Server:
     """One serving process: the HTTP server, the thread that loads the base."""
 
-    def __init__(self, settings: Settings, load: LoadBackend) -> None:
+    def __init__(self, settings: Settings, load: LoadBackend, deps: AppDeps | None = None) -> None:
         self._settings = settings
         self._load = load
-        self.deps = build_deps(settings)
+        self.deps = deps or build_deps(settings)
         self.url = ""
         """Known once the port is open."""
         self.loaded = threading.Event()

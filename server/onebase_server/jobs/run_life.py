@@ -47,7 +47,7 @@ class ServerStopsError(Exception):
 
 
 class RunLife:
-    """Carries out one job. `stopping` says whether the server is going down."""
+    """Carries out one job, and may be told to again after an error. `stopping`: whether the server is going down."""
 
     def __init__(
         self,
@@ -71,6 +71,7 @@ class RunLife:
         self._find_base = find_base
         self._stopping = stopping
         self._folder = RunFolder(home.runs, job.id)
+        self._process: RunProcess | None = None
         self._stalled = False
         self._evaluations = 0
 
@@ -79,21 +80,19 @@ class RunLife:
 
         Raises ServerStopsError when the server stops first.
         """
-        process: RunProcess | None = None
-        if taken_up and self._folder.is_alive():
-            process = RunProcess(self._folder)
+        if not taken_up:
+            await self._train(job)
+        elif self._process is None and self._folder.is_alive():
+            self._process = RunProcess(self._folder)
             logger.info("job %s taken up: its process lives", self._id)
-        elif not taken_up:
-            process = await self._train(job)
-        if process is not None:
-            await self._watch(process)
+        await self._watch()
         while True:
             job = await self._ledger.get(self._id)
             if job.state != RUNNING:
                 return await self._settle_unwatched(job)
             version = self._settler.published(job)
             if version is None:
-                return await self._settle_untrained(job, process)
+                return await self._settle_untrained(job)
             verdict = self._judge(job, version)
             if isinstance(verdict, Verdict) and not verdict.passed:
                 error = job_error("gate_not_passed", verdict.reason)
@@ -125,7 +124,7 @@ class RunLife:
         else:
             await self._settler.let_go(job)
 
-    async def _settle_untrained(self, job: JobRow, process: RunProcess | None) -> None:
+    async def _settle_untrained(self, job: JobRow) -> None:
         """No version came of it: the trainer said why, or it was lost."""
         status = self._folder.read_status()
         if status.state == "failed":
@@ -136,8 +135,8 @@ class RunLife:
                 given.get("param") if isinstance(given.get("param"), str) else None,
             )
             return await self._settler.fail(job, self._folder, error)
-        reason = self._cause_of_death(process)
-        gave_up_itself = process is not None and (process.exit_code or 0) > 0
+        reason = self._cause_of_death()
+        gave_up_itself = self._process is not None and (self._process.exit_code or 0) > 0
         if job.attempt < self._times.max_attempts and not gave_up_itself:
             return await self._settler.requeue(job, reason)
         code = "trainer_stalled" if self._stalled else "trainer_died"
@@ -145,10 +144,10 @@ class RunLife:
         message = f"{reason} (attempt {job.attempt}); its log {self._folder.log} ends: {last[0]}"
         return await self._settler.fail(job, self._folder, job_error(code, message))
 
-    def _cause_of_death(self, process: RunProcess | None) -> str:
+    def _cause_of_death(self) -> str:
         if self._stalled:
             return f"The training process said nothing for {self._times.stall_s:.0f} seconds"
-        code = None if process is None else process.exit_code
+        code = None if self._process is None else self._process.exit_code
         if code is None:
             return "The training process was lost"
         if code < 0:
@@ -157,24 +156,24 @@ class RunLife:
 
     # Processes
 
-    async def _train(self, job: JobRow) -> RunProcess | None:
-        alias = job.fine_tuned_model or ""
+    async def _train(self, job: JobRow) -> None:
         if self._settler.published(job) is not None:  # it was paused just when it had finished
-            return None
+            return
         await asyncio.to_thread(write_recipe, job, self._folder)
-        process = await self._start(train_command(self._folder, self._home.root, alias))
+        await self._start(train_command(self._folder, self._home.root, job.fine_tuned_model or ""))
         logger.info("job %s started, attempt %d", self._id, job.attempt)
-        return process
 
-    async def _start(self, arguments: list[str]) -> RunProcess:
-        return await asyncio.to_thread(self._command.start, arguments, self._folder) or RunProcess(self._folder)
+    async def _start(self, arguments: list[str]) -> None:
+        started = await asyncio.to_thread(self._command.start, arguments, self._folder)
+        self._process = started or RunProcess(self._folder)
 
-    async def _watch(self, process: RunProcess) -> None:
+    async def _watch(self) -> None:
         """Until the process has ended, telling what it does; stops it if the job is cancelled or paused, or stalls."""
         reporter = await self._reporter()
+        process = self._process
         kill_at: float | None = None
         started = time.time()
-        while process.is_alive():
+        while process is not None and process.is_alive():
             await self._ledger.news.wait(self._times.poll_s)
             if self._stopping():
                 process.let_go()
@@ -229,5 +228,6 @@ class RunLife:
         self._evaluations += 1
         await self._ledger.change(self._id, {"message": f"evaluating {' and '.join(ids)}"}, when=(RUNNING,))
         gate = Gate(**(job.gate or {}))
-        await self._watch(await self._start(evaluate_command(self._folder, self._home.root, ids, gate.max_examples)))
+        await self._start(evaluate_command(self._folder, self._home.root, ids, gate.max_examples))
+        await self._watch()
         return True

@@ -71,6 +71,7 @@ class Supervisor:
         self._find_base = find_base or partial(resolve_base, home)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._runs: set[str] = set()
+        self._lives: dict[str, RunLife] = {}
         self._loop: asyncio.Task[None] | None = None
         self._stopping = False
         self._lock: int | None = None
@@ -178,12 +179,18 @@ class Supervisor:
         }
         started = await self._ledger.change(job.id, values, when=(QUEUED,), events=[event])
         if started is not None:  # else it was cancelled just now
-            await self._life(started).carry_out(started, taken_up=False)
+            await self._live(started, taken_up=False)
 
     async def _take_up(self, job: JobRow) -> None:
-        await self._life(job).carry_out(job, taken_up=True)
+        await self._live(job, taken_up=True)
 
-    def _life(self, job: JobRow) -> RunLife:
+    async def _live(self, job: JobRow, *, taken_up: bool) -> None:
+        """Kept over an error, so that the next try still has the process as its child."""
+        life = self._lives.setdefault(job.id, self._new_life(job))
+        await life.carry_out(job, taken_up=taken_up)
+        del self._lives[job.id]
+
+    def _new_life(self, job: JobRow) -> RunLife:
         return RunLife(
             job,
             self._home,
