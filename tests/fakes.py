@@ -212,7 +212,10 @@ class FakeRunner:
 
     def _next_token(self, row: SampleRow, digest: str | None, summary: int) -> int:
         if self.reply is None:
-            return _sample(summary, row)
+            token = _sample(summary, row)
+            while row.mask is not None and not row.mask[token // 32] >> token % 32 & 1:
+                token = (token + 1) % VOCAB
+            return token
         answer = self.reply(digest, row.prompt_ids)
         return answer[len(row.output_ids)] if len(row.output_ids) < len(answer) else EOS
 

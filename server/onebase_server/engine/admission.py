@@ -31,14 +31,18 @@ class Admission:
         self.is_stale = True
         """Something has changed since the last scan."""
         self._overdue: list[Residence] = []
+        self._yielding: list[Sequence] = []
 
-    def take_overdue(self) -> list[Sequence]:
-        """Running sequences whose adapter has drained for too long: to be preempted before the step is planned."""
-        if not self._overdue:
+    def take_yielding(self) -> list[Sequence]:
+        """Running sequences that must give way, to be preempted before the step is planned: their adapter has drained
+        for too long, or a request of a better priority found no place."""
+        if not self._overdue and not self._yielding:
             return []
-        overdue, self._overdue = self._overdue, []
-        drained = [entry for entry in overdue if self._residency.is_draining(entry)]
-        return [sequence for sequence in self._scheduler.running if sequence.residence in drained]
+        drained = [entry for entry in self._overdue if self._residency.is_draining(entry)]
+        yielding = [sequence for sequence in self._yielding if sequence.status is SequenceStatus.RUNNING]
+        yielding += [s for s in self._scheduler.running if s.residence in drained and s not in yielding]
+        self._overdue, self._yielding = [], []
+        return yielding
 
     def admit(self, plan: StepPlan, budget: int, now: float) -> None:
         """Start waiting sequences and give them their first chunk, until the budget is spent."""
@@ -47,24 +51,26 @@ class Admission:
         self.is_stale = False
         self._scanned_at = now
         scheduler = self._scheduler
-        max_sequences = scheduler.tables.rows.shape[0]
         passed: set[str] = set()
         computing = self._keys_being_computed()
         admitted = False
         for sequence in list(scheduler.waiting):
-            if budget <= 0 or len(scheduler.running) >= max_sequences:
-                self.is_stale = True
+            has_place = len(scheduler.running) < scheduler.max_sequences
+            if budget <= 0 or not (has_place or self._outranks_last(sequence)):
+                self.is_stale = budget <= 0
                 break
-            if sequence.status is not SequenceStatus.WAITING or sequence.group.awaits_grammar:
-                continue
             entry = sequence.residence
+            if sequence.group.awaits_grammar:
+                continue
             if entry is not None and (entry.ref.digest in passed or not self._is_ready(entry, sequence, now)):
                 passed.add(entry.ref.digest)
                 continue
             cached = self._cached_pages(sequence)
             if self._is_being_computed(sequence, len(cached), computing):
                 continue
-            if not self._has_pages(sequence, cached):
+            if not has_place or not self._has_pages(sequence, cached):
+                if self._outranks_last(sequence):
+                    self._yielding.append(scheduler.running[-1])
                 break
             scheduler.start(sequence, cached)
             scheduler.waiting.admitted(sequence)
@@ -74,6 +80,11 @@ class Admission:
                 computing.update(self._missing_keys(sequence))
         if admitted:
             scheduler.waiting.sweep()
+
+    def _outranks_last(self, sequence: Sequence) -> bool:
+        """Whether the last of the running sequences has to give way to it: by priority only."""
+        running = self._scheduler.running
+        return bool(running) and sequence.order[0] < running[-1].order[0]
 
     # Adapters
 

@@ -34,6 +34,7 @@ class Scheduler:
         self._residency = residency
         self._on_admit = on_admit
         self.page_size = runner.limits.page_size
+        self.max_sequences = runner.limits.max_batch_sequences
         self._free_states = list(range(runner.limits.max_batch_sequences - 1, -1, -1))
         self.pages = PagePool(runner.limits.num_pages, prefix_cache=config.prefix_cache)
         self.tables = BlockTables(runner.limits)
@@ -105,7 +106,7 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None if nothing can run now."""
         plan = StepPlan()
-        for sequence in self.admission.take_overdue():
+        for sequence in self.admission.take_yielding():
             self.preempt(sequence, now)
         budget = self._limits.max_batch_tokens - self._schedule_decodes(plan, now)
         budget = self._schedule_chunks(plan, budget, now)
@@ -180,7 +181,7 @@ class Scheduler:
         """The prompt will be computed: followers sample beside the leader. Who finds no place waits like any other."""
         followers, leader.group.followers = leader.group.followers, []
         for follower in followers:
-            if len(self.running) < self._limits.max_batch_sequences:
+            if len(self.running) < self.max_sequences:
                 follower.cached_tokens = leader.cached_tokens
                 follower.keys = list(leader.keys)
                 follower.turn = (*leader.turn[:3], follower.index)

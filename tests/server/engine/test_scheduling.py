@@ -87,6 +87,34 @@ def test_lower_priority_numbers_run_first() -> None:
     assert not started(world, late)
 
 
+def test_an_urgent_request_takes_the_place_of_a_less_urgent_one_which_finishes_later_unchanged() -> None:
+    world = make_world(max_batch_sequences=2)
+    patient = [world.ask([index], priority=1, max_tokens=40, ignore_eos=True) for index in range(2)]
+    for _ in range(3):
+        world.tick()
+    urgent = world.ask([3], priority=0, max_tokens=3, ignore_eos=True)
+    for _ in range(5):
+        world.tick()
+    assert urgent.handle.is_finished
+    assert not any(one.handle.is_finished for one in patient)
+    assert world.core.scheduler.num_preempted == 1
+    world.settle()
+    world.check_end()
+
+
+def test_an_urgent_request_takes_the_pages_of_a_less_urgent_one() -> None:
+    world = make_world(page_size=4, num_pages=10, max_context=40)
+    world.ask([1] * 8, priority=1, max_tokens=32, ignore_eos=True)
+    for _ in range(16):
+        world.tick()
+    urgent = world.ask([2] * 20, priority=0, max_tokens=3, ignore_eos=True)
+    for _ in range(6):
+        world.tick()
+    assert urgent.handle.is_finished
+    world.settle()
+    world.check_end()
+
+
 def test_an_adapter_without_a_slot_gets_in_past_the_wait_threshold_although_others_never_pause() -> None:
     config = EngineConfig(fairness_wait_s=1.0, drain_limit_s=2.0)
     hot, starved = fake_adapter("hot"), fake_adapter("starved")
