@@ -1,5 +1,6 @@
 """Tiny random models of each architecture in NF4 and PEFT adapters for them: real libraries, milliseconds a forward."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,15 @@ def peft_adapter(model: Any, folder: Path, name: str, *, seed: int, **config: An
     import peft
 
     settings = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj"], **config}
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings), adapter_name=name)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter_name, parameter in wrapped.named_parameters():
-        if f"lora_B.{name}" in parameter_name:
-            parameter.data.normal_(0.0, 0.05, generator=generator)
-        elif f"lora_A.{name}" in parameter_name:
-            parameter.data.normal_(0.0, 0.1, generator=generator)
-    wrapped.save_pretrained(folder, selected_adapters=[name])
-    wrapped.unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's own use of transformers
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings), adapter_name=name)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter_name, parameter in wrapped.named_parameters():
+            if f"lora_B.{name}" in parameter_name:
+                parameter.data.normal_(0.0, 0.05, generator=generator)
+            elif f"lora_A.{name}" in parameter_name:
+                parameter.data.normal_(0.0, 0.1, generator=generator)
+        wrapped.save_pretrained(folder, selected_adapters=[name])
+        wrapped.unload()
     return folder / name

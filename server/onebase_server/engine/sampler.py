@@ -140,7 +140,7 @@ def _kept_cdf(values: Tensor, weights: Tensor, rows: list[SampleRow]) -> tuple[T
 
 def _invert(cdf: Tensor, rows: list[SampleRow]) -> Tensor:
     """First index whose running sum exceeds u * total; never one of weight 0."""
-    total = cdf[:, -1:]
+    total = cdf[:, -1:].contiguous()
     u = torch.from_numpy(uniforms(rows)).to(cdf.device)[:, None]
     found = torch.searchsorted(cdf, u * total, right=True)
     last = torch.searchsorted(cdf, total)
