@@ -114,13 +114,14 @@ class Forbidden(OnebaseError, PermissionError):
 
 
 class RateLimited(OnebaseError):
-    """The key is over its own limit; others are served."""
+    """The key is over its own limit; others are served. `kind` is OpenAI's: "requests" or "tokens"."""
 
     code = "rate_limit_exceeded"
 
-    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, kind: str = "requests") -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.kind = kind
 
 
 class Overloaded(OnebaseError):

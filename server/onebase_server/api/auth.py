@@ -1,73 +1,89 @@
-"""Who may call what: one guard, run before the body is read. A key's hash is compared, in constant time.
+"""Who may call what: one guard, run before the body is read. It finds the caller, its scope, and its request limit.
 
-Without any key the server listens on loopback only (settings see to it) and everyone there may do everything.
+Without any key the server listens on loopback only (settings see to it) and everyone there may do everything; web pages
+may not: a browser on the same machine must not be talked into calling for them.
 """
 
-import hashlib
-import hmac
 import ipaddress
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import urlsplit
 
 from litestar.connection import ASGIConnection
 from litestar.handlers.base import BaseRouteHandler
 
-from onebase.errors import Forbidden, Unauthenticated
+from onebase.errors import Forbidden
+from onebase_server.api.caller import LOCAL, STATE_KEY, Caller
+from onebase_server.api.keys import KeyRing
+from onebase_server.api.limits import Limiter
+from onebase_server.api.metrics import STARTED_KEY
+from onebase_server.settings import Settings
 
-Scope = Literal["inference", "admin"]
 Connection = ASGIConnection[Any, Any, Any, Any]
-Guard = Callable[[Connection, BaseRouteHandler], None]
-
-NO_KEY = (
-    "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer auth "
-    "(i.e. Authorization: Bearer YOUR_KEY)."
-)
+Guard = Callable[[Connection, BaseRouteHandler], Awaitable[None]]
+ADMIN = "admin"
+FREE_METHODS = ("GET", "HEAD", "OPTIONS")
+"""Not counted against the requests a minute: polling a job must not use up a key."""
 
 
-class KeyRing:
-    """The keys from the settings, hashed. An admin key may do all that an API key may."""
+def require(keys: KeyRing, limiter: Limiter, settings: Settings) -> Guard:
+    """The guard for a router. Every handler needs `opt={"scope": ...}`, its own or its router's; else none gets in."""
 
-    def __init__(self, api_keys: Iterable[str] = (), admin_key: str | None = None) -> None:
-        self._api = [_digest(key) for key in api_keys]
-        self._admin = _digest(admin_key) if admin_key else None
-
-    def check(self, header: str | None, client_host: str | None, scope: Scope) -> None:
-        """Raises Unauthenticated (no or unknown key) or Forbidden (known, but may not)."""
-        if scope == "admin" and self._admin is None:
-            self._check_loopback(client_host)
-            return
-        if not self._api and self._admin is None:
-            return
-        key = _bearer(header)
-        if key is None:
-            raise Unauthenticated(NO_KEY)
-        digest = _digest(key)
-        if self._admin is not None and hmac.compare_digest(digest, self._admin):
-            return
-        # every key is compared, so that the time taken says nothing about which one fits
-        known = [hmac.compare_digest(digest, each) for each in self._api]
-        if not any(known):
-            raise Unauthenticated(f"Incorrect API key provided: {_masked(key)}.")
-        if scope == "admin":
-            raise Forbidden("This key may not do this: an admin key is needed.")
-
-    @staticmethod
-    def _check_loopback(client_host: str | None) -> None:
-        if not is_loopback(client_host):
-            raise Forbidden(
-                "Without an admin key (ONEBASE_ADMIN_KEY) this may be called from the server's machine only."
-            )
-
-
-def require(keys: KeyRing) -> Guard:
-    """The guard for a router. A handler asks for more by `opt={"scope": "admin"}`."""
-
-    def guard(connection: Connection, handler: BaseRouteHandler) -> None:
-        client = connection.client
-        scope: Scope = "admin" if handler.opt.get("scope") == "admin" else "inference"
-        keys.check(connection.headers.get("authorization"), client.host if client else None, scope)
+    async def guard(connection: Connection, handler: BaseRouteHandler) -> None:
+        connection.scope["state"][STARTED_KEY] = time.perf_counter()
+        caller = await keys.identify(connection.headers.get("authorization"))
+        scope = str(handler.opt.get("scope", ADMIN))
+        if caller is LOCAL:
+            check_local(connection, scope, settings)
+        elif not caller.may(scope):
+            raise Forbidden(refusal(caller, scope))
+        connection.scope["state"][STATE_KEY] = caller
+        if connection.scope.get("method") not in FREE_METHODS:
+            limiter.take_request(caller)
 
     return guard
+
+
+def refusal(caller: Caller, scope: str) -> str:
+    has = ", ".join(sorted(caller.scopes)) or "nothing"
+    return f"This key may not do this: it needs the scope '{scope}' and has {has}."
+
+
+def check_local(connection: Connection, scope: str, settings: Settings) -> None:
+    """On a server without keys: /admin from this machine only, and nothing for other sites' pages in a browser."""
+    client = connection.client
+    if scope == ADMIN and not is_loopback(client.host if client else None):
+        raise Forbidden(
+            "Without an admin key (ONEBASE_ADMIN_KEY, or `onebase keys create --scope admin`) this may be called from "
+            "the server's machine only."
+        )
+    origin = connection.headers.get("origin")
+    if origin is not None and not {"*", origin} & set(settings.cors_origins) and not same_site(origin, connection):
+        raise Forbidden(f"Pages of {origin[:100]} may not call this server: see ONEBASE_CORS_ORIGINS.")
+    # A site that points its own name at 127.0.0.1 (DNS rebinding) is the same origin as itself.
+    host = host_of("//" + connection.headers.get("host", ""))
+    if not settings.allow_no_keys and host is not None and not is_address(host):
+        raise Forbidden(f"Without keys this server answers to its address and to localhost, not to '{host[:100]}'.")
+
+
+def same_site(origin: str, connection: Connection) -> bool:
+    return urlsplit(origin).netloc == connection.headers.get("host") if origin != "null" else False
+
+
+def host_of(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return ""
+
+
+def is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    return True
 
 
 def is_loopback(host: str | None) -> bool:
@@ -77,16 +93,3 @@ def is_loopback(host: str | None) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _bearer(header: str | None) -> str | None:
-    kind, _, key = (header or "").partition(" ")
-    return key.strip() or None if kind.lower() == "bearer" else None
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-
-
-def _masked(key: str) -> str:
-    return f"{key[:3]}***{key[-4:]}" if len(key) >= 16 else "***"

@@ -1,20 +1,22 @@
 """`POST /v1/completions`: the bare prompt in, text out."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from litestar import Request, post
 from litestar.params import JSONBody
 from litestar.types import ASGIApp
 
-from onebase_server.api.backend import Backend, Handle
+from onebase_server.api.backend import Handle
+from onebase_server.api.caller import caller_of
 from onebase_server.api.completion_plan import CompletionPlan, check_completion, plan_completion
 from onebase_server.api.completion_reply import CompletionStream, complete_all, text_completion
 from onebase_server.api.deps import Deps
-from onebase_server.api.models_lookup import look_up
 from onebase_server.api.replies import json_reply
+from onebase_server.api.running import submit
 from onebase_server.api.schemas_completions import CompletionRequest
 from onebase_server.api.sse import EventStream
+from onebase_server.api.visible import visible_model
 from onebase_server.api.waiting import unless_client_leaves
 from onebase_server.engine.handle import Completion
 from onebase_server.engine.types import FinishReason, GenerationRequest, TokenEvent, Usage
@@ -25,8 +27,9 @@ async def create_completion(data: JSONBody[CompletionRequest], deps: Deps, reque
     """Continue one or more bare prompts, without any prompt format."""
     n = check_completion(data, deps.settings.max_choices)
     backend = deps.backend.get()
-    plan = plan_completion(data, n, look_up(data.model, backend, deps.store), backend)
-    running = Running(plan, backend)
+    model = await visible_model(data.model, caller_of(request), backend, deps)
+    plan = plan_completion(data, n, model, backend)
+    running = Running(plan, lambda wanted: submit(request, deps, backend, wanted))
     if data.stream:
         stream = CompletionStream(plan, backend.tokenizer, backend.fingerprint)
         return EventStream(stream.events(running.handles), running.cancel, ping_s=deps.settings.ping_s)
@@ -37,12 +40,12 @@ async def create_completion(data: JSONBody[CompletionRequest], deps: Deps, reque
 class Running:
     """The requests of all prompts, submitted together: if one can't be, none is left running."""
 
-    def __init__(self, plan: CompletionPlan, backend: Backend) -> None:
+    def __init__(self, plan: CompletionPlan, submit_one: Callable[[GenerationRequest], Handle]) -> None:
         self.handles: list[Handle] = []
         try:
             for each in plan.requests:
                 asks_nothing = each.sampling.max_tokens == 0
-                self.handles.append(NothingToDo(each) if asks_nothing else backend.engine.submit(each))
+                self.handles.append(NothingToDo(each) if asks_nothing else submit_one(each))
         except BaseException:
             self.cancel()
             raise

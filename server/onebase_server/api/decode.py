@@ -49,7 +49,7 @@ TYPE_NAMES = {
 }
 
 
-class RequestRefused(Exception):  # noqa: N818  (carries the real error past msgspec)
+class RequestRefused(Exception):
     """Carries an InvalidInput out of msgspec, which would swallow a ValueError into its own error."""
 
     def __init__(self, error: InvalidInput) -> None:

@@ -107,7 +107,8 @@ def _ours(error: domain.OnebaseError, request_id: str) -> Answer:
     message = error.message
     if isinstance(error, domain.AdapterInvalid):  # its own message says where the files lie
         message = f"This adapter can't be served: {'; '.join(error.problems)}"
-    return _make(row.status, message, row.type, error.param, code, headers)
+    kind = error.kind if isinstance(error, domain.RateLimited) else row.type
+    return _make(row.status, message, kind, error.param, code, headers)
 
 
 def _litestar(error: HTTPException, method: str, path: str) -> Answer:

@@ -3,9 +3,8 @@
 from litestar import get
 from litestar.response import Response
 
-from onebase.errors import OnebaseError
 from onebase_server.api.deps import Deps
-from onebase_server.api.metrics import render_metrics
+from onebase_server.api.metrics_sources import collect_metrics
 from onebase_server.api.schemas_admin import Health
 
 
@@ -23,11 +22,7 @@ async def readyz(deps: Deps) -> Health:
 
 
 @get("/metrics", operation_id="getMetrics", tags=["Operations"], media_type="text/plain")
-async def metrics(deps: Deps) -> Response[str]:
-    """Counters and gauges in Prometheus's text form. No prompt and no key is in them."""
-    try:
-        engine = deps.backend.get().engine
-    except OnebaseError:
-        engine = None
-    text = render_metrics(deps.metrics, engine.stats() if engine else None, deps.backend.ready)
+async def metrics(deps: Deps) -> Response[bytes]:
+    """Counters, gauges and histograms in Prometheus's text form. No prompt and no key is in them."""
+    text = deps.metrics.render(await collect_metrics(deps))
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")

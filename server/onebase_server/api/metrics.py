@@ -1,70 +1,105 @@
-"""Prometheus's text form of what this process does. Labels are routes and statuses: bounded, no prompt, no key."""
+"""What this process does, for Prometheus. Labels are routes, statuses, and a bounded number of versions.
 
-from collections import Counter
-from collections.abc import Iterable
+Numbers that change with every request are counted here; those that the engine and the tables hold are read when
+somebody scrapes (`metrics_engine.py`).
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 from litestar.types import Message, Scope
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
 
-from onebase_server.engine.stats import EngineStats
+from onebase_server.engine.types import AdapterRef
+
+OTHER = ("other", "")
+IDLE_S = 300.0
+"""A version that was quiet for so long gives its labels to one that is not."""
+FIRST_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+PER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+REQUEST_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+VERSION = ("adapter", "version")
+STARTED_KEY = "onebase_started"
 
 
-class HttpMetrics:
-    """Replies by route and status. Counted on the event loop only."""
+class Metrics:
+    """One app's. `top`: how many versions have labels of their own; the rest share `adapter="other"`."""
 
-    def __init__(self) -> None:
-        self.replies: Counter[tuple[str, str, int]] = Counter()
+    def __init__(self, top: int = 50, clock: Callable[[], float] = time.monotonic) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        self._top = top
+        self._clock = clock
+        self._seen: OrderedDict[tuple[str, str], float] = OrderedDict()
+        counter, timer = partial(Counter, registry=self.registry), partial(Histogram, registry=self.registry)
+        self.replies = counter("onebase_http_replies", "HTTP replies.", ("method", "route", "status"))
+        self.reply_s = timer("onebase_http_seconds", "Request to first byte.", ("route",), buckets=FIRST_TOKEN_S)
+        # reasons are error codes: a closed set
+        self.refused = counter("onebase_refused", "Generations refused before they began.", ("reason",))
+        self.requests = counter("onebase_requests", "Generations by their end.", (*VERSION, "outcome"))
+        self.prompt_tokens = counter("onebase_version_prompt_tokens", "Prompt tokens.", VERSION)
+        self.cached_tokens = counter("onebase_version_cached_tokens", "Of them, from the prefix cache.", VERSION)
+        self.generated_tokens = counter("onebase_version_generated_tokens", "Generated tokens.", VERSION)
+        self.first_token_s = timer(
+            "onebase_time_to_first_token_seconds", "Submission to first token.", VERSION, buckets=FIRST_TOKEN_S
+        )
+        self.per_token_s = timer(
+            "onebase_inter_token_seconds", "Between tokens of one choice.", VERSION, buckets=PER_TOKEN_S
+        )
+        self.queue_s = timer("onebase_queue_seconds", "Submission to first step.", VERSION, buckets=FIRST_TOKEN_S)
+        self.request_s = timer("onebase_request_seconds", "Submission to last token.", VERSION, buckets=REQUEST_S)
+        self._by_version = (
+            self.prompt_tokens, self.cached_tokens, self.generated_tokens, self.first_token_s, self.per_token_s,
+            self.queue_s, self.request_s,
+        )  # fmt: skip
 
     async def count(self, message: Message, scope: Scope) -> None:
         """Litestar's before-send hook."""
         if message["type"] == "http.response.start":
             route = str(scope.get("path_template") or "unknown")
-            self.replies[str(scope.get("method", "")), route, message["status"]] += 1
+            self.replies.labels(str(scope.get("method", "")), route, str(message["status"])).inc()
+            started = scope.get("state", {}).get(STARTED_KEY)
+            if started is not None:
+                self.reply_s.labels(route).observe(max(0.0, time.perf_counter() - started))
+
+    def labels(self, adapter: AdapterRef | None) -> tuple[str, str]:
+        """The labels of a version, `base` for none; those of `other` once there are too many."""
+        wanted = ("base", "") if adapter is None else (adapter.name, str(adapter.version))
+        now = self._clock()
+        if wanted not in self._seen and len(self._seen) >= self._top:
+            quiet, since = next(iter(self._seen.items()))
+            if now - since < IDLE_S:
+                return OTHER
+            self._forget(quiet)
+        self._seen[wanted] = now
+        self._seen.move_to_end(wanted)
+        return wanted
+
+    def knows(self, labels: tuple[str, str]) -> bool:
+        """Whether a version has labels of its own."""
+        return labels in self._seen
+
+    def _forget(self, labels: tuple[str, str]) -> None:
+        del self._seen[labels]
+        for metric in self._by_version:
+            metric.remove(*labels)
+        for outcome in ("stop", "length", "cancelled", "error"):
+            self.requests.remove(*labels, outcome)
+
+    def render(self, others: Iterable[Metric] = ()) -> bytes:
+        """Prometheus's text form of these, and of `others` that somebody else counts."""
+        return generate_latest(Page(self.registry.collect())) + generate_latest(Page(others))
 
 
-def render_metrics(http: HttpMetrics, engine: EngineStats | None, ready: bool) -> str:
-    lines = list(
-        _metric(
-            "onebase_http_replies_total",
-            "counter",
-            "HTTP replies.",
-            [
-                (f'method="{method}",route="{route}",status="{status}"', count)
-                for (method, route, status), count in sorted(http.replies.items())
-            ],
-        )
-    )
-    lines += _metric("onebase_ready", "gauge", "1 when the base is loaded.", [("", int(ready))])
-    if engine is not None:
-        lines += _engine_lines(engine)
-    return "\n".join(lines) + "\n"
+class Page:
+    """A collection as it is now, without the `_created` series that nobody asks for."""
 
+    def __init__(self, metrics: Iterable[Metric]) -> None:
+        self._metrics = metrics
 
-def _engine_lines(engine: EngineStats) -> list[str]:
-    finished = [(f'reason="{reason}"', count) for reason, count in engine.finished.items()]
-    simple = [
-        ("onebase_sequences_running", "gauge", "Sequences in the batch.", engine.num_running),
-        ("onebase_sequences_waiting", "gauge", "Sequences that wait for their turn.", engine.num_waiting),
-        ("onebase_kv_pages_total", "gauge", "Pages of KV cache.", engine.pages_total),
-        ("onebase_kv_pages_held", "gauge", "Pages that running sequences hold.", engine.pages_held),
-        ("onebase_kv_pages_cached", "gauge", "Pages kept for the prefix cache only.", engine.pages_idle),
-        ("onebase_preemptions_total", "counter", "Sequences that had to start again.", engine.num_preempted),
-        ("onebase_adapter_host_bytes", "gauge", "Adapter weights in host memory.", engine.host_bytes),
-        ("onebase_steps_total", "counter", "Steps of the engine.", engine.num_steps),
-        ("onebase_failed_steps_total", "counter", "Steps that failed.", engine.num_failed_steps),
-        ("onebase_step_seconds_total", "counter", "Time in steps.", engine.step_s),
-        ("onebase_runner_seconds_total", "counter", "Of it, in the runner.", engine.runner_s),
-        ("onebase_prompt_tokens_total", "counter", "Prompt tokens taken in.", engine.prompt_tokens),
-        ("onebase_cached_tokens_total", "counter", "Of them, found in the prefix cache.", engine.cached_tokens),
-        ("onebase_generated_tokens_total", "counter", "Tokens sampled.", engine.generated_tokens),
-    ]
-    lines = list(_metric("onebase_sequences_finished_total", "counter", "Sequences by their end.", finished))
-    for name, kind, about, value in simple:
-        lines += _metric(name, kind, about, [("", value)])
-    return lines
-
-
-def _metric(name: str, kind: str, about: str, values: Iterable[tuple[str, float]]) -> Iterable[str]:
-    yield f"# HELP {name} {about}"
-    yield f"# TYPE {name} {kind}"
-    for labels, value in values:
-        yield f"{name}{{{labels}}} {value}" if labels else f"{name} {value}"
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._metrics:
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+            yield metric

@@ -1,27 +1,33 @@
 """`/v1/models`: the base and every adapter, as OpenAI lists models; deleting one takes an admin key."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from litestar import delete, get
+from litestar import Request, delete, get
 from litestar.params import FromPath, QueryParameter
 
 from onebase.errors import Forbidden
 from onebase.store import Version
 from onebase_server.api.backend import Backend
+from onebase_server.api.caller import caller_of
 from onebase_server.api.deps import Deps
 from onebase_server.api.models_lookup import find_version
 from onebase_server.api.schemas_models import ModelCard, ModelDeleted, ModelList
+from onebase_server.api.visible import may_use, may_use_base, visible_model, visible_version
 
 
 @get("/models", operation_id="listModels", tags=["Models"])
 async def list_models(
+    request: Request[Any, Any, Any],
     deps: Deps,
     versions: Annotated[bool, QueryParameter(description="Also list every version as `name@N`.")] = False,
 ) -> ModelList:
     """The base first, then the adapters by name, each with its aliases (`ft:...`)."""
     backend = deps.backend.get()
-    cards = [base_card(backend)]
+    caller = caller_of(request)
+    cards = [base_card(backend)] if may_use_base(caller, backend) else []
     for entry in deps.store.list():
+        if not await may_use(entry.name, entry.versions, caller, deps):
+            continue
         if entry.current is not None:
             cards.append(adapter_card(entry.name, entry.current, backend))
         by_number = {each.version: each for each in entry.versions}
@@ -32,13 +38,15 @@ async def list_models(
 
 
 @get("/models/{model_id:path}", operation_id="retrieveModel", tags=["Models"])
-async def retrieve_model(model_id: FromPath[str], deps: Deps) -> ModelCard:
+async def retrieve_model(model_id: FromPath[str], request: Request[Any, Any, Any], deps: Deps) -> ModelCard:
     """One model by its id: a base, `adapter`, or `adapter@version`."""
     backend = deps.backend.get()
     name = model_id.removeprefix("/")
+    caller = caller_of(request)
     if name == backend.base.id:
+        await visible_model(name, caller, backend, deps)
         return base_card(backend)
-    return adapter_card(name, find_version(name, backend, deps.store), backend)
+    return adapter_card(name, await visible_version(name, caller, backend, deps), backend)
 
 
 @delete("/models/{model_id:path}", operation_id="deleteModel", status_code=200, opt={"scope": "admin"}, tags=["Models"])

@@ -7,15 +7,15 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
 from litestar.types import ASGIApp
 
-from onebase_server.api.caller import caller_of
+from onebase_server.api.caller import Caller, caller_of
 from onebase_server.api.chat_plan import ChatPlan, check_chat, plan_chat
 from onebase_server.api.deps import AppDeps, Deps
 from onebase_server.api.generation import complete
-from onebase_server.api.models_lookup import look_up
 from onebase_server.api.replies import json_reply
 from onebase_server.api.response_plan import in_callers_words, output_messages, to_chat, to_chat_messages
 from onebase_server.api.response_reply import Finished, ResponseStream, begin_response, new_id, whole_response
 from onebase_server.api.response_store import ResponseStore
+from onebase_server.api.running import submit
 from onebase_server.api.schemas_chat import ChatMessage, ToolCallBody
 from onebase_server.api.schemas_responses import (
     InputItemList,
@@ -25,22 +25,23 @@ from onebase_server.api.schemas_responses import (
     StoredInputItem,
 )
 from onebase_server.api.sse import EventStream
+from onebase_server.api.visible import visible_model
 from onebase_server.api.waiting import unless_client_leaves
 
 Kept = NamedDependency[ResponseStore]
-Caller = Request[Any, Any, Any]
+AnyRequest = Request[Any, Any, Any]
 
 
 @post("/responses", operation_id="createResponse", status_code=200, tags=["Responses"])
-async def create_response(data: JSONBody[ResponseRequest], deps: Deps, kept: Kept, request: Caller) -> ASGIApp:
+async def create_response(data: JSONBody[ResponseRequest], deps: Deps, kept: Kept, request: AnyRequest) -> ASGIApp:
     """Answer an input, or go on from an earlier response; whole or as typed events."""
     caller = caller_of(request, deps.settings)
     history = kept.history(data.previous_response_id, caller.sees)
-    plan = plan_response(data, history, deps)
+    plan = await plan_response(data, history, caller, deps)
     backend = deps.backend.get()
     response = begin_response(data, plan)
     finished = keeper(kept, caller.owner, data, history)
-    handle = backend.engine.submit(plan.request)
+    handle = submit(request, deps, backend, plan.request)
     if data.stream:
         stream = ResponseStream(response, plan, backend.tokenizer, finished)
         events = stream.events(handle.events())
@@ -51,32 +52,34 @@ async def create_response(data: JSONBody[ResponseRequest], deps: Deps, kept: Kep
 
 
 @get("/responses/{response_id:str}", operation_id="getResponse", tags=["Responses"])
-async def get_response(response_id: FromPath[str], deps: Deps, kept: Kept, request: Caller) -> ResponseBody:
+async def get_response(response_id: FromPath[str], deps: Deps, kept: Kept, request: AnyRequest) -> ResponseBody:
     """A response that is still kept."""
     return kept.get(response_id, caller_of(request, deps.settings).sees).response
 
 
 @delete("/responses/{response_id:str}", operation_id="deleteResponse", status_code=200, tags=["Responses"])
-async def delete_response(response_id: FromPath[str], deps: Deps, kept: Kept, request: Caller) -> ResponseDeleted:
+async def delete_response(response_id: FromPath[str], deps: Deps, kept: Kept, request: AnyRequest) -> ResponseDeleted:
     """Forget a response now."""
     kept.delete(response_id, caller_of(request, deps.settings).sees)
     return ResponseDeleted(id=response_id, object="response", deleted=True)
 
 
 @get("/responses/{response_id:str}/input_items", operation_id="listInputItems", tags=["Responses"])
-async def list_input_items(response_id: FromPath[str], deps: Deps, kept: Kept, request: Caller) -> InputItemList:
+async def list_input_items(response_id: FromPath[str], deps: Deps, kept: Kept, request: AnyRequest) -> InputItemList:
     """What the request of a response put in, newest first."""
     items = kept.get(response_id, caller_of(request, deps.settings).sees).items[::-1]
     first, last = (items[0].id, items[-1].id) if items else (None, None)
     return InputItemList(object="list", data=items, first_id=first, last_id=last, has_more=False)
 
 
-def plan_response(data: ResponseRequest, history: list[ChatMessage], deps: AppDeps) -> ChatPlan:
+async def plan_response(
+    data: ResponseRequest, history: list[ChatMessage], caller: Caller, deps: AppDeps
+) -> ChatPlan:
     with in_callers_words():
         chat = to_chat(data, history)
         given = check_chat(chat, deps.settings.max_choices)
         backend = deps.backend.get()
-        return plan_chat(chat, given, look_up(chat.model, backend, deps.store), backend)
+        return plan_chat(chat, given, await visible_model(chat.model, caller, backend, deps), backend)
 
 
 def keeper(kept: ResponseStore, owner: str, data: ResponseRequest, history: list[ChatMessage]) -> Finished:

@@ -9,7 +9,7 @@ from litestar.types import Receive
 T = TypeVar("T")
 
 
-class ClientLeft(Exception):  # noqa: N818  (not an error of anyone)
+class ClientLeft(Exception):
     """The client closed the connection: there is nobody to answer."""
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from onebase.home import Home, default_home
 
 HomeOption = Annotated[

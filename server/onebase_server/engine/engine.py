@@ -146,6 +146,11 @@ class Engine:
             cached_tokens=counters.cached_tokens,
             generated_tokens=counters.generated_tokens,
             finished=dict(counters.finished),
+            steps_s=counters.steps_s.copy(),
+            batch_sizes=counters.batch_sizes.copy(),
+            waits_s=counters.waits_s.copy(),
+            load_s=counters.load_s,
+            num_loads=counters.num_loads,
         )
 
     def stop(self, drain_s: float = 0.0) -> None:

@@ -71,7 +71,7 @@ class JobRow(Base):
     request_digest: Mapped[str] = mapped_column(String(64))
 
     model: Mapped[str]
-    adapter: Mapped[str]
+    adapter: Mapped[str] = mapped_column(index=True)
     training_file: Mapped[str | None]
     validation_file: Mapped[str | None]
     dataset: Mapped[str | None]
@@ -182,6 +182,7 @@ class KeyRow(Base):
     models: Mapped[list[str] | None]
     rpm: Mapped[int | None]
     tpm: Mapped[int | None]
+    parallel: Mapped[int | None]
     created_at: Mapped[int]
     expires_at: Mapped[int | None]
     last_used_at: Mapped[int | None]

@@ -102,7 +102,10 @@ def test_a_client_that_leaves_while_it_waits_in_the_queue_is_forgotten(stepping:
 
 def test_a_neighbour_is_left_alone_when_a_client_leaves(stepping: Any) -> None:
     live, runner = stepping
-    stays, leaves = connect(live, chat_body(stream=True, max_tokens=20)), connect(live, chat_body(stream=True))
+    stays = connect(live, chat_body(stream=True, max_tokens=20))
+    wait_until(lambda: running(live) == 1)
+    leaves = connect(live, chat_body(stream=True))
+    wait_until(lambda: live.backend.engine.stats().num_queued >= 1)  # one that left before it came in is never run
     runner.steps.release(4)
     wait_until(lambda: live.backend.engine.stats().generated_tokens >= 4)
     leaves.close()

@@ -1,0 +1,177 @@
+"""One generation of one caller: its limits before it starts, its measures while it runs, its log line at the end.
+
+Every endpoint that generates submits here and nowhere else, so that no route escapes a limit or a count.
+"""
+
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from litestar import Request
+
+from onebase.errors import OnebaseError, Overloaded
+from onebase_server.api.backend import Backend
+from onebase_server.api.caller import Caller, caller_of
+from onebase_server.api.deps import AppDeps
+from onebase_server.api.request_id import request_id_of
+from onebase_server.api.tracing import Trace
+from onebase_server.engine.handle import Completion, RequestHandle, gather_choices
+from onebase_server.engine.types import FinishReason, GenerationRequest, TokenEvent
+
+logger = logging.getLogger("onebase_server.generations")
+
+
+def submit(request: Request[Any, Any, Any], deps: AppDeps, backend: Backend, wanted: GenerationRequest) -> "Generation":
+    """Queue it for the request's caller. Raises RateLimited for the key's own limits, and what `Engine.submit` does."""
+    caller = caller_of(request)
+    limit_s = deps.settings.max_request_s
+    if limit_s:
+        wanted = replace(wanted, deadline=time.monotonic() + limit_s)
+    try:
+        deps.limiter.begin(caller, len(wanted.prompt_ids))
+        try:
+            handle = backend.engine.submit(wanted)
+        except BaseException:
+            deps.limiter.end(caller, 0)
+            raise
+    except OnebaseError as error:
+        reason = "overloaded" if isinstance(error, Overloaded) else error.code or type(error).__name__
+        deps.metrics.refused.labels(reason).inc()
+        raise
+    return Generation(handle, caller, deps, request_id_of(request.scope), request.headers.get("traceparent"))
+
+
+@dataclass(slots=True)
+class Tally:
+    """What has come out so far. Times are `time.perf_counter` seconds."""
+
+    started: float = field(default_factory=time.perf_counter)
+    first: float | None = None
+    last_of: dict[int, float] = field(default_factory=dict)
+    """Choice -> when its last token came."""
+    prompt: int = 0
+    cached: int = 0
+    generated: int = 0
+    ends: list[FinishReason] = field(default_factory=list)
+
+    @property
+    def outcome(self) -> FinishReason:
+        """One word for all choices: the worst that happened to one."""
+        worst = (FinishReason.ERROR, FinishReason.CANCELLED, FinishReason.LENGTH)
+        return next((reason for reason in worst if reason in self.ends), FinishReason.STOP)
+
+
+class Generation:
+    """A `Handle` that measures the engine's. However it is left, it closes once."""
+
+    def __init__(
+        self, handle: RequestHandle, caller: Caller, deps: AppDeps, request_id: str, traceparent: str | None
+    ) -> None:
+        self._handle = handle
+        self._caller = caller
+        self._deps = deps
+        self._request_id = request_id
+        self._traceparent = traceparent
+        self._tally = Tally(prompt=len(handle.request.prompt_ids))
+        self._is_closed = False
+        self._started_at = time.time()
+        self._per_token_s = deps.metrics.per_token_s.labels(*deps.metrics.labels(handle.request.adapter))
+
+    async def events(self) -> AsyncIterator[TokenEvent]:
+        try:
+            async for event in self._handle.events():
+                self._note(event)
+                yield event
+        finally:
+            self._close()
+
+    async def complete(self) -> list[Completion]:
+        """All choices in whole, by index. Raises the error of one that failed."""
+        return gather_choices([event async for event in self.events()], self._handle.request.n)
+
+    def cancel(self) -> None:
+        """Frees everything within a step. May be called at any time, any number of times."""
+        self._handle.cancel()
+        self._close()
+
+    def _note(self, event: TokenEvent) -> None:
+        tally, count = self._tally, len(event.token_ids)
+        if count:
+            now = time.perf_counter()
+            if tally.first is None:
+                tally.first = now
+            before = tally.last_of.get(event.index)
+            if before is not None:
+                self._per_token_s.observe((now - before) / count)
+            tally.last_of[event.index] = now
+            tally.generated += count
+        if event.finish_reason is not None:
+            tally.ends.append(event.finish_reason)
+            if event.usage is not None:
+                tally.cached += event.usage.cached_tokens if event.index == 0 else 0
+
+    def _close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        tally, request = self._tally, self._handle.request
+        if len(tally.ends) < request.n:
+            tally.ends.append(FinishReason.CANCELLED)
+        took = time.perf_counter() - tally.started
+        self._deps.limiter.end(self._caller, tally.generated)
+        self._measure(took)
+        self._log(took)
+        if self._deps.tracer is not None:
+            first_s = None if tally.first is None else tally.first - tally.started
+            self._deps.tracer.record(
+                Trace(
+                    request_id=self._request_id,
+                    key=self._caller.id,
+                    model="base" if request.adapter is None else request.adapter.id,
+                    outcome=tally.outcome.value,
+                    started_at=self._started_at,
+                    queue_s=self._handle.queue_s,
+                    first_token_s=first_s,
+                    total_s=took,
+                    prompt_tokens=tally.prompt,
+                    generated_tokens=tally.generated,
+                    parent=self._traceparent,
+                )
+            )
+
+    def _measure(self, took: float) -> None:
+        metrics, tally = self._deps.metrics, self._tally
+        labels = metrics.labels(self._handle.request.adapter)
+        metrics.requests.labels(*labels, tally.outcome.value).inc()
+        metrics.prompt_tokens.labels(*labels).inc(tally.prompt)
+        metrics.cached_tokens.labels(*labels).inc(tally.cached)
+        metrics.generated_tokens.labels(*labels).inc(tally.generated)
+        metrics.request_s.labels(*labels).observe(took)
+        if self._handle.queue_s is not None:
+            metrics.queue_s.labels(*labels).observe(self._handle.queue_s)
+        if tally.first is not None:
+            metrics.first_token_s.labels(*labels).observe(tally.first - tally.started)
+
+    def _log(self, took: float) -> None:
+        """Who, on what, how much and how it ended: no text of either side."""
+        tally, request = self._tally, self._handle.request
+        model = "base" if request.adapter is None else request.adapter.id
+        logger.info(
+            "%s on %s: %s, %d+%d tokens in %.3f s", self._request_id, model, tally.outcome.value, tally.prompt,
+            tally.generated, took,
+            extra={
+                "request_id": self._request_id,
+                "generation_id": request.id,
+                "key": self._caller.id,
+                "adapter": model,
+                "outcome": tally.outcome.value,
+                "prompt_tokens": tally.prompt,
+                "cached_tokens": tally.cached,
+                "generated_tokens": tally.generated,
+                "queue_s": self._handle.queue_s,
+                "first_token_s": None if tally.first is None else round(tally.first - tally.started, 6),
+                "total_s": round(took, 6),
+            },
+        )  # fmt: skip

@@ -1,0 +1,67 @@
+"""Rows of API keys. Knows no secret: callers hand in hashes, and no key's meaning is decided here."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import select, update
+
+from onebase_server.records.database import Database
+from onebase_server.records.tables import JobRow, KeyRow
+
+MAX_REMEMBERED = 100_000
+
+
+class KeyRecords:
+    """The keys table, and who made which adapter."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._makers: dict[str, tuple[str, str] | None] = {}
+
+    async def add(self, row: KeyRow) -> None:
+        async with self._database.write() as session:
+            session.add(row)
+
+    async def by_hash(self, digest: str) -> KeyRow | None:
+        async with self._database.read() as session:
+            return await session.scalar(select(KeyRow).where(KeyRow.hash == digest))
+
+    async def by_id(self, key_id: str) -> KeyRow | None:
+        async with self._database.read() as session:
+            return await session.scalar(select(KeyRow).where(KeyRow.id == key_id))
+
+    async def list(self) -> Sequence[KeyRow]:
+        """All of them, revoked and expired ones too, oldest first."""
+        async with self._database.read() as session:
+            return (await session.scalars(select(KeyRow).order_by(KeyRow.seq))).all()
+
+    async def any(self) -> bool:
+        """Whether a key was ever made here, whatever became of it."""
+        async with self._database.read() as session:
+            return await session.scalar(select(KeyRow.seq).limit(1)) is not None
+
+    async def revoke(self, key_id: str, now: int) -> KeyRow | None:
+        """The row, revoked now or earlier. None if there is no such key."""
+        async with self._database.write() as session:
+            row = await session.scalar(select(KeyRow).where(KeyRow.id == key_id).with_for_update())
+            if row is not None and row.revoked_at is None:
+                row.revoked_at = now
+        return row
+
+    async def used(self, key_id: str, now: int) -> None:
+        """Note the last use."""
+        async with self._database.write() as session:
+            await session.execute(update(KeyRow).where(KeyRow.id == key_id).values(last_used_at=now))
+
+    async def maker_of(self, adapter: str) -> tuple[str, str] | None:
+        """(kind, owner) of the job that first trained an adapter that is in the store; None if no job did.
+
+        Remembered for good: a job's row is there before its adapter is, and fine-tuning never takes a name again.
+        """
+        if adapter not in self._makers:
+            query = select(JobRow.kind, JobRow.owner).where(JobRow.adapter == adapter).order_by(JobRow.seq).limit(1)
+            async with self._database.read() as session:
+                found = (await session.execute(query)).first()
+            if len(self._makers) >= MAX_REMEMBERED:
+                self._makers.clear()
+            self._makers[adapter] = None if found is None else (found[0], found[1])
+        return self._makers[adapter]
