@@ -11,6 +11,16 @@ from onebase.tokenizer import TextTokenizer
 from onebase_training.rows import Encoder
 from sample_tokenizers import sentencepiece_folder, smollm2_folder
 
+SLOW_FILE = "pytestmark = pytest.mark.slow"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A file that is slow as a whole imports torch: where slow tests are left out it is not even read."""
+    left_out = "not slow" in str(config.option.markexpr)
+    if left_out and collection_path.suffix == ".py" and SLOW_FILE in collection_path.read_text("utf-8").splitlines():
+        return True
+    return None
+
 
 @pytest.fixture(scope="session")
 def legacy(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:

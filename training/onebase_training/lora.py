@@ -1,6 +1,7 @@
 """PEFT adapters on the 4-bit base, ready to train: fp32 LoRA, frozen base, no pickles, no embedding in the adapter."""
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,8 @@ def attach_adapter(base: LoadedBase, lora: LoraConfig) -> Any:
         task_type="CAUSAL_LM",
         base_model_name_or_path=base.spec.id,
     )
-    model = peft.get_peft_model(base.model, config)
+    with _without_peft_hints():
+        model = peft.get_peft_model(base.model, config)
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert trainable
     assert all(p.dtype == torch.float32 for p in trainable), "LoRA weights are kept in fp32"
@@ -62,11 +64,20 @@ def published_adapter(base: LoadedBase, folder: Path | None) -> Iterator[Any]:
         return
     import peft
 
-    model = peft.PeftModel.from_pretrained(base.model, str(folder), local_files_only=True)
+    with _without_peft_hints():
+        model = peft.PeftModel.from_pretrained(base.model, str(folder), local_files_only=True)
     try:
         yield model
     finally:
         model.unload()
+
+
+@contextmanager
+def _without_peft_hints() -> Iterator[None]:
+    """PEFT 0.21 asks transformers 5.23 a question under its old name, which would warn every user of every run."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
 
 
 def keep_dequantized(base: LoadedBase, setting: bool | str) -> bool:

@@ -37,14 +37,17 @@ class Objective(nn.Module):
             input_ids=batch.ids, position_ids=batch.positions, use_cache=False, borders=batch.borders
         ).last_hidden_state
         learnt = hidden.flatten(0, 1)[batch.sources]
-        loss, nll_sum, correct = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            learnt, causal_lm.lm_head.weight, batch.targets, batch.weights
-        )
-        return Losses(loss, nll_sum, correct)
+        return cross_entropy(learnt, causal_lm.lm_head.weight, batch.targets, batch.weights)
+
+
+def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Losses:
+    """hidden [M, H], frozen head [V, H], targets [M], weights [M]: the loss is the sum of weight * nll."""
+    loss, nll_sum, correct = _ChunkedCrossEntropy.apply(hidden, head, targets, weights)  # type: ignore[no-untyped-call]
+    return Losses(loss, nll_sum, correct)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """hidden [M, H], frozen head [V, H], targets [M], weights [M] -> (sum of w * nll, sum of nll, correct)."""
+    """-> (sum of w * nll, sum of nll, correct)."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
@@ -56,7 +59,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
             logits = (hidden[part] @ head.T).float()
-            nll, right, gradient_logits = _cross_entropy(logits, targets[part], weights[part], needs_grad)
+            nll, right, gradient_logits = _row_losses(logits, targets[part], weights[part], needs_grad)
             loss += (nll * weights[part]).sum()
             nll_sum += nll.sum()
             correct += right.sum()
@@ -72,7 +75,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return gradient * grad_loss.to(gradient.dtype), None, None, None
 
 
-def _cross_entropy(
+def _row_losses(
     logits: Tensor, targets: Tensor, weights: Tensor, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """nll [m], whether the best logit is the target [m], and d(sum w * nll)/d logits [m, V] (written into logits)."""
