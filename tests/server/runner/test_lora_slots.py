@@ -51,7 +51,8 @@ def test_slots_answer_alike_after_any_history_of_swaps(runner: TorchRunner, fold
         expected[rank] = answer(runner, 0)
         runner.clear_slot(0)
     assert len({tuple(tokens) for tokens in expected.values()}) == 4
-    nbytes, held = runner.slots.nbytes, {}
+    nbytes = runner.slots.nbytes
+    held: dict[int, int] = {}
     choose = random.Random(3)
     for _ in range(60):
         slot, rank = choose.randrange(4), choose.choice((2, 5, 8, 16))

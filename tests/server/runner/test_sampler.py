@@ -116,7 +116,7 @@ def test_uniforms_are_uniform_over_seeds_and_over_steps_and_do_not_repeat() -> N
 
 
 def test_penalties_are_vllms() -> None:
-    """Repetition over prompt and answer, divides positive and multiplies negative logits; the others over the answer."""
+    """Repetition counts prompt and answer, divides positive and multiplies negative logits; the others the answer."""
     logits = torch.tensor([[2.0, -1.0, 3.0, 0.5, 1.0, 4.0]])
     penalised = row(
         prompt=(0, 1), output=[3, 3, 5], temperature=0.0,
