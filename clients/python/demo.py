@@ -34,7 +34,7 @@ QUESTIONS = (
 )
 """None of them is in the training data."""
 
-RETRAIN = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-3, "r": 8, "alpha": 16, "seed": 7}
+RETRAIN = {"epochs": 1, "batch_size": 4, "learning_rate": 2e-3, "r": 8, "alpha": 16, "seed": 7}
 """One epoch: the swap is the point here, not a better adapter."""
 
 
