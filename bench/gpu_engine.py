@@ -6,56 +6,23 @@ greedy choice on the device; median over graph replays. Run with PYTHONPATH=core
 
 import json
 import sys
+from dataclasses import replace
 
 import torch
 
-from nf4_weights import random_weight
+from cuda_models import random_model
+from onebase_server.engine.cuda_forward import CudaForward
 from onebase_server.engine.lora_slots import LoraSlots
-from onebase_server.engine.model_forward import KVCache, ModelForward
-from onebase_server.engine.weights import Geometry, LayerWeights, ModelWeights, Projection
+from onebase_server.engine.model_forward import KVCache, ModelForward, Pools
+from onebase_server.engine.weights import Geometry, ModelWeights
 from onebase_server.kernels.cuda_ops import CudaKernels
-from onebase_server.kernels.ops import Kernels, StepMeta
+from onebase_server.kernels.ops import NF4Weight, StepMeta
 
 READ_TBPS = 3.07
 """What this card reads from memory, measured (a sum over 2 GiB)."""
 CONTEXT = 192
 """The middle of 128 prompt + 128 output tokens."""
 OPENLLAMA = Geometry(32, 4096, 32, 32, 128, 11008, 32000, 1e-6, 2048)
-
-
-def random_model(g: Geometry, kernels: Kernels) -> ModelWeights:
-    """Right shapes, random values."""
-
-    def projection(*rows: int, k: int) -> Projection:
-        offsets = [0]
-        for n in rows:
-            offsets.append(offsets[-1] + n)
-        return Projection(kernels.prepare(random_weight(offsets[-1], k)), None, tuple(offsets))
-
-    def dense(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, device="cuda") * 0.02).bfloat16()
-
-    gain = torch.ones(g.hidden, device="cuda", dtype=torch.bfloat16)
-    q, kv = g.heads * g.head, g.kv_heads * g.head
-    layers = [
-        LayerWeights(
-            gain,
-            gain,
-            None,
-            None,
-            {
-                "qkv": projection(q, kv, kv, k=g.hidden),
-                "o": projection(g.hidden, k=q),
-                "gate_up": projection(g.inner, g.inner, k=g.hidden),
-                "down": projection(g.hidden, k=g.inner),
-            },
-        )
-        for _ in range(g.layers)
-    ]
-    angle = torch.outer(
-        torch.arange(g.max_context, device="cuda"), 1e4 ** (-torch.arange(g.head // 2, device="cuda") / (g.head // 2))
-    )
-    return ModelWeights(g, dense(g.vocab, g.hidden), layers, gain, dense(g.vocab, g.hidden), angle.cos(), angle.sin())
 
 
 def decode_meta(batch: int, adapters: int, rank: int, page: int, g: Geometry) -> StepMeta:
@@ -130,6 +97,78 @@ def time_step(forward: ModelForward, meta: StepMeta, active: frozenset[str], pro
     return sorted(times)[len(times) // 2]
 
 
+class DenseKernels(CudaKernels):
+    """The same forward over bf16 weights: what prefill is held against."""
+
+    def nf4_matmul(self, x: torch.Tensor, weight: NF4Weight) -> torch.Tensor:
+        return torch.nn.functional.linear(x, weight.packed)
+
+
+def prefill_meta(tokens: int, page: int) -> StepMeta:
+    """One sequence of that many new tokens, without an adapter."""
+
+    def ints(values: torch.Tensor, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return values.to("cuda", dtype)
+
+    position, none = torch.arange(tokens), torch.zeros(tokens)
+    return StepMeta(
+        positions=ints(position),
+        kv_slots=ints(position, torch.int64),
+        query_starts=ints(torch.tensor([0, tokens])),
+        context_lens=ints(torch.tensor([tokens])),
+        block_tables=ints(torch.arange(tokens // page)[None]),
+        token_seqs=ints(none),
+        lora_starts=ints(none),
+        lora_ranks=ints(none),
+        has_lora=False,
+        max_rank=0,
+        max_query=tokens,
+        max_context=tokens,
+    )
+
+
+def time_prefill(forward: ModelForward, tokens: int) -> float:
+    """Median milliseconds, launches included."""
+    ids = torch.randint(0, 32000, (tokens,), device="cuda", dtype=torch.int32)
+    meta, last = prefill_meta(tokens, forward.cache.page_size), torch.tensor([tokens - 1], device="cuda")
+    times = []
+    for _ in range(8):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        forward(ids, meta, frozenset(), last)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def prefill(model: ModelWeights, kernels: CudaKernels, cache: KVCache, pools: list[Pools]) -> CudaForward:
+    layers = [
+        replace(
+            layer,
+            projections={
+                name: replace(p, weight=replace(p.weight, packed=kernels.nf4.dequantise(p.weight)))
+                for name, p in layer.projections.items()
+            },
+        )
+        for layer in model.layers
+    ]
+    dense = ModelForward(replace(model, layers=layers), DenseKernels(), cache)
+    ours = CudaForward(model, kernels, cache, pools)  # folds the weights, so after the copies
+    for tokens in (128, 512, 1024, 2048):
+        mine, theirs = time_prefill(ours, tokens), time_prefill(dense, tokens)
+        line = {
+            "gpu": torch.cuda.get_device_name(),
+            "what": "prefill",
+            "tokens": tokens,
+            "ms": round(mine, 2),
+            "bf16_ms": round(theirs, 2),
+            "over_bf16": round(theirs / mine, 3),
+        }
+        print(json.dumps(line), flush=True)
+    return ours
+
+
 @torch.inference_mode()
 def main(profile: bool) -> None:
     kernels = CudaKernels()
@@ -139,7 +178,7 @@ def main(profile: bool) -> None:
     slots = LoraSlots(model, 32 * 16)
     for pool in (*slots.a.values(), *slots.b.values()):
         pool.normal_(std=0.02)
-    forward = ModelForward(model, kernels, cache, [slots.layer(i) for i in range(OPENLLAMA.layers)])
+    forward = prefill(model, kernels, cache, [slots.layer(i) for i in range(OPENLLAMA.layers)])
     qkv, everything = frozenset({"qkv"}), frozenset(model.layers[0].projections)
     base: dict[int, float] = {}
     for batch in (1, 8, 32, 64, 128):

@@ -12,7 +12,9 @@ from functools import partial
 import torch
 
 from nf4_weights import random_weight
-from onebase_server.kernels.cuda_nf4 import Group, NF4Matmul, Small, Variant, Wide, repack
+from onebase_server.kernels.cuda_nf4 import NF4Matmul
+from onebase_server.kernels.cuda_tiles import repack
+from onebase_server.kernels.cuda_variants import Group, Small, Variant, Wide
 from onebase_server.kernels.ops import NF4Weight
 
 SHAPES = ((12288, 4096), (4096, 4096), (22016, 4096), (11008, 4096), (4096, 11008))

@@ -22,7 +22,8 @@ TOKENS = (1, 2, 3, 5, 8, 9, 15, 17, 31, 32, 33, 50, 64, 65, 100, 127, 128)
 
 @pytest.fixture(scope="module")
 def every_variant(_device: None):
-    from onebase_server.kernels.cuda_nf4 import WIDE, NF4Matmul
+    from onebase_server.kernels.cuda_nf4 import NF4Matmul
+    from onebase_server.kernels.cuda_variants import WIDE
 
     return NF4Matmul(extra=WIDE)
 
@@ -91,3 +92,34 @@ def test_a_chain_of_overlapping_launches_reads_finished_inputs(kernels) -> None:
             if synchronise:
                 expected = out
         assert torch.equal(out, expected), m
+
+
+@pytest.mark.parametrize("m", [1, 3, 8, 9, 40, 64, 96, 128, 200])
+@pytest.mark.parametrize("inner", [64, 1536, 11008])
+def test_swiglu_in_the_epilogue_equals_fp64(kernels, m: int, inner: int) -> None:
+    import torch
+
+    from onebase_server.kernels.cuda_tiles import fold
+
+    weight = random_weight(2 * inner, 576)
+    x = torch.randn(m, 576, device="cuda", dtype=torch.bfloat16)
+    gate, up = (x.double() @ exact(weight).T).chunk(2, -1)
+    prepared = kernels.prepare(weight)
+    prepared.repacked = fold(prepared.repacked, 2 * inner)
+    out = kernels.swiglu_matmul(x, prepared)
+    assert relative_error(out, torch.nn.functional.silu(gate) * up) < 5e-3
+
+
+@pytest.mark.parametrize("m", [1])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_norm_inside_the_matmul_equals_its_parts(kernels, m: int, with_residual: bool) -> None:
+    import torch
+
+    weight = kernels.prepare(random_weight(1000, 4096))
+    x, r = (torch.randn(m, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    gain = torch.randn(4096, device="cuda", dtype=torch.bfloat16)
+    out, total, normed = kernels.norm_matmul(x, r if with_residual else None, gain, 1e-6, weight)
+    expected_normed, expected_total = kernels.add_rms_norm(x, r if with_residual else torch.zeros_like(r), gain, 1e-6)
+    assert torch.equal(total, expected_total)
+    assert relative_error(normed, expected_normed.double()) < 2e-3
+    assert relative_error(out, kernels.nf4_matmul(expected_normed, weight).double()) < 3e-3

@@ -1,7 +1,7 @@
 """ctypes mirrors of the structs in cpu/model.h, and the signatures of the exported functions. Nothing else."""
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from typing import Any
 
 
@@ -80,21 +80,33 @@ class Step(Structure):
     )
 
 
+class Draw(Structure):
+    _fields_ = (
+        ("uniform", c_double),
+        ("temperature", c_float),
+        ("top_p", c_float),
+        ("min_p", c_float),
+        ("top_k", c_int32),
+        ("greedy", c_int32),
+    )
+
+
 MODULES = 8
 """Columns of the rank table: q k v o gate up down, one spare."""
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Set argument types, and check that the structs have the sizes that the library was compiled with."""
-    sizes = (c_int32 * 4)()
+    sizes = (c_int32 * 5)()
     library.onebase_sizes.argtypes = [c_void_p]
     library.onebase_sizes(ctypes.byref(sizes))
-    mirrored = [ctypes.sizeof(struct) for struct in (Linear, Layer, Model, Step)]
+    mirrored = [ctypes.sizeof(struct) for struct in (Linear, Layer, Model, Step, Draw)]
     assert list(sizes) == mirrored, f"cpu_abi.py and cpu/model.h differ: {mirrored} and {list(sizes)}"
     signatures: dict[str, tuple[list[Any], Any]] = {
         "onebase_enable_amx": ([], c_int),
         "onebase_workspace_bytes": ([c_void_p, c_int, c_int, c_int], c_int64),
         "onebase_forward": ([c_void_p, c_void_p], None),
+        "onebase_sample": ([c_void_p, c_int, c_int, c_void_p, c_int, c_void_p], None),
         "onebase_nf4_matmul": (
             [c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_void_p, c_void_p],
             None,

@@ -1,4 +1,4 @@
-"""Attention over paged KV on CUDA: our own kernel for decode, torch's flash attention over gathered pages for prefill.
+"""Attention over paged KV on CUDA: our own kernel for decode steps, torch's flash attention over gathered pages else.
 
 It must not know models or requests: what it needs of a step is in `StepMeta`.
 """
@@ -20,30 +20,56 @@ _SPLIT_TOKENS = 512
 
 
 class DecodeAttention:
-    """One query token a sequence. Compiled for one head size and one number of query heads a kv head."""
+    """From the qkv projection of one new token a sequence to the attended values, K and V written on the way.
+    Compiled for one head size and one number of query heads a kv head."""
 
     def __init__(self, head: int, group: int, cache_dir: Path | None) -> None:
         defines = (f"-DHEAD_DIM={head}", f"-DGROUP={group}")
-        self._kernel = CudaModule(read_source("attention.cu"), defines=defines, cache_dir=cache_dir).function(
-            "attention_decode"
-        )
-        self._head = head
+        module = CudaModule(read_source("attention.cu"), defines=defines, cache_dir=cache_dir)
+        self._kernel = module.function("attention_decode")
+        self._head, self._group = head, group
         self._workspace = torch.empty(0, device="cuda")
         self._counters = torch.zeros(0, dtype=torch.int32, device="cuda")
         self._retired: list[Tensor] = []
 
-    def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, meta: StepMeta) -> Tensor:
-        """q [S, H, D] -> [S, H * D]; `scale` includes log2(e). A sequence with no context keeps whatever was there."""
-        seqs, heads, head = q.shape
-        page, groups = k_cache.shape[1:3]
+    def __call__(
+        self,
+        qkv: Tensor,
+        tables: tuple[Tensor, Tensor] | None,
+        caches: tuple[Tensor, Tensor],
+        scale: float,
+        meta: StepMeta,
+        lora: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """qkv [S, (H + 2G) D] -> [S, H D]; `tables` are cos and sin, `scale` includes log2(e), `lora` is (v, b) of the
+        projection. A sequence with no context keeps whatever was there. Without `tables`: attention alone, of
+        rotated q [S, H D] over a cache that has it all."""
+        seqs = qkv.shape[0]
+        page, groups = caches[0].shape[1:3]
+        heads, head = groups * self._group, self._head
         busy = -(-_BUSY_CTAS // (seqs * groups))
         splits = min(max(busy, -(-meta.max_context // _SPLIT_TOKENS)), _MAX_SPLITS)
         min_chunk = 32 if busy > 4 else 64 if busy > 1 else 256
         self._reserve(seqs * heads * splits * (head + 2), seqs * groups)
-        out = torch.empty(seqs, heads * head, dtype=q.dtype, device=q.device)
-        tensors = (q, k_cache, v_cache, out, meta.context_lens, meta.block_tables, self._workspace, self._counters)
-        sizes = [ctypes.c_int(v) for v in (meta.block_tables.stride(0), page.bit_length() - 1)]
-        arguments = [*map(pointer, tensors), *sizes, ctypes.c_float(scale), ctypes.c_int(min_chunk)]
+        out = torch.empty(seqs, heads * head, dtype=qkv.dtype, device=qkv.device)
+        step = (meta.kv_slots, meta.context_lens, meta.block_tables, self._workspace, self._counters)
+        nothing = ctypes.c_void_p(0)
+        down, up = (nothing, nothing) if lora is None else (pointer(lora[0]), pointer(lora[1]))
+        width = 0 if lora is None else lora[0].shape[2]
+        arguments = [
+            *map(pointer, (qkv, *caches, out)),
+            *((nothing, nothing) if tables is None else map(pointer, tables)),
+            *map(pointer, step),
+            up,
+            down,
+            pointer(meta.lora_starts),
+            pointer(meta.lora_ranks),
+            ctypes.c_int(width),
+            ctypes.c_int(meta.block_tables.stride(0)),
+            ctypes.c_int(page.bit_length() - 1),
+            ctypes.c_float(scale),
+            ctypes.c_int(min_chunk),
+        ]
         self._kernel.launch((groups, seqs, splits), 128, arguments)
         return out
 
@@ -57,7 +83,7 @@ class DecodeAttention:
             self._counters = torch.zeros(counters, dtype=torch.int32, device="cuda")
 
 
-class PrefillAttention:
+class VarlenAttention:
     """Any number of query tokens a sequence: pages gathered once a layer, then variable-length flash attention."""
 
     def __init__(self) -> None:

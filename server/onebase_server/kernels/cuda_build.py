@@ -161,11 +161,14 @@ def _use_primary_context(device: int) -> None:
 
 
 class CudaFunction:
-    """One kernel of a loaded module."""
+    """One kernel of a loaded module. Launch from one thread at a time."""
 
-    def __init__(self, handle: ctypes.c_void_p, name: str) -> None:
-        self._handle, self._name, self._shared = handle, name, 0
+    def __init__(self, handle: ctypes.c_void_p, name: str, device: int) -> None:
+        self._handle, self._name, self._device, self._shared = handle, name, device, 0
         self._overlap = _Attribute(id=_PROGRAMMATIC_SERIALIZATION, value=1)
+        self._config = _LaunchConfig(attributes=ctypes.pointer(self._overlap), num_attributes=1)
+        self._config_address = ctypes.byref(self._config)
+        self._launch = _driver().cuLaunchKernelEx
 
     def launch(
         self,
@@ -174,24 +177,21 @@ class CudaFunction:
         args: Sequence[Any],  # ctypes values, passed by address
         *,
         shared_bytes: int = 0,
-        overlap: bool = True,
     ) -> None:
-        """On torch's current stream. `overlap`: may start while the kernel before it ends (the kernel itself waits)."""
-        driver = _driver()
-        _use_primary_context(torch.cuda.current_device())
+        """On torch's current stream. May start while the kernel before it ends: the kernel itself waits."""
+        _use_primary_context(self._device)
         if shared_bytes > self._shared:
-            _check(driver.cuFuncSetAttribute(self._handle, _MAX_DYNAMIC_SHARED, shared_bytes), self._name)
+            _check(_driver().cuFuncSetAttribute(self._handle, _MAX_DYNAMIC_SHARED, shared_bytes), self._name)
             self._shared = shared_bytes
-        config = _LaunchConfig(
-            grid=grid,
-            block=(threads, 1, 1),
-            shared_bytes=shared_bytes,
-            stream=torch.cuda.current_stream().cuda_stream,
-            attributes=ctypes.pointer(self._overlap),
-            num_attributes=1 if overlap else 0,
-        )
-        pointers = (ctypes.c_void_p * len(args))(*[ctypes.addressof(a) for a in args])
-        _check(driver.cuLaunchKernelEx(ctypes.byref(config), self._handle, pointers, None), self._name)
+        config = self._config
+        config.grid[:] = grid
+        config.block[:] = (threads, 1, 1)
+        config.shared_bytes = shared_bytes
+        config.stream = torch._C._cuda_getCurrentRawStream(self._device)
+        pointers = (ctypes.c_void_p * len(args))(*map(ctypes.addressof, args))
+        status = self._launch(self._config_address, self._handle, pointers, None)
+        if status:
+            _check(status, self._name)
 
 
 class CudaModule:
@@ -204,6 +204,7 @@ class CudaModule:
         cubin = cached_cubin(source, architecture, defines, cache_dir)
         torch.zeros(1, device="cuda")  # creates the primary context
         _use_primary_context(device)
+        self._device = device
         self._module = ctypes.c_void_p()
         _check(_driver().cuModuleLoadData(ctypes.byref(self._module), cubin), "cuModuleLoadData")
         self._functions: dict[str, CudaFunction] = {}
@@ -212,7 +213,7 @@ class CudaModule:
         if name not in self._functions:
             handle = ctypes.c_void_p()
             _check(_driver().cuModuleGetFunction(ctypes.byref(handle), self._module, name.encode()), name)
-            self._functions[name] = CudaFunction(handle, name)
+            self._functions[name] = CudaFunction(handle, name, self._device)
         return self._functions[name]
 
 

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onebase_server.kernels.cuda_attention import DecodeAttention, PrefillAttention
+from onebase_server.kernels.cuda_attention import DecodeAttention, VarlenAttention
 from onebase_server.kernels.cuda_build import CudaModule, pointer, read_source
-from onebase_server.kernels.cuda_nf4 import NF4Matmul, Tiles, repack, supports
+from onebase_server.kernels.cuda_nf4 import Fusion, NF4Matmul
+from onebase_server.kernels.cuda_tiles import Tiles, repack, supports
 from onebase_server.kernels.ops import LoraPool, NF4Weight, StepMeta
 from onebase_server.kernels.torch_ops import TorchKernels
 
+_LOG2_E = math.log2(math.e)
 _MAX_SLICES = 8
 _Borders = ctypes.c_int * (_MAX_SLICES + 1)
 _TOKENWISE = 128
@@ -36,7 +38,7 @@ class CudaKernels:
         self._lora = CudaModule(read_source("lora.cu"), cache_dir=cache_dir)
         self._elementwise = CudaModule(read_source("elementwise.cu"), cache_dir=cache_dir)
         self._decode: dict[tuple[int, int], DecodeAttention] = {}
-        self._prefill = PrefillAttention()
+        self._varlen = VarlenAttention()
 
     def prepare(self, weight: NF4Weight) -> NF4Weight:
         """Tiles replace the packed nibbles, so that the weight is held once."""
@@ -55,30 +57,40 @@ class CudaKernels:
     def lora_add_(self, y: Tensor, x: Tensor, pool: LoraPool, meta: StepMeta) -> None:
         if not meta.has_lora or meta.max_rank == 0:
             return
-        slices, rows, k = pool.a.shape
-        if y.dtype != torch.bfloat16 or k % 64 or any(o % 8 for o in pool.offsets) or slices > _MAX_SLICES:
+        if y.dtype != torch.bfloat16 or not fits_lora(pool):
             self._twin.lora_add_(y, x, pool, meta)
             return
-        tokens, n = y.shape
-        chunks = -(-meta.max_rank // 8)
-        v = torch.empty(tokens, slices, chunks * 8, dtype=torch.float32, device=y.device)
-        borders = _Borders(*pool.offsets, *([n] * (_MAX_SLICES - slices)))
-        adapters = [pointer(meta.lora_starts), pointer(meta.lora_ranks)]
-        shrink: list[Any] = [pointer(x), pointer(pool.a), pointer(v), *adapters]
-        expand: list[Any] = [pointer(y), pointer(pool.b), pointer(v), *adapters, borders]
-        one_each = meta.max_query <= 1 or tokens <= _TOKENWISE
-        count = () if one_each else (tokens,)
-        shrink += _ints(*count, slices, rows, k, x.stride(0), chunks * 8)
-        expand += _ints(*count, slices, n, chunks * 8)
-        groups, columns = -(-tokens // 16), -(-n // 1024)
-        if one_each:
+        self.lora_expand_(y, self.lora_shrink(x, pool, meta), pool, meta)
+
+    def lora_shrink(self, x: Tensor, pool: LoraPool, meta: StepMeta) -> Tensor:
+        """x A^T of each token's own adapter, fp32 [T, I, largest rank, in eights]; undefined past its rank."""
+        slices, rows, k = pool.a.shape
+        tokens, chunks = x.shape[0], -(-meta.max_rank // 8)
+        v = torch.empty(tokens, slices, chunks * 8, dtype=torch.float32, device=x.device)
+        tensors = list(map(pointer, (x, pool.a, v, meta.lora_starts, meta.lora_ranks)))
+        sizes = _ints(slices, rows, k, x.stride(0), chunks * 8)
+        if _tokenwise(meta, tokens):
             split = 4 if tokens <= 8 else 2 if tokens <= 32 else 1
             grid = (tokens, slices, chunks * split)
-            self._lora.function("lora_shrink").launch(grid, 256, [*shrink, ctypes.c_int(split)])
-            self._lora.function("lora_expand").launch((columns, tokens, 1), 128, expand)
+            self._lora.function("lora_shrink").launch(grid, 256, [*tensors, *sizes, ctypes.c_int(split)])
         else:
-            self._lora.function("lora_shrink_tiles").launch((groups, slices, chunks), 128, shrink)
-            self._lora.function("lora_expand_tiles").launch((columns, groups, 1), 128, expand)
+            grid = (-(-tokens // 16), slices, chunks)
+            arguments = [*tensors, ctypes.c_int(tokens), *sizes]
+            self._lora.function("lora_shrink_tiles").launch(grid, 128, arguments)
+        return v
+
+    def lora_expand_(self, y: Tensor, v: Tensor, pool: LoraPool, meta: StepMeta, fold: int = 0) -> None:
+        """y += v B; `fold`: y's columns are gate and up of that width in turns of eight."""
+        (tokens, n), slices = y.shape, pool.a.shape[0]
+        borders = _Borders(*pool.offsets, *([n] * (_MAX_SLICES - slices)))
+        arguments: list[Any] = [*map(pointer, (y, pool.b, v, meta.lora_starts, meta.lora_ranks)), borders]
+        sizes, columns = _ints(slices, n, v.shape[2], fold), -(-n // 1024)
+        if _tokenwise(meta, tokens):
+            self._lora.function("lora_expand").launch((columns, tokens, 1), 128, [*arguments, *sizes])
+        else:
+            grid = (columns, -(-tokens // 16), 1)
+            arguments.append(ctypes.c_int(tokens))
+            self._lora.function("lora_expand_tiles").launch(grid, 128, [*arguments, *sizes])
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if not _vectorised(x):
@@ -128,19 +140,76 @@ class CudaKernels:
         if q.dtype != torch.bfloat16 or head not in (64, 128, 256) or group > 8 or page & (page - 1):
             return self._twin.paged_attention(q, k_cache, v_cache, scale, meta)
         if meta.max_query > 1:
-            return self._prefill(q, k_cache, v_cache, scale, meta)
+            return self._varlen(q, k_cache, v_cache, scale, meta)
+        return self._decoder(head, group)(q.flatten(1), None, (k_cache, v_cache), scale * _LOG2_E, meta, None)
+
+    def decode_attention(
+        self,
+        qkv: Tensor,
+        tables: tuple[Tensor, Tensor],
+        caches: tuple[Tensor, Tensor],
+        scale: float,
+        meta: StepMeta,
+        lora: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """`lora_expand_`, `rope_write_kv` and `paged_attention` in one kernel, for steps of one token a sequence."""
+        groups, head = caches[0].shape[2:]
+        group = qkv.shape[1] // (groups * head) - 2
+        return self._decoder(head, group)(qkv, tables, caches, scale * _LOG2_E, meta, lora)
+
+    def _decoder(self, head: int, group: int) -> DecodeAttention:
         if (head, group) not in self._decode:
             self._decode[head, group] = DecodeAttention(head, group, self._cache_dir)
-        return self._decode[head, group](q, k_cache, v_cache, scale * math.log2(math.e), meta)
+        return self._decode[head, group]
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def norm_matmul(
+        self, x: Tensor, residual: Tensor | None, gain: Tensor, eps: float, weight: NF4Weight, *, swiglu: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(norm(x + residual) W^T, x + residual, the normalised x) in one kernel where `nf4.can_fuse_norm`."""
+        total = x if residual is None else torch.empty_like(x)
+        normed = torch.empty_like(x)
+        fusion = Fusion(
+            residual=None if residual is None else residual.data_ptr(),
+            gain=gain.data_ptr(),
+            total=total.data_ptr(),
+            normed=normed.data_ptr(),
+            eps=eps,
+            swiglu=int(swiglu),
+        )
+        return self.nf4.fused(x, weight, fusion), total, normed
+
+    def swiglu_matmul(self, x: Tensor, weight: NF4Weight) -> Tensor:
+        """silu(gate) * up of a folded gate_up projection, [T, N / 2]."""
+        if self.nf4.can_fuse(x.shape[0], weight):
+            return self.nf4.fused(x, weight, Fusion(swiglu=1))
+        return self.silu_mul(self.nf4(x, weight), folded=True)
+
+    def advance_step(self, tokens: Tensor, chosen: Tensor, meta: StepMeta) -> None:
+        """Make the static inputs of a decode step those of the next, on the device: see cuda/elementwise.cu."""
+        tensors = (tokens, chosen, meta.positions, meta.context_lens, meta.kv_slots)
+        arguments = [*map(pointer, tensors), *_ints(len(tokens))]
+        self._elementwise.function("advance_step").launch((1, 1, 1), 256, arguments)
+
+    def silu_mul(self, gate_up: Tensor, *, folded: bool = False) -> Tensor:
         tokens, inner = gate_up.shape[0], gate_up.shape[1] // 2
         if gate_up.dtype != torch.bfloat16 or inner % 8:
             return self._twin.silu_mul(gate_up)
         out = torch.empty(tokens, inner, dtype=gate_up.dtype, device=gate_up.device)
         grid = (-(-inner // 2048), tokens, 1)
-        self._elementwise.function("silu_mul").launch(grid, 256, [pointer(gate_up), pointer(out), ctypes.c_int(inner)])
+        self._elementwise.function("silu_mul").launch(
+            grid, 256, [pointer(gate_up), pointer(out), *_ints(inner, folded)]
+        )
         return out
+
+
+def fits_lora(pool: LoraPool) -> bool:
+    """Whether the LoRA kernels take these sizes."""
+    slices, _, k = pool.a.shape
+    return k % 64 == 0 and slices <= _MAX_SLICES and all(o % 8 == 0 for o in pool.offsets)
+
+
+def _tokenwise(meta: StepMeta, tokens: int) -> bool:
+    return meta.max_query <= 1 or tokens <= _TOKENWISE
 
 
 def _vectorised(x: Tensor) -> bool:

@@ -1,5 +1,6 @@
 // What Python calls (ctypes, plain C): enabling AMX, sizes, the whole forward, and single operations for the tests.
 #include "forward.h"
+#include "sample.h"
 
 #if defined(__linux__) && defined(ONEBASE_AMX)
 #include <sys/syscall.h>
@@ -30,7 +31,7 @@ extern "C" {
 
 // Sizes of the structs, for Python to compare with its own.
 void onebase_sizes(int32_t* out) {
-    out[0] = sizeof(Linear), out[1] = sizeof(Layer), out[2] = sizeof(Model), out[3] = sizeof(Step);
+    out[0] = sizeof(Linear), out[1] = sizeof(Layer), out[2] = sizeof(Model), out[3] = sizeof(Step), out[4] = sizeof(Draw);
 }
 
 // 1 if this build has AMX and the kernel lets this process use it.
@@ -56,6 +57,16 @@ void onebase_forward(const Model* m, const Step* s) {
 #endif
     if (m->is_bf16) run_forward<bf16, false>(*m, *s, rank);
     else run_forward<float, false>(*m, *s, rank);
+}
+
+// tokens[r] drawn from logits [rows][vocab] by draws[r].
+void onebase_sample(const float* logits, int rows, int vocab, const Draw* draws, int threads, int32_t* tokens) {
+    auto schedule = std::make_shared<Schedule>(1);
+    Pool::shared().run(rows < threads ? rows : threads, std::make_shared<const Pool::Job>([=](int) {
+        int phase = 0;
+        RowSampler sampler;
+        schedule->run(phase, rows, 1, [&](int r, int) { tokens[r] = sampler.draw(logits + size_t(r) * vocab, vocab, draws[r]); });
+    }));
 }
 
 // y [count][row_stride(n)] fp32 = x [count][k] . W on one thread; x bf16 for AMX, fp32 otherwise (already rounded if

@@ -1,4 +1,4 @@
-// Decode attention over paged KV: one query token a sequence. Caches [P, page_size, G, D], q [S, H, D], out [S, H D].
+// Decode attention over paged KV: one new token a sequence. Caches [P, page_size, G, D], out [S, H D].
 // Compiled for one HEAD_DIM (64, 128 or 256) and GROUP (query heads a kv head). CTA: (split of the context, kv head, sequence),
 // 4 warps; HEAD_DIM / 8 lanes hold one token's head. The last split of a (sequence, head) to finish merges all in order.
 #define LANES (HEAD_DIM / 8)
@@ -18,13 +18,19 @@ DEV void merge(float& m, float& l, float* acc, float other_m, float other_l, con
   m = top;
 }
 
-// grid (G, S, splits): splits beyond a sequence's own end last, and at once. scale includes log2(e). workspace [S, H, splits, HEAD_DIM + 2], counters [S, G] zero.
+// Everything between the qkv projection and the output projection for decoding tokens: LoRA's expand on q, k and v, RoPE, the
+// token's K and V into the cache, attention. The token's own K and V never come from the cache.
+// grid (G, S, splits): splits beyond a sequence's own end last, and at once. scale includes log2(e). workspace [S, H, splits,
+// HEAD_DIM + 2], counters [S, G] zero. qkv [S, (H + 2 G) D]; cos, sin fp32 [max_context, D / 2]; b [R, (H + 2 G) D] or null;
+// v [S, 3, V] is x A^T. With cos null it is attention alone: qkv is q [S, H D], rotated, and all of K and V is in the cache.
 extern "C" __global__ void __launch_bounds__(128)
-    attention_decode(const u16* q, const u16* k_cache, const u16* v_cache,
-                     u16* out, const int* __restrict__ context_lens, const int* __restrict__ block_tables,
-                     float* workspace, int* counters, int table_width, int page_shift,
-                     float scale, int min_chunk) {
+    attention_decode(const u16* qkv, u16* k_cache, u16* v_cache, u16* out, const float* __restrict__ cos,
+                     const float* __restrict__ sin, const long long* __restrict__ kv_slots,
+                     const int* __restrict__ context_lens, const int* __restrict__ block_tables, float* workspace,
+                     int* counters, const u16* __restrict__ b, const float* v, const int* __restrict__ starts,
+                     const int* __restrict__ ranks, int V, int table_width, int page_shift, float scale, int min_chunk) {
   __shared__ float shared_m[WARPS][GROUP], shared_l[WARPS][GROUP], shared_acc[WARPS][GROUP][HEAD_DIM];
+  __shared__ __align__(16) u16 fresh[(GROUP + 2) * HEAD_DIM];  // q heads, k, v: projected, not rotated
   __shared__ int arrived;
   const int kv_head = blockIdx.x, seq = blockIdx.y, split = blockIdx.z, G = gridDim.x, H = G * GROUP;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, sub = lane / LANES, d = (lane % LANES) * 8;
@@ -32,40 +38,118 @@ extern "C" __global__ void __launch_bounds__(128)
   const int context = context_lens[seq];
   int chunk = (context + gridDim.z - 1) / gridDim.z;
   chunk = max((chunk + 31) / 32 * 32, min_chunk);
-  const int splits = (context + chunk - 1) / chunk, begin = split * chunk, end = min(begin + chunk, context);
+  const int splits = (context + chunk - 1) / chunk, begin = split * chunk, end = min(begin + chunk, cos ? context - 1 : context);
+  const bool has_fresh = cos && split == splits - 1;  // its part of the context ends with the new token
   const int* table = block_tables + (u64)seq * table_width;
   const int page_mask = (1 << page_shift) - 1;
-  wait_for_previous();
-  if (split >= splits) return;
+  const int rank = b ? ranks[seq] : 0;
 
-  float query[GROUP][8];
-  State state[GROUP];
-#pragma unroll
-  for (int h = 0; h < GROUP; ++h) {
-    unpack8(*(const uint4*)(q + ((u64)seq * H + kv_head * GROUP + h) * HEAD_DIM + d), query[h]);
-    state[h].m = NOTHING;
-    state[h].l = 0.f;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) { query[h][j] *= scale; state[h].acc[j] = 0.f; }
-  }
-  for (int base = begin + warp * TOKENS + sub; base - sub - warp * TOKENS < end; base += DEPTH * WARPS * TOKENS) {
-    uint4 k[DEPTH], v[DEPTH];
+  int base = begin + warp * TOKENS + sub;  // this lane's first token
+  uint4 keys[DEPTH], values[DEPTH];
+  auto load = [&]() {
 #pragma unroll
     for (int i = 0; i < DEPTH; ++i) {
       int token = base + i * WARPS * TOKENS;
       if (token >= end) token = begin;
       u64 row = ((u64)table[token >> page_shift] << page_shift) + (token & page_mask);
       u64 at = (row * G + kv_head) * HEAD_DIM + d;
-      k[i] = *(const uint4*)(k_cache + at);
-      v[i] = *(const uint4*)(v_cache + at);
+      keys[i] = *(const uint4*)(k_cache + at);
+      values[i] = *(const uint4*)(v_cache + at);
     }
+  };
+  // What earlier steps left in the cache is read before the previous kernel has ended.
+  if (cos && split < splits && begin < end) load();
+  wait_for_previous();
+  if (split >= splits) return;
+  if (!cos) load();
+
+  const int row_width = (cos ? H + 2 * G : H) * HEAD_DIM;
+  for (int i = threadIdx.x; i < (has_fresh ? GROUP + 2 : GROUP) * LANES; i += 128) {
+    const int head = i / LANES, slice = max(head - GROUP + 1, 0);
+    const int at = slice == 0 ? kv_head * GROUP + head : H + (slice - 1) * G + kv_head;
+    const int column = at * HEAD_DIM + i % LANES * 8;
+    uint4 raw = *(const uint4*)(qkv + (u64)seq * row_width + column);
+    if (rank > 0) {
+      float u[8], w[8];
+      unpack8(raw, u);
+      const float* down = v + ((u64)seq * 3 + slice) * V;
+      const u16* up = b + (u64)starts[seq] * row_width + column;
+#pragma unroll 8
+      for (int r = 0; r < rank; ++r) {
+        unpack8(*(const uint4*)(up + (u64)r * row_width), w);
+        const float s = down[r];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) u[j] = fmaf(s, w[j], u[j]);
+      }
+      raw = pack8(u);
+    }
+    *(uint4*)(fresh + i * 8) = raw;
+  }
+  __syncthreads();
+
+  // This lane's eight dimensions, rotated: with the other half's dimensions (Llama's half-split).
+  const int half = HEAD_DIM / 2, angle = (context - 1) * half + d % half;
+  float c[8], s[8];
+  if (cos) {
+    *(float4*)c = *(const float4*)(cos + angle); *(float4*)(c + 4) = *(const float4*)(cos + angle + 4);
+    *(float4*)s = *(const float4*)(sin + angle); *(float4*)(s + 4) = *(const float4*)(sin + angle + 4);
+  }
+  auto rotated = [&](int head, float* to) {
+    float mine[8], other[8];
+    unpack8(*(const uint4*)(fresh + head * HEAD_DIM + d), mine);
+    if (!cos) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) to[j] = mine[j];
+      return;
+    }
+    unpack8(*(const uint4*)(fresh + head * HEAD_DIM + (d < half ? d + half : d - half)), other);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) to[j] = mine[j] * c[j] + (d < half ? -other[j] : other[j]) * s[j];
+    unpack8(pack8(to), to);
+  };
+  float query[GROUP][8], key[8];
+  State state[GROUP];
+#pragma unroll
+  for (int h = 0; h < GROUP; ++h) {
+    rotated(h, query[h]);
+    state[h].m = NOTHING;
+    state[h].l = 0.f;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) { query[h][j] *= scale; state[h].acc[j] = 0.f; }
+  }
+  if (has_fresh && warp == 0) {
+    rotated(GROUP, key);
+    float value[8];
+    const uint4 raw = *(const uint4*)(fresh + (GROUP + 1) * HEAD_DIM + d);
+    unpack8(raw, value);
+    const long long row = kv_slots[seq];
+    if (sub == 0 && row >= 0) {
+      *(uint4*)(k_cache + (row * G + kv_head) * HEAD_DIM + d) = pack8(key);
+      *(uint4*)(v_cache + (row * G + kv_head) * HEAD_DIM + d) = raw;
+    }
+#pragma unroll
+    for (int h = 0; h < GROUP; ++h) {
+      float score = 0.f;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) score = fmaf(query[h][j], key[j], score);
+#pragma unroll
+      for (int step = LANES / 2; step; step >>= 1) score += __shfl_xor_sync(0xffffffffu, score, step);
+      if (sub == 0) {
+        state[h].m = score;
+        state[h].l = 1.f;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) state[h].acc[j] = value[j];
+      }
+    }
+  }
+  for (; base - sub - warp * TOKENS < end;) {
 #pragma unroll
     for (int h = 0; h < GROUP; ++h) {
       float score[DEPTH], top = state[h].m;
 #pragma unroll
       for (int i = 0; i < DEPTH; ++i) {
         float u[8], s = 0.f;
-        unpack8(k[i], u);
+        unpack8(keys[i], u);
 #pragma unroll
         for (int j = 0; j < 8; ++j) s = fmaf(query[h][j], u[j], s);
 #pragma unroll
@@ -81,12 +165,14 @@ extern "C" __global__ void __launch_bounds__(128)
 #pragma unroll
       for (int i = 0; i < DEPTH; ++i) {
         float p = score[i] == NOTHING ? 0.f : exp2f(score[i] - top), u[8];
-        unpack8(v[i], u);
+        unpack8(values[i], u);
         state[h].l += p;
 #pragma unroll
         for (int j = 0; j < 8; ++j) state[h].acc[j] = fmaf(p, u[j], state[h].acc[j]);
       }
     }
+    base += DEPTH * WARPS * TOKENS;
+    if (base - sub - warp * TOKENS < end) load();
   }
 #pragma unroll
   for (int h = 0; h < GROUP; ++h) {

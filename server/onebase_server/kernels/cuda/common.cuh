@@ -29,6 +29,10 @@ DEV uint4 pack8(const float* v) {
   return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
 }
 
+// silu(gate) * up
+DEV float swiglu(float gate, float up) { return gate / (1.f + __expf(-gate)) * up; }
+DEV float round_bf16(float v) { return bf16_float(to_bf16(v)); }
+
 DEV u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 DEV void copy16(void* shared, const void* global) {

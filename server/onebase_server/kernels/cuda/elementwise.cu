@@ -98,17 +98,31 @@ extern "C" __global__ void __launch_bounds__(256)
   *(uint4*)(to + half + d) = pack8(new_high);
 }
 
-// gate_up [T, 2F] -> [T, F]; F a multiple of 8.
+// gate_up [T, 2F] -> [T, F]; F a multiple of 8. `folded`: gate and up in turns of eight columns.
 extern "C" __global__ void __launch_bounds__(256)
-    silu_mul(const u16* gate_up, u16* out, int F) {
+    silu_mul(const u16* gate_up, u16* out, int F, int folded) {
   const int token = blockIdx.y, column = (blockIdx.x * 256 + threadIdx.x) * 8;
   launch_dependents();
   wait_for_previous();
   if (column >= F) return;
   float gate[8], up[8];
-  unpack8(*(const uint4*)(gate_up + (u64)token * 2 * F + column), gate);
-  unpack8(*(const uint4*)(gate_up + (u64)token * 2 * F + F + column), up);
+  const u16* from = gate_up + (u64)token * 2 * F + (folded ? column * 2 : column);
+  unpack8(*(const uint4*)from, gate);
+  unpack8(*(const uint4*)(from + (folded ? 8 : F)), up);
 #pragma unroll
-  for (int j = 0; j < 8; ++j) gate[j] = gate[j] / (1.f + __expf(-gate[j])) * up[j];
+  for (int j = 0; j < 8; ++j) gate[j] = swiglu(gate[j], up[j]);
   *(uint4*)(out + (u64)token * F + column) = pack8(gate);
+}
+
+// The step after a greedy one whose pages suffice: chosen tokens become inputs, everything moves on by one. Padding stays.
+extern "C" __global__ void __launch_bounds__(256)
+    advance_step(int* tokens, const long long* chosen, int* positions, int* context_lens, long long* kv_slots, int count) {
+  const int i = threadIdx.x;
+  launch_dependents();
+  wait_for_previous();
+  if (i >= count || context_lens[i] == 0) return;
+  tokens[i] = (int)chosen[i];
+  positions[i] += 1;
+  context_lens[i] += 1;
+  if (kv_slots[i] >= 0) kv_slots[i] += 1;
 }

@@ -7,6 +7,12 @@
 #define MAX_SLICES 8
 struct Borders { int v[MAX_SLICES + 1]; };
 
+// Where eight columns lie in y: `fold` > 0 means gate and up of width `fold` in turns of eight columns (see nf4.cu).
+DEV int folded(int column, int fold) {
+  if (fold == 0) return column;
+  return column < fold ? column * 2 : (column - fold) * 2 + 8;
+}
+
 DEV float dot8(const uint4& a, const uint4& b, float sum) {
   float u[8], w[8];
   unpack8(a, u);
@@ -55,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(256)
 // grid (ceil(N / 1024), T), 128 threads of 8 columns.
 extern "C" __global__ void __launch_bounds__(128)
     lora_expand(u16* y, const u16* __restrict__ b, const float* v, const int* __restrict__ starts,
-                const int* __restrict__ ranks, const __grid_constant__ Borders borders, int slices, int N, int V) {
+                const int* __restrict__ ranks, const __grid_constant__ Borders borders, int slices, int N, int V, int fold) {
   const int token = blockIdx.y, column = (blockIdx.x * 128 + threadIdx.x) * 8;
   launch_dependents();
   const int rank = ranks[token];
@@ -72,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(128)
   for (int i = 1; i < MAX_SLICES; ++i)
     if (i < slices && column >= borders.v[i]) slice = i;
   const float* mine = v + ((u64)token * slices + slice) * V;
-  uint4* to = (uint4*)(y + (u64)token * N + column);
+  uint4* to = (uint4*)(y + (u64)token * N + folded(column, fold));
   float sum[8], w[8];
   unpack8(*to, sum);
 #pragma unroll
@@ -158,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(128)
 extern "C" __global__ void __launch_bounds__(128)
     lora_expand_tiles(u16* y, const u16* __restrict__ b, const float* v,
                       const int* __restrict__ starts, const int* __restrict__ ranks, const __grid_constant__ Borders borders,
-                      int T, int slices, int N, int V) {
+                      int T, int slices, int N, int V, int fold) {
   __shared__ TileAdapters tile;
   __shared__ float vs[MAX_SLICES][16][16];  // [slice][rank row][token]
   const int token0 = blockIdx.y * 16, column = (blockIdx.x * 128 + threadIdx.x) * 8;
@@ -200,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(128)
 #pragma unroll
   for (int token = 0; token < 16; ++token) {
     if (tile.rank[token] == 0) continue;
-    uint4* to = (uint4*)(y + (u64)(token0 + token) * N + column);
+    uint4* to = (uint4*)(y + (u64)(token0 + token) * N + folded(column, fold));
     float old[8];
     unpack8(*to, old);
 #pragma unroll

@@ -58,10 +58,68 @@ DEV void copy_tile(u8* slot, const u8* tile, int lane) {
   if (lane < 4) copy16(slot + 512 + lane * 16, tile + 512 + lane * 16);
 }
 
+// What a matmul does besides. swiglu: the weight's rows are gate and up in turns of eight, y [M, N / 2] = silu(gate) * up.
+// norm (small kernel, M = 1: every CTA repeats it): x is first added to `residual` (if any; the sum goes to `total`), then RMS-normalised with `gain`; the
+// result also goes to `normed` if that is not null.
+struct Fusion {
+  const u16* residual;
+  const u16* gain;  // null: no norm
+  u16* total;
+  u16* normed;
+  float eps;
+  int swiglu;
+};
+
 // M <= 8, all of x in shared memory. Persistent: one CTA an SM, a job is 16 rows, its W warps take every W-th pair of
 // blocks of K; each warp keeps D - 1 pairs in flight across jobs, the first ones before the previous kernel has ended.
+// One token: x + residual, its norm, into shared memory; CTA 0 writes both to memory too. Up to four chunks a thread.
+template <typename Place, typename Store>
+DEV void normalise(const u16* x, const Fusion& fusion, int K, int tid, int threads, float* sums, const Place& place,
+                   const Store& store) {
+  uint4 kept[4];
+  float squares = 0.f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int chunk = tid + i * threads;
+    if (chunk * 8 >= K) break;
+    kept[i] = *(const uint4*)(x + chunk * 8);
+    float u[8];
+    unpack8(kept[i], u);
+    if (fusion.residual) {
+      float r[8];
+      unpack8(*(const uint4*)(fusion.residual + chunk * 8), r);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) u[j] += r[j];
+      kept[i] = pack8(u);
+      unpack8(kept[i], u);
+      if (blockIdx.x == 0) *(uint4*)(fusion.total + chunk * 8) = kept[i];
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) squares = fmaf(u[j], u[j], squares);
+  }
+  squares = warp_sum(squares);
+  if ((tid & 31) == 0) sums[tid >> 5] = squares;
+  __syncthreads();
+  float total = 0.f;
+  for (int w = 0; w < threads / 32; ++w) total += sums[w];
+  const float scale = rsqrtf(total / K + fusion.eps);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int chunk = tid + i * threads;
+    if (chunk * 8 >= K) break;
+    float u[8], w[8];
+    unpack8(kept[i], u);
+    unpack8(*(const uint4*)(fusion.gain + chunk * 8), w);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) u[j] = round_bf16(u[j] * scale) * w[j];
+    const uint4 v = pack8(u);
+    store(place(0, chunk), v);
+    if (fusion.normed && blockIdx.x == 0) *(uint4*)(fusion.normed + chunk * 8) = v;
+  }
+}
+
 template <int W, int D>
-DEV void small_kernel(const u8* __restrict__ weight, const u16* x, u16* y, const Codes& codes,
+DEV void small_kernel(const u8* __restrict__ weight, const u16* x, u16* y, const Codes& codes, const Fusion& fusion,
                       int M, int N, int K, int ldx, int KB, int tiles) {
   extern __shared__ __align__(1024) u8 smem[];
   constexpr int STAGE = 2 * TILE, THREADS = W * 32;
@@ -102,15 +160,24 @@ DEV void small_kernel(const u8* __restrict__ weight, const u16* x, u16* y, const
   build_table(smem, codes, tid, THREADS);
   wait_for_previous();
   // Inside a block, lane t's columns are made contiguous: pair t of 16-byte chunk c goes to 32 t + 4 c.
-  for (int i = tid; i < M * KB * 8; i += THREADS) {
-    int row = i / (KB * 8), chunk = i - row * (KB * 8);
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (chunk * 8 < K) v = *(const uint4*)(x + (u64)row * ldx + chunk * 8);
-    u8* to = xs + row * row_bytes + (chunk >> 3) * 128 + (chunk & 7) * 4;
+  auto place = [&](int row, int chunk) { return xs + row * row_bytes + (chunk >> 3) * 128 + (chunk & 7) * 4; };
+  auto store = [&](u8* to, const uint4& v) {
     *(u32*)to = v.x;
     *(u32*)(to + 32) = v.y;
     *(u32*)(to + 64) = v.z;
     *(u32*)(to + 96) = v.w;
+  };
+  if (fusion.gain) {
+    normalise(x, fusion, K, tid, THREADS, sums, place, store);
+    for (int chunk = K / 8 + tid; chunk < KB * 8; chunk += THREADS) store(place(0, chunk), make_uint4(0, 0, 0, 0));
+  } else {
+#pragma unroll 4
+    for (int i = tid; i < M * KB * 8; i += THREADS) {
+      const int row = i / (KB * 8), chunk = i - row * (KB * 8);
+      uint4 v = make_uint4(0, 0, 0, 0);
+      if (chunk * 8 < K) v = *(const uint4*)(x + (u64)row * ldx + chunk * 8);
+      store(place(row, chunk), v);
+    }
   }
   __syncthreads();
 
@@ -144,12 +211,18 @@ DEV void small_kernel(const u8* __restrict__ weight, const u16* x, u16* y, const
     if (2 * t < M) { mine[2 * t * 16 + g] = acc[0]; mine[2 * t * 16 + g + 8] = acc[2]; }
     if (2 * t + 1 < M) { mine[(2 * t + 1) * 16 + g] = acc[1]; mine[(2 * t + 1) * 16 + g + 8] = acc[3]; }
     __syncthreads();
-    if (tid < 16 * M) {
+    if (tid < (16 * M + 31) / 32 * 32) {  // whole warps
+      const int i = min(tid, 16 * M - 1), row = tid < 16 * M ? job * 16 + (i & 15) : N, token = i >> 4;
       float sum = 0.f;
 #pragma unroll
-      for (int w = 0; w < W; ++w) sum += sums[(parity * W + w) * M * 16 + tid];
-      int row = job * 16 + (tid & 15);
-      if (row < N) y[(u64)(tid >> 4) * N + row] = to_bf16(sum);
+      for (int w = 0; w < W; ++w) sum += sums[(parity * W + w) * M * 16 + i];
+      if (fusion.swiglu) {
+        const float up = __shfl_down_sync(0xffffffffu, sum, 8);
+        if ((i & 15) < 8 && row < N)
+          y[(u64)token * (N / 2) + job * 8 + (i & 7)] = to_bf16(swiglu(round_bf16(sum), round_bf16(up)));
+      } else if (row < N) {
+        y[(u64)token * N + row] = to_bf16(sum);
+      }
     }
     parity ^= 1;
   }
@@ -329,7 +402,7 @@ DEV u64 descriptor(u32 low) {  // address / 16; 1024 bytes between groups of eig
 // another decodes. In a warpgroup: wgmma of one block || decoding of the next; then absmax.
 template <int N, int WR, int WK, int B, int D>
 DEV void wg_kernel(const u8* __restrict__ weight, const TensorMap& x, u16* y, const Codes& codes, float* partials,
-                   int* flags, int M, int rows, int KB, int tiles) {
+                   int* flags, int M, int rows, int KB, int tiles, int fuse_swiglu) {
   constexpr int GROUPS = WR * WK, CONSUMERS = GROUPS * 128, GROUP = WR * 128, SUMS = N / 2;
   constexpr int X_BYTES = N * 128, W_BYTES = B * QUAD;
   constexpr int STAGE = (WK * B * X_BYTES + GROUPS * W_BYTES + 1023) / 1024 * 1024;
@@ -482,14 +555,23 @@ DEV void wg_kernel(const u8* __restrict__ weight, const TensorMap& x, u16* y, co
             for (int cta = blockIdx.x + 1 + group_tid; cta <= to; cta += GROUP) flags[cta] = 0;
           }
           // Lanes of rows g and g ^ 1 exchange, so that each stores two neighbouring rows of one token.
-          const int row0 = ((rb * WR + wr) * 4 + quarter) * 16 + (g & 6);
+          const int tile = (rb * WR + wr) * 4 + quarter;
+          if (fuse_swiglu) {
+#pragma unroll
+            for (int i = 0; i < SUMS; i += 4) {
+#pragma unroll
+              for (int j = 0; j < 2; ++j) acc[i + j] = swiglu(round_bf16(acc[i + j]), round_bf16(acc[i + j + 2]));
+            }
+          }
+          const int width = fuse_swiglu ? rows / 2 : rows, row0 = tile * (fuse_swiglu ? 8 : 16) + (g & 6);
 #pragma unroll
           for (int i = 0; i < SUMS; i += 2) {
+            if (fuse_swiglu && (i & 2)) continue;
             const float keep = g & 1 ? acc[i + 1] : acc[i], give = g & 1 ? acc[i] : acc[i + 1];
             const float got = __shfl_xor_sync(0xffffffffu, give, 4);
             const int token = i / 4 * 8 + 2 * t + (g & 1), row = row0 + (i & 2 ? 8 : 0);
             const u32 pair = g & 1 ? pack_bf16(got, keep) : pack_bf16(keep, got);
-            if (token < M && row < rows) *(u32*)(y + (u64)token * rows + row) = pair;
+            if (token < M && row < width) *(u32*)(y + (u64)token * width + row) = pair;
           }
         }
       }
@@ -516,15 +598,16 @@ DEV void wg_kernel(const u8* __restrict__ weight, const TensorMap& x, u16* y, co
 #define WG(name, N, WR, WK, B, D)                                                                                     \
   extern "C" __global__ void __launch_bounds__((WR * WK + 1) * 128, 1)                                                \
       name(const u8* weight, const __grid_constant__ TensorMap x, u16* y, const __grid_constant__ Codes codes,        \
-           float* partials, int* flags, int M, int rows, int KB, int tiles) {                                         \
-    wg_kernel<N, WR, WK, B, D>(weight, x, y, codes, partials, flags, M, rows, KB, tiles);                             \
+           float* partials, int* flags, int M, int rows, int KB, int tiles, int fuse_swiglu) {                        \
+    wg_kernel<N, WR, WK, B, D>(weight, x, y, codes, partials, flags, M, rows, KB, tiles, fuse_swiglu);                \
   }
 #endif
 
 #define SMALL(name, W, D)                                                                                         \
   extern "C" __global__ void __launch_bounds__(W * 32, 1)                                                      \
-      name(const u8* weight, const u16* x, u16* y, const __grid_constant__ Codes codes, int M, int N, int K, int ldx, int KB, int tiles) { \
-    small_kernel<W, D>(weight, x, y, codes, M, N, K, ldx, KB, tiles);                                             \
+      name(const u8* weight, const u16* x, u16* y, const __grid_constant__ Codes codes,                               \
+           const __grid_constant__ Fusion fusion, int M, int N, int K, int ldx, int KB, int tiles) {                  \
+    small_kernel<W, D>(weight, x, y, codes, fusion, M, N, K, ldx, KB, tiles);                                             \
   }
 #define WIDE(name, NT, R, WN, WK, D)                                                                           \
   extern "C" __global__ void __launch_bounds__(WN * WK * 32, 1)                                                \

@@ -1,0 +1,125 @@
+"""Decode through the real `Engine` at OpenLLaMA-7B's shape on this GPU: 128 prompt and 128 output tokens a request.
+
+Random NF4 weights and adapters; greedy; all requests at once. The rate is taken over the window in which every request
+decodes (from the last first token to the first end). One JSON line a set-up. PYTHONPATH=core:server:tests:bench.
+"""
+
+import asyncio
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from gpu_engine import OPENLLAMA
+
+from cuda_models import random_model
+from onebase_server.engine.engine import Engine
+from onebase_server.engine.host_adapter import TorchHostAdapter
+from onebase_server.engine.runner_cuda import CudaRunner
+from onebase_server.engine.runner_torch import RunnerConfig
+from onebase_server.engine.types import AdapterRef, GenerationRequest, SamplingParams
+from onebase_server.kernels.cuda_ops import CudaKernels
+
+PROMPT, OUTPUT = 128, 128
+
+
+class Words:
+    """A tokenizer as the engine sees it."""
+
+    vocab_size = OPENLLAMA.vocab
+
+    def token_bytes(self, token_id: int, /) -> bytes:
+        return b" %d" % token_id
+
+
+class BenchRunner(CudaRunner):
+    """Adapters are made up, one a digest: rank 8 on q, k, v, or rank 16 on everything."""
+
+    def read_adapter(self, ref: AdapterRef) -> TorchHostAdapter:
+        rank, targets = (16, set(self.slots.a)) if ref.name.startswith("all") else (8, {"qkv"})
+
+        def values(pool: torch.Tensor, axis: int) -> torch.Tensor:
+            shape = list(pool.shape)
+            shape[axis] = rank
+            return (torch.randn(shape) * 0.02).bfloat16().pin_memory()
+
+        a = {name: values(pool, 2) for name, pool in self.slots.a.items()}
+        b = {name: values(pool, 1) for name, pool in self.slots.b.items()}
+        ranks = {n: tuple(rank if n in targets else 0 for _ in range(t.shape[1])) for n, t in a.items()}
+        return TorchHostAdapter(rank=rank, a=a, b=b, module_ranks=ranks)
+
+
+async def _one(engine: Engine, request: GenerationRequest) -> list[tuple[float, int]]:
+    handle = engine.submit(request)
+    return [(time.perf_counter(), len(event.token_ids)) async for event in handle.events()]
+
+
+async def _measure(engine: Engine, batch: int, refs: list[AdapterRef], round_: int) -> dict[str, float]:
+    rng = np.random.default_rng(batch * 100 + round_)
+    sampling = SamplingParams(max_tokens=OUTPUT, temperature=0.0, ignore_eos=True)
+    requests = [
+        GenerationRequest(
+            id=str(i),
+            prompt_ids=tuple(int(t) for t in rng.integers(5, 31000, PROMPT)),
+            sampling=sampling,
+            adapter=refs[i % len(refs)] if refs else None,
+        )
+        for i in range(batch)
+    ]
+    start = time.perf_counter()
+    traces = await asyncio.gather(*(_one(engine, request) for request in requests))
+    begin, end = max(t[0][0] for t in traces), min(t[-1][0] for t in traces)
+    tokens = sum(n for trace in traces for at, n in trace if begin < at <= end)
+    total = time.perf_counter() - start
+    return {
+        "decode_tok_s": tokens / (end - begin),
+        "end_to_end_tok_s": batch * OUTPUT / total,
+        "first_token_ms": (begin - start) * 1e3,
+    }
+
+
+def main(batches: list[int]) -> None:
+    kernels = CudaKernels(Path("/tmp/onebase-cubins"))
+    config = RunnerConfig(
+        num_pages=128 * 17, num_slots=32, max_lora_rank=16, max_batch_tokens=2048, max_batch_sequences=128
+    )
+    begin = time.perf_counter()
+    with torch.no_grad():
+        model = random_model(OPENLLAMA, kernels)
+    runner = BenchRunner(model, kernels, config, eos_token_ids=frozenset({2}))
+    print(json.dumps({"what": "start", "s": round(time.perf_counter() - begin, 1)}), flush=True)
+    engine = Engine(runner, Words())
+    engine.start()
+    for batch in batches:
+        for name, count in (("base", 0), ("a", 1), ("a", 8), ("a", 32), ("all", 32)):
+            adapters = min(count, batch)
+            if count > 1 and adapters < count and not (count == 8 and batch == 8):
+                continue
+            refs = [AdapterRef(f"{name}{i}", 1, f"{name}{i}", Path("/")) for i in range(adapters)]
+            for ref in refs:
+                engine.preload(ref).result()
+            best = max(
+                (asyncio.run(_measure(engine, batch, refs, i)) for i in range(3)), key=lambda r: r["decode_tok_s"]
+            )
+            line = {
+                "gpu": torch.cuda.get_device_name(),
+                "what": "engine, 128 + 128 tokens",
+                "batch": batch,
+                "adapters": adapters,
+                "rank": 0 if not adapters else 16 if name == "all" else 8,
+                "modules": "all linear" if name == "all" else "q,k,v",
+                **{key: round(value, 1) for key, value in best.items()},
+                "ms_per_step": round(batch / best["decode_tok_s"] * 1e3, 3),
+            }
+            print(json.dumps(line), flush=True)
+            for ref in refs:
+                engine.unload(ref).result()
+    ahead = runner._ahead
+    print(json.dumps({"what": "steps started ahead", "started": ahead.num_started, "used": ahead.num_used}), flush=True)
+    engine.stop(1.0)
+
+
+if __name__ == "__main__":
+    main([int(a) for a in sys.argv[1:]] or [1, 8, 32, 64, 128])

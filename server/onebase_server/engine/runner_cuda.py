@@ -1,0 +1,178 @@
+"""`CudaRunner`: `TorchRunner` on CUDA, with decode steps as graph replays and `launch` apart from `collect`.
+
+Steps with prefill run without a graph, on the same stream. Greedy choices are made inside the graph and come back in
+one copy; other sampling runs on the logits that the graph left. It must not know scheduling, text or HTTP.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onebase.adapter import BaseIdentity
+from onebase_server.engine.cuda_forward import CudaForward, covers
+from onebase_server.engine.cuda_graphs import DecodeGraphs
+from onebase_server.engine.logit_edits import has_edits
+from onebase_server.engine.model_forward import ModelForward
+from onebase_server.engine.run_ahead import RunAhead
+from onebase_server.engine.runner import DeviceLost, HostAdapter, Int32, SampleRow, StepBatch, StepResult
+from onebase_server.engine.runner_torch import RunnerConfig, TorchRunner
+from onebase_server.engine.sampler import is_greedy
+from onebase_server.engine.weights import ModelWeights, read_weights
+from onebase_server.kernels.cuda_build import CudaBuildError
+from onebase_server.kernels.cuda_ops import CudaKernels
+
+
+@dataclass(slots=True)
+class Ticket:
+    """A started step: either its logits [R, V], to be sampled from, or greedy choices on their way to the host."""
+
+    batch: StepBatch
+    done: torch.cuda.Event
+    logits: Tensor | None = None
+    fetched: Tensor | None = None
+    places: Int32 | None = None
+    """Where each of the batch's sequences is among the fetched choices; None: in order."""
+
+
+class CudaRunner(TorchRunner):
+    """Implements `OverlappingRunner`. `weights` must have been read with the same kernels."""
+
+    def __init__(
+        self,
+        weights: ModelWeights,
+        kernels: CudaKernels,
+        config: RunnerConfig,
+        *,
+        eos_token_ids: frozenset[int],
+        identity: BaseIdentity | None = None,
+    ) -> None:
+        super().__init__(weights, kernels, config, eos_token_ids=eos_token_ids, identity=identity)
+        assert isinstance(self.forward, ModelForward)
+        pools = [self.slots.layer(i) for i in range(weights.geometry.layers)]
+        if covers(weights, self.cache, pools):
+            self.forward = CudaForward(weights, kernels, self.cache, pools)
+        width = -(-weights.geometry.max_context // config.page_size)
+        with torch.inference_mode():
+            self._graphs = DecodeGraphs(self.forward, config.max_batch_sequences, width)
+            self._graphs.warm_up()
+        self._ahead = RunAhead(config.page_size, weights.geometry.max_context)
+
+    def load_slot(self, slot: int, adapter: HostAdapter) -> None:
+        """As the base class; and if the copy moves other adapters' rows, the next step waits for it."""
+        assert self._copies is not None
+        self._copies.wait_stream(torch.cuda.current_stream())
+        before = {s: own.start for s in range(self.config.num_slots) if s != slot and (own := self.slots.owner(s))}
+        super().load_slot(slot, adapter)
+        if any((own := self.slots.owner(s)) is None or own.start != start for s, start in before.items()):
+            torch.cuda.current_stream().wait_stream(self._copies)
+            self._ahead.forget()
+
+    def run(self, batch: StepBatch) -> StepResult:
+        return self.collect(self.launch(batch))
+
+    @torch.inference_mode()
+    def launch(self, batch: StepBatch) -> Ticket:
+        """Start a step and return at once."""
+        with _device_errors():
+            decodes = len(batch.token_ids) == len(batch.slots) <= self._graphs.largest
+            if not decodes:
+                self._ahead.forget()
+                return Ticket(batch, logits=self._launch_chunks(batch), done=_record())
+            greedy = all(_is_plain(row) for row in batch.rows)
+            started = self._ahead.take(batch) if greedy else None
+            if started is None:
+                logits = self._launch_decode(batch, greedy)
+                ticket = Ticket(batch, logits=logits, fetched=self._fetch(greedy), done=_record())
+            else:
+                ticket = Ticket(batch, fetched=started.fetched, places=started.places, done=started.done)
+            if self._ahead.may_start(batch, greedy, started) and self._graphs.reaches(
+                int(batch.context_lens.max()) + 1
+            ):
+                self._graphs.launch_next()
+                self._ahead.put(batch, self._graphs.start_fetch(), _record())
+            return ticket
+
+    @torch.inference_mode()
+    def collect(self, ticket: Ticket) -> StepResult:
+        """Wait for the sampled tokens of a started step."""
+        with _device_errors():
+            batch, rows = ticket.batch, ticket.batch.rows
+            if ticket.logits is not None:
+                return self.sampler.sample(ticket.logits.float(), rows)
+            assert ticket.fetched is not None
+            ticket.done.synchronize()
+            chosen = ticket.fetched.numpy().astype(np.int32)
+            chosen = chosen[: len(batch.slots)] if ticket.places is None else chosen[ticket.places]
+            self._ahead.note(batch, chosen)
+            chosen = chosen[batch.sample_seqs]
+            nothing: list[None] = [None] * len(rows)
+            return StepResult(chosen, np.zeros(len(rows), dtype=np.float32), [*nothing], [*nothing])
+
+    def _fetch(self, greedy: bool) -> Tensor | None:
+        return self._graphs.start_fetch() if greedy else None
+
+    def _launch_decode(self, batch: StepBatch, greedy: bool) -> Tensor | None:
+        count, page = len(batch.slots), self.config.page_size
+        buffers = self._graphs.buffers(count)
+        starts, ranks = self._slot_rows(batch.slots)
+        pages = batch.block_tables[np.arange(count), batch.positions // page].astype(np.int64)
+        buffers.kv_slots[:count] = pages * page + batch.positions % page
+        buffers.tokens[:count] = batch.token_ids
+        buffers.positions[:count] = batch.positions
+        buffers.context_lens[:count] = batch.context_lens
+        buffers.starts[:count] = starts
+        buffers.ranks[:count] = ranks
+        buffers.tables[:count, : batch.block_tables.shape[1]] = batch.block_tables
+        buffers.kv_slots[count:] = -1
+        for padded in (buffers.tokens, buffers.positions, buffers.context_lens, buffers.ranks):
+            padded[count:] = 0
+        active = self.slots.active(set(batch.slots.tolist()))
+        self._graphs.launch(buffers, active, int(ranks.max(initial=0)), int(batch.context_lens.max()))
+        if greedy:
+            return None
+        return self._graphs.logits[torch.from_numpy(batch.sample_seqs.astype(np.int64)).to(self.device)]
+
+    def _launch_chunks(self, batch: StepBatch) -> Tensor:
+        meta, active = self.step_meta(batch)
+        last = batch.query_starts[1:][batch.sample_seqs] - 1
+        return self.forward(self._put(batch.token_ids), meta, active, self._put(last.astype(np.int64)))
+
+
+def _record() -> torch.cuda.Event:
+    return cast(torch.cuda.Event, torch.cuda.current_stream().record_event())
+
+
+def _is_plain(row: SampleRow) -> bool:
+    """The most likely token, and nothing else asked."""
+    return is_greedy(row.sampling) and row.sampling.top_logprobs is None and not has_edits(row)
+
+
+@contextmanager
+def _device_errors() -> Iterator[None]:
+    """A device that faulted does not come back; running out of memory fails one step only."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (torch.AcceleratorError, CudaBuildError) as error:
+        raise DeviceLost(str(error)) from error
+
+
+def build_cuda_runner(
+    base: Any, config: RunnerConfig, *, cache_dir: Path | None = None, identity: BaseIdentity | None = None
+) -> CudaRunner:
+    """`base` is a `onebase.base_model.LoadedBase` on CUDA in bf16; compiled kernels are kept in `cache_dir`."""
+    kernels = CudaKernels(cache_dir)
+    return CudaRunner(
+        read_weights(base.model, kernels, config.max_context),
+        kernels,
+        config,
+        eos_token_ids=base.tokenizer.eos_ids,
+        identity=identity if identity is not None else base.spec.identity,
+    )
