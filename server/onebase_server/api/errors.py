@@ -57,6 +57,7 @@ LITESTAR_WORDS: dict[int, tuple[str, str | None]] = {
     403: ("You may not do this.", "insufficient_permissions"),
     404: ("Invalid URL ({method} {path})", None),
     405: ("Not allowed to {method} on {path}.", "method_not_supported"),
+    408: ("The request's body came too slowly.", "request_timeout"),
     413: ("The request body is larger than this server takes.", "request_too_large"),
     415: ("Unsupported content type: send application/json.", "unsupported_media_type"),
     429: ("Too many requests.", "rate_limit_exceeded"),
@@ -118,6 +119,8 @@ def _litestar(error: HTTPException, method: str, path: str) -> Answer:
     headers = {}
     if isinstance(error, MethodNotAllowedException) and error.headers:
         headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+    if error.status_code in (408, 413):  # the rest of the body is not waited for
+        headers = {"Connection": "close"}
     message = words.format(method=method, path=path)
     return _make(error.status_code, message, "invalid_request_error", None, code, headers)
 

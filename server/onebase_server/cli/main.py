@@ -14,7 +14,7 @@ from rich.console import Console
 
 from onebase import __version__
 from onebase.errors import OnebaseError
-from onebase_server.cli import adapters, base, bench, chat, serve
+from onebase_server.cli import adapters, base, bench, care, chat, keys, serve
 
 app = typer.Typer(
     name="onebase",
@@ -28,6 +28,10 @@ app.command("chat")(chat.chat)
 app.command("bench")(bench.bench)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(base.app, name="base")
+app.add_typer(keys.app, name="keys")
+app.command("doctor")(care.doctor)
+app.command("backup")(care.backup)
+app.command("restore")(care.restore)
 
 HANDED_OVER = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 

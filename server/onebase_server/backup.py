@@ -1,0 +1,122 @@
+"""A home folder to one file and back: adapters, uploaded files, runs, datasets, audit log, and the SQLite database.
+
+Bases can be fetched again and are left out unless asked for; caches and locks always are. A running server need not
+stop: versions and files are immutable once named, and SQLite copies itself consistently. PostgreSQL has its own tools.
+"""
+
+import io
+import os
+import sqlite3
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+from onebase.durable import fsync_folder
+from onebase.errors import InvalidInput
+from onebase.home import Home
+from onebase.home_version import FILE as VERSION_FILE
+
+FOLDERS = ("adapters", "files", "runs", "datasets", "audit")
+DATABASE = "onebase.db"
+
+
+def back_up(home: Home, target: Path, *, with_bases: bool = False) -> int:
+    """Write `target` (a .tar, or .tar.gz by its name); its size in bytes. Raises InvalidInput if it is there."""
+    if target.exists():
+        raise InvalidInput(f"{target} is there already: name a new file", param="target")
+    part = target.with_name(f".{target.name}.part")
+    mode = "w:gz" if target.name.endswith(("gz", ".tgz")) else "w"
+    try:
+        with part.open("wb") as raw, tarfile.open(fileobj=raw, mode=mode) as tar:  # type: ignore[call-overload]
+            _add_version(tar, home)
+            _add_database(tar, home)
+            for folder in (*FOLDERS, *(["bases"] if with_bases else [])):
+                for path in _lasting(home.root / folder):
+                    # one that went away meanwhile (a removed version) is not in the backup, as if it went before
+                    _add_file(tar, path, str(path.relative_to(home.root)))
+            tar.close()
+            raw.flush()
+            os.fsync(raw.fileno())
+        os.rename(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+    fsync_folder(target.absolute().parent)
+    return target.stat().st_size
+
+
+def restore(source: Path, home: Home) -> list[str]:
+    """Unpack into a home folder that is empty or not there; the top names. Raises InvalidInput, leaving nothing."""
+    if home.root.exists() and any(home.root.iterdir()):
+        raise InvalidInput(f"{home.root} is not empty: restore into a new folder and move it into place", param="home")
+    home.root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home.root.parent, prefix=".restore-") as scratch:
+        try:
+            with tarfile.open(source) as tar:
+                tar.extractall(scratch, filter="data")  # no links out, no absolute names, no devices
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise InvalidInput(f"{source} can't be unpacked: {error}", param="source") from error
+        if not (Path(scratch) / VERSION_FILE).is_file():
+            raise InvalidInput(f"{source} is no backup of a home folder: it names no version", param="source")
+        _check_database(Path(scratch) / DATABASE)
+        names = sorted(path.name for path in Path(scratch).iterdir())
+        home.root.mkdir(mode=0o700, exist_ok=True)
+        for name in names:
+            os.rename(Path(scratch) / name, home.root / name)
+    home.create()
+    return names
+
+
+def _lasting(folder: Path) -> Iterator[Path]:
+    """Plain files below, without half-written ones."""
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not path.is_symlink() and not hidden and path.suffix not in (".part", ".lock", ".tmp"):
+            yield path
+
+
+def _add_version(tar: tarfile.TarFile, home: Home) -> None:
+    data = (home.root / VERSION_FILE).read_bytes()
+    info = tarfile.TarInfo(VERSION_FILE)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def _add_database(tar: tarfile.TarFile, home: Home) -> None:
+    path = home.root / DATABASE
+    if not path.is_file():
+        return
+    with tempfile.TemporaryDirectory(dir=home.root, prefix=".backup-") as scratch:
+        copy = Path(scratch) / DATABASE
+        with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(copy)) as target:
+            source.backup(target)
+        _add_file(tar, copy, DATABASE)
+
+
+def _add_file(tar: tarfile.TarFile, path: Path, name: str) -> None:
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        info = tar.gettarinfo(arcname=name, fileobj=file)
+        info.uid = info.gid = 0
+        info.uname = info.gname = ""
+        if info.islnk():  # a second name of bytes that are in the tar: kept as bytes, so that order does not matter
+            info.type, info.linkname, info.size = tarfile.REGTYPE, "", os.fstat(file.fileno()).st_size
+        tar.addfile(info, file)
+
+
+def _check_database(path: Path) -> None:
+    if not path.exists():
+        return
+    try:
+        with closing(sqlite3.connect(path)) as database:
+            found = database.execute("PRAGMA quick_check").fetchone()[0]
+    except sqlite3.DatabaseError as error:
+        found = str(error)
+    if found != "ok":
+        raise InvalidInput(f"the database in the backup is damaged: {found}", param="source")

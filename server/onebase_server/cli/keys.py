@@ -1,0 +1,134 @@
+"""`onebase keys`: make, list and revoke API keys. A running server sees each change within half a second."""
+
+import asyncio
+import json
+import os
+import re
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from onebase.errors import InvalidInput, NotFound
+from onebase_server.api.admin_keys import order_of
+from onebase_server.api.audit import AuditLog
+from onebase_server.api.decode import decode_body
+from onebase_server.api.keys import new_key
+from onebase_server.api.schemas_keys import CreateKey
+from onebase_server.cli.options import HomeOption
+from onebase_server.records.database import Database
+from onebase_server.records.keys import KeyRecords
+from onebase_server.records.tables import KeyRow
+from onebase_server.settings import load_settings
+from onebase_server.startup import prepare_home
+
+console = Console()
+app = typer.Typer(help="API keys: make, list, revoke.", no_args_is_help=True)
+T = TypeVar("T")
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800, "y": 31_536_000}
+
+
+@app.command("create")
+def create(
+    name: Annotated[str, typer.Option(help="Whose it is or what it is for.")],
+    scope: Annotated[
+        list[str] | None, typer.Option(help="inference, training or admin; may be given again. Default: inference.")
+    ] = None,
+    models: Annotated[
+        str | None, typer.Option(help="Names it may call, comma-separated. Default: all that nobody else trained.")
+    ] = None,
+    owner: Annotated[str | None, typer.Option(help="Keys with one owner share files, jobs and adapters.")] = None,
+    rpm: Annotated[int | None, typer.Option(min=1, help="Requests a minute.")] = None,
+    tpm: Annotated[int | None, typer.Option(min=1, help="Tokens a minute.")] = None,
+    parallel: Annotated[int | None, typer.Option(min=1, help="Generations at a time.")] = None,
+    expires: Annotated[str | None, typer.Option(help="Such as 12h, 30d, 1y. Default: never.")] = None,
+    home: HomeOption = None,
+) -> None:
+    """Make a key and show it: this once, since only its hash is kept."""
+    given = {
+        "name": name,
+        "scopes": scope or ["inference"],
+        "owner": owner,
+        "models": None if models is None else [word.strip() for word in models.split(",") if word.strip()],
+        "rpm": rpm,
+        "tpm": tpm,
+        "parallel": parallel,
+        "expires_in": None if expires is None else seconds_of(expires),
+    }
+    order = order_of(decode_body(CreateKey, json.dumps(given).encode()))
+    row, key = new_key(order, int(time.time()))
+    key_id = row.id
+    run(home, f"keys create {key_id}", lambda records: records.add(row))
+    console.print(f"{key_id} ({', '.join(order.scopes)}) for {name}; keep it, it is not shown again:", highlight=False)
+    console.print(key, highlight=False, soft_wrap=True)
+
+
+@app.command("ls")
+def list_all(home: HomeOption = None) -> None:
+    """List all keys that were made here."""
+    rows = run(home, None, lambda records: records.list())
+    if not rows:
+        console.print("no key yet: `onebase keys create --name me --scope admin` makes one")
+        return
+    table = Table(Column("id", no_wrap=True), "name", "owner", "scopes", "models", "rpm", "tpm", "state", "last used")
+    for row in rows:
+        table.add_row(*cells(row, time.time()))
+    console.print(table)
+
+
+@app.command("revoke")
+def revoke(
+    key_id: Annotated[str, typer.Argument(help="Its id, as `onebase keys ls` shows it.")], home: HomeOption = None
+) -> None:
+    """Refuse a key from now on. What runs on it finishes; what it made stays."""
+    row = run(home, f"keys revoke {key_id}", lambda records: records.revoke(key_id, int(time.time())))
+    if row is None:
+        raise NotFound(f"no key '{key_id}': `onebase keys ls` lists them", param="key_id")
+    console.print(f"revoked {key_id} ({row.name})", highlight=False)
+
+
+def run(home: Path | None, action: str | None, work: Callable[[KeyRecords], Awaitable[T]]) -> T:
+    """Do it on the database that the server uses, and write an action to the audit log."""
+    settings = load_settings(os.environ, {"home": home})
+    prepare_home(settings.home)
+
+    async def do() -> T:
+        database = (
+            Database.at(settings.database) if settings.database else Database.file(settings.home.root / "onebase.db")
+        )
+        try:
+            await database.migrate()
+            return await work(KeyRecords(database))
+        finally:
+            await database.close()
+
+    done = asyncio.run(do())
+    if action is not None:
+        AuditLog(settings.home.root / "audit").write({"key": "cli", "user": os.getuid(), "action": action})
+    return done
+
+
+def seconds_of(text: str) -> int:
+    """`90m` -> 5400. Raises InvalidInput."""
+    match = re.fullmatch(r"([1-9]\d{0,8})([smhdwy])", text.strip().lower())
+    if match is None:
+        raise InvalidInput(f"'{text}' is no span of time: write 12h, 30d or 1y", param="expires")
+    return int(match[1]) * UNITS[match[2]]
+
+
+def cells(row: KeyRow, now: float) -> tuple[str, ...]:
+    def stamp(seconds: int | None) -> str:
+        return "-" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+    state = "good" if row.expires_at is None else f"until {stamp(row.expires_at)}"
+    if row.revoked_at is not None:
+        state = f"revoked {stamp(row.revoked_at)}"
+    elif row.expires_at is not None and row.expires_at <= now:
+        state = f"expired {stamp(row.expires_at)}"
+    models = "all" if row.models is None else ", ".join(row.models) or "none"
+    limits = tuple("-" if limit is None else f"{limit:,}" for limit in (row.rpm, row.tpm))
+    return row.id, row.name, row.owner, ", ".join(row.scopes), models, *limits, state, stamp(row.last_used_at)

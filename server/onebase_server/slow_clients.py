@@ -1,0 +1,92 @@
+"""Clients that send slowly on purpose, or for ever: a bound on headers and on bodies, so that none holds a connection.
+
+Headers must come within the limit. A body may take as long as it likes at `MIN_RATE` bytes a second or more. A client
+that reads slowly is no trouble: its events merge in its own channel (engine/handle.py).
+"""
+
+import asyncio
+from typing import Any
+
+from litestar.exceptions import HTTPException
+from litestar.types import ASGIApp, HTTPReceiveMessage, Receive, Scope, Send, WebSocketReceiveMessage
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+MIN_RATE = 1000.0
+TIMED_OUT = 408
+
+
+def protocol_within(limit_s: float) -> type[H11Protocol]:
+    """uvicorn's protocol, which closes a connection whose request's head is not whole after `limit_s`."""
+
+    class BoundedProtocol(H11Protocol):
+        _head_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_watching()
+            super().connection_lost(exc)
+
+        def _watch(self) -> None:
+            """One timer from when a head is due until it is whole: bytes in between don't wind it up again."""
+            awaits_head = self.cycle is None or self.cycle.response_complete
+            if not awaits_head:
+                self._stop_watching()
+            elif self._head_timer is None:
+                self._head_timer = self.loop.call_later(limit_s, self._give_up)
+
+        def _stop_watching(self) -> None:
+            if self._head_timer is not None:
+                self._head_timer.cancel()
+                self._head_timer = None
+
+        def _give_up(self) -> None:
+            self._head_timer = None
+            self.transport.close()
+
+    return BoundedProtocol
+
+
+class BoundedBodies:
+    """ASGI: a body that comes too slowly is answered with 408."""
+
+    def __init__(self, app: ASGIApp, limit_s: float) -> None:
+        self._app = app
+        self._limit_s = limit_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if str(scope["type"]) == "http":
+            receive = Patience(receive, self._limit_s)
+        await self._app(scope, receive, send)
+
+
+class Patience:
+    """`receive` that runs out of patience before the body is whole, and waits for ever afterwards."""
+
+    def __init__(self, receive: Receive, limit_s: float) -> None:
+        self._receive = receive
+        self._clock = asyncio.get_running_loop().time
+        self._until = self._clock() + limit_s
+        self._is_whole = False
+
+    async def __call__(self) -> HTTPReceiveMessage | WebSocketReceiveMessage:
+        if self._is_whole:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(self._until - self._clock()):
+                message: Any = await self._receive()
+        except TimeoutError as error:
+            raise HTTPException(status_code=TIMED_OUT) from error
+        self._until += len(message.get("body", b"")) / MIN_RATE
+        self._is_whole = message["type"] != "http.request" or not message.get("more_body")
+        return message  # type: ignore[no-any-return]
