@@ -5,6 +5,7 @@ process that wrote it; the state in the table follows. Knows nothing of processe
 """
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,6 @@ from onebase.errors import Conflict, ModelNotFound
 from onebase.store import AdapterStore, Version
 from onebase_server.jobs.files import RESULTS, FileService
 from onebase_server.jobs.ledger import Ledger
-from onebase_server.jobs.names import short
 from onebase_server.jobs.progress import EventsTail, StepMetrics
 from onebase_server.jobs.results import results_csv
 from onebase_server.jobs.run_folder import RunFolder
@@ -66,7 +66,7 @@ class Settler:
         model = job.fine_tuned_model if job.kind == FINE_TUNING else version.id
         await self._ledger.change(
             job.id,
-            {"state": SUCCEEDED, "finished_at": self._ledger.now(), "run_open": False, "eta_s": None, "error": None},
+            {"state": SUCCEEDED, "finished_at": self._ledger.now(), "run_open": False, "eta_s": None, "message": None},
             when=(PUBLISHING,),
             events=[
                 NewEvent("model", f"New fine-tuned model created: {model}"),
@@ -115,7 +115,7 @@ class Settler:
     async def _keep_results(self, job: JobRow, folder: RunFolder) -> str:
         told = await asyncio.to_thread(EventsTail(folder.events).new)
         data = results_csv(each for each in told if isinstance(each, StepMetrics))
-        file_id = f"file-results-{short(job.id)}{job.seq}"
+        file_id = f"file-{hashlib.sha256(f'results of {job.id}'.encode()).hexdigest()[:24]}"  # the same after a crash
         return await self._files.add_once(file_id, data, filename="step_metrics.csv", purpose=RESULTS, owner=job.owner)
 
 
