@@ -137,9 +137,10 @@ def render(document: Json) -> str:
     return head + yaml.dump(document, Dumper=PlainDumper, sort_keys=False, allow_unicode=True, width=100)
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], document: Json | None = None) -> int:
+    """Write openapi.yaml in the working directory, or with `--check` say whether it is up to date."""
     target = Path("openapi.yaml")
-    text = render(build_document())
+    text = render(document or build_document())
     if "--check" not in arguments:
         target.write_text(text, encoding="utf-8")
         return 0

@@ -6,11 +6,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from api_world import BASE
-from live_server import Live, live_server
 from openai import OpenAI
 from openai.types.chat import ChatCompletionMessageParam
 from pydantic import BaseModel
+
+from api_world import BASE
+from live_server import Live, live_server
 
 HI: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hi"}]
 CALL = '### CALL:\n{"name": "look", "arguments": {"q": "tea"}}'

@@ -4,15 +4,21 @@ from typing import Any
 
 import pytest
 
-from api_world import World, chat_body, error_of, with_settings
+from api_world import LOOPBACK, World, chat_body, error_of, with_settings
 
 API, OTHER, ADMIN = "sk-inference-1", "sk-inference-2", "sk-admin-key-1"
 ELSEWHERE = ("203.0.113.9", 4711)
 
 
+@pytest.fixture(scope="module")
+def shared_keyed(shared_world: World) -> World:
+    return with_settings(shared_world, api_keys=(API, OTHER), admin_key=ADMIN)
+
+
 @pytest.fixture
-def keyed(world: World) -> World:
-    return with_settings(world, api_keys=(API, OTHER), admin_key=ADMIN)
+def keyed(shared_keyed: World) -> World:
+    shared_keyed.client = LOOPBACK
+    return shared_keyed
 
 
 def bearer(key: str) -> dict[str, str]:

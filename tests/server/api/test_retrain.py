@@ -144,21 +144,28 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory: pytest.TempPathFactory, loop: Any) -> Iterator[World]:
+    """A server that makes no run: no order here is good."""
+    with open_world(tmp_path_factory.mktemp("refusing"), loop) as world:
+        datasets = world.home.root / "datasets"
+        datasets.mkdir()
+        (datasets / "good").write_text("x")
+        (datasets / "link").symlink_to("/etc/passwd")
+        (datasets / "loop").symlink_to("loop")
+        yield world
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "code"), REFUSED, ids=[f"{param}-{i}" for i, (_, param, _) in enumerate(REFUSED)]
 )
 def test_a_wrong_order_is_refused_and_leaves_nothing(
-    own_world: World, fields: dict[str, Any], param: str, code: str
+    refusing: World, fields: dict[str, Any], param: str, code: str
 ) -> None:
-    datasets = own_world.home.root / "datasets"
-    datasets.mkdir(exist_ok=True)
-    (datasets / "good").write_text("x")
-    (datasets / "link").symlink_to("/etc/passwd")
-    (datasets / "loop").symlink_to("loop")
-    reply = own_world.post("/admin/retrain", {"adapter": "pirate", "dataset": "good", **fields})
+    reply = refusing.post("/admin/retrain", {"adapter": "pirate", "dataset": "good", **fields})
     assert reply.status_code == 400, reply.text
     assert (error_of(reply)["param"], error_of(reply)["code"]) == (param, code)
-    assert list(own_world.home.runs.iterdir()) == []
+    assert list(refusing.home.runs.iterdir()) == []
 
 
 def test_an_unknown_version_to_go_on_from_is_404(own_world: World) -> None:
