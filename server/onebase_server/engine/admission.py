@@ -95,7 +95,6 @@ class Admission:
         want = self._residency.want(entry)
         if want is Want.NO_SLOT and now - sequence.waiting_since >= self._config.fairness_wait_s:
             self._drain_for(entry, now)
-            want = self._residency.want(entry)  # what drains may be idle already
         return want is Want.READY
 
     def _drain_for(self, beneficiary: Residence, now: float) -> None:

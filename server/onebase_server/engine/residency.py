@@ -328,7 +328,7 @@ class Residency:
         if entry.num_running or not entry.is_copied:
             return False
         if self.is_draining(entry):
-            return entry.drains_for is beneficiary
+            return entry.drains_for is beneficiary or self._reserved_for is beneficiary
         return entry.num_leases == 0 and not entry.is_pinned
 
     def _clear_slot(self, entry: Residence) -> None:

@@ -82,12 +82,14 @@ def test_many_versions_wanted_at_once_overdraw_the_budget_by_little() -> None:
 
 def test_a_thousand_swaps_leave_no_byte_behind() -> None:
     world = World(FakeRunner(num_slots=2), EngineConfig(host_budget_bytes=10**9, max_known_adapters=16))
+    world.checks_ticks = False
     old: AdapterRef | None = None
     for version in range(1, 1001):
         ref = fake_adapter("a", version, rank=8 + version % 3)
         world.engine.publish(ref, replaces=old)
         world.ask([version % 250, 2], ref, max_tokens=2)
         world.settle()
+        world.check_choice(world.asked.pop(), 0)
         assert world.core.residency.host_bytes <= 1000
         assert world.runner.used_rows <= 10
         old = ref
