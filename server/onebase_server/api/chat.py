@@ -7,7 +7,7 @@ from litestar.params import JSONBody
 from litestar.types import ASGIApp
 
 from onebase_server.api.caller import caller_of
-from onebase_server.api.chat_plan import check_chat, plan_chat
+from onebase_server.api.chat_plan import check_chat, plan_chat_aside
 from onebase_server.api.chat_reply import ChatStream, chat_completion
 from onebase_server.api.chat_store import ChatKeeper
 from onebase_server.api.deps import Deps
@@ -26,7 +26,7 @@ async def create_chat_completion(data: JSONBody[ChatRequest], deps: Deps, reques
     given = check_chat(data, deps.settings.max_choices)
     backend = deps.backend.get()
     caller = caller_of(request)
-    plan = plan_chat(data, given, await visible_model(data.model, caller, backend, deps), backend)
+    plan = await plan_chat_aside(data, given, await visible_model(data.model, caller, backend, deps), backend)
     keeper = ChatKeeper(deps.chats, caller.owner, data, plan) if data.store else None
     handle = submit(request, deps, backend, plan.request)
     if data.stream:

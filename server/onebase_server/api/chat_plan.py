@@ -1,5 +1,6 @@
 """`ChatRequest` -> what to generate: the one place where chat's rules between fields and the prompt meet."""
 
+import asyncio
 import secrets
 import time
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from onebase_server.api.convert_sampling import (
 )
 from onebase_server.api.models_lookup import ServedModel
 from onebase_server.api.schemas_chat import ChatRequest, NamedTool
-from onebase_server.api.structured import grammar_of
+from onebase_server.api.structured import grammar_of, takes_long
 from onebase_server.engine.types import GenerationRequest
 
 
@@ -124,3 +125,10 @@ def plan_chat(body: ChatRequest, given: ChatInput, model: ServedModel, backend: 
         wants_logprobs=bool(body.logprobs),
         include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
     )
+
+
+async def plan_chat_aside(body: ChatRequest, given: ChatInput, model: ServedModel, backend: Backend) -> ChatPlan:
+    """As `plan_chat`, off the event loop where it takes long: other streams go on."""
+    if takes_long(body):
+        return await asyncio.to_thread(plan_chat, body, given, model, backend)
+    return plan_chat(body, given, model, backend)

@@ -8,7 +8,7 @@ from litestar.params import FromPath, JSONBody
 from litestar.types import ASGIApp
 
 from onebase_server.api.caller import Caller, caller_of
-from onebase_server.api.chat_plan import ChatPlan, check_chat, plan_chat
+from onebase_server.api.chat_plan import ChatPlan, check_chat, plan_chat_aside
 from onebase_server.api.deps import AppDeps, Deps
 from onebase_server.api.generation import complete
 from onebase_server.api.replies import json_reply
@@ -72,14 +72,12 @@ async def list_input_items(response_id: FromPath[str], deps: Deps, kept: Kept, r
     return InputItemList(object="list", data=items, first_id=first, last_id=last, has_more=False)
 
 
-async def plan_response(
-    data: ResponseRequest, history: list[ChatMessage], caller: Caller, deps: AppDeps
-) -> ChatPlan:
+async def plan_response(data: ResponseRequest, history: list[ChatMessage], caller: Caller, deps: AppDeps) -> ChatPlan:
     with in_callers_words():
         chat = to_chat(data, history)
         given = check_chat(chat, deps.settings.max_choices)
         backend = deps.backend.get()
-        return plan_chat(chat, given, await visible_model(chat.model, caller, backend, deps), backend)
+        return await plan_chat_aside(chat, given, await visible_model(chat.model, caller, backend, deps), backend)
 
 
 def keeper(kept: ResponseStore, owner: str, data: ResponseRequest, history: list[ChatMessage]) -> Finished:
