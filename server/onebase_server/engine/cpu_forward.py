@@ -38,12 +38,13 @@ class CpuForward:
         )
         self._model = self._describe(cache)
         self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._logits = torch.empty(0)
 
     def __call__(self, token_ids: Tensor, meta: StepMeta, active: frozenset[str], sample_tokens: Tensor) -> Tensor:
-        """token_ids int32 [T]; sample_tokens int64 [R] -> logits [R, V] fp32."""
+        """token_ids int32 [T]; sample_tokens int64 [R] -> logits [R, V] fp32, overwritten by the next call."""
         threads = torch.get_num_threads()
         tokens, samples = token_ids.shape[0], sample_tokens.shape[0]
-        logits = torch.empty(samples, self.weights.geometry.vocab)
+        logits = self._logits_of(samples)
         workspace = self._space(max(tokens, samples), meta.max_rank, threads)
         step = cpu_abi.Step(
             tokens=token_ids.data_ptr(),
@@ -68,6 +69,12 @@ class CpuForward:
         self._model.rank_table = self.slots.rank_table.ctypes.data
         self.kernels.library.onebase_forward(ctypes.byref(self._model), ctypes.byref(step))
         return logits
+
+    def _logits_of(self, samples: int) -> Tensor:
+        vocab = self.weights.geometry.vocab
+        if self._logits.numel() < samples * vocab:
+            self._logits = torch.zeros(samples * vocab)
+        return self._logits[: samples * vocab].view(samples, vocab)
 
     def _space(self, tokens: int, max_rank: int, threads: int) -> Tensor:
         """One block of memory, grown to the largest step so far."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from onebase.adapter import BaseIdentity
+from onebase_server.engine.cpu_choose import cpu_chooser
 from onebase_server.engine.cpu_forward import CpuForward, covers
 from onebase_server.engine.host_adapter import TorchHostAdapter, read_host_adapter
 from onebase_server.engine.lora_slots import LoraSlots
@@ -63,7 +64,8 @@ class TorchRunner:
         rows = config.lora_rows or config.num_slots * config.max_lora_rank
         self.slots = LoraSlots(weights, rows)
         self.forward: Forward = _forward(weights, kernels, self.cache, self.slots)
-        self.sampler = Sampler(weights.geometry.vocab, self.device, eos_token_ids)
+        choose = cpu_chooser(kernels) if isinstance(kernels, CpuKernels) else None
+        self.sampler = Sampler(weights.geometry.vocab, self.device, eos_token_ids, choose)
         self._copies: Any = _copy_stream(self.device)
         self._loading: dict[int, Any] = {}
         self._limits = RunnerLimits(

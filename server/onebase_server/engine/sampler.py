@@ -6,6 +6,8 @@ Randomness is one uniform of (seed, step) put through the inverse CDF in a fixed
 depends on its neighbours. It must not know text, adapters or the scheduler.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -22,14 +24,27 @@ _CANDIDATES = 1024
 """Sorted candidates looked at first; rows whose top_p reaches further are sorted whole."""
 
 
-class Sampler:
-    """Keeps the token counts of live sequences by `state_id`; everything else is computed a step at a time."""
+Chooser = Callable[[Tensor, list[SampleRow]], NDArray[np.int64]]
+"""Edited logits [R, V] fp32 and rows -> tokens [R]."""
 
-    def __init__(self, vocab_size: int, device: torch.device, eos_token_ids: frozenset[int]) -> None:
+
+class Sampler:
+    """Keeps the token counts of live sequences by `state_id`; everything else is computed a step at a time.
+
+    `choose`: a backend's own draw instead of the one in torch."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        device: torch.device,
+        eos_token_ids: frozenset[int],
+        choose: Chooser | None = None,
+    ) -> None:
         self.vocab_size = vocab_size
         self.device = device
         self.eos_token_ids = eos_token_ids
         self._states: dict[int, EditState] = {}
+        self._choose: Chooser = choose or choose_in_torch
 
     def release(self, state_id: int) -> None:
         self._states.pop(state_id, None)
@@ -52,22 +67,23 @@ class Sampler:
                 top_ids[i], top_logprobs[i] = ids[j, :k], values[j, :k]
         return StepResult(tokens, logprobs, top_ids, top_logprobs)
 
-    def _choose(self, logits: Tensor, rows: list[SampleRow]) -> NDArray[np.int64]:
-        plain: list[int] = []
-        cut: list[int] = []
-        greedy: list[int] = []
-        for i, row in enumerate(rows):
-            (greedy if is_greedy(row.sampling) else cut if is_truncated(row.sampling) else plain).append(i)
-        if len(greedy) == len(rows):
-            return logits.argmax(-1).cpu().numpy()
-        tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-        if greedy:
-            tokens[greedy] = logits[greedy].argmax(-1)
-        for chosen, draw in ((plain, _draw_plain), (cut, _draw_truncated)):
-            if chosen:
-                own = [rows[i] for i in chosen]
-                tokens[chosen] = draw(logits[chosen] if len(chosen) < len(rows) else logits, own)
-        return tokens.cpu().numpy()
+
+def choose_in_torch(logits: Tensor, rows: list[SampleRow]) -> NDArray[np.int64]:
+    plain: list[int] = []
+    cut: list[int] = []
+    greedy: list[int] = []
+    for i, row in enumerate(rows):
+        (greedy if is_greedy(row.sampling) else cut if is_truncated(row.sampling) else plain).append(i)
+    if len(greedy) == len(rows):
+        return logits.argmax(-1).cpu().numpy()
+    tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+    if greedy:
+        tokens[greedy] = logits[greedy].argmax(-1)
+    for chosen, draw in ((plain, _draw_plain), (cut, _draw_truncated)):
+        if chosen:
+            own = [rows[i] for i in chosen]
+            tokens[chosen] = draw(logits[chosen] if len(chosen) < len(rows) else logits, own)
+    return tokens.cpu().numpy()
 
 
 def is_greedy(sampling: SamplingParams) -> bool:

@@ -39,11 +39,10 @@ class DecodeAttention:
         caches: tuple[Tensor, Tensor],
         scale: float,
         meta: StepMeta,
-        lora: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        """qkv [S, (H + 2G) D] -> [S, H D]; `tables` are cos and sin, `scale` includes log2(e), `lora` is (v, b) of the
-        projection. A sequence with no context keeps whatever was there. Without `tables`: attention alone, of
-        rotated q [S, H D] over a cache that has it all."""
+        """qkv [S, (H + 2G) D] -> [S, H D]; `tables` are cos and sin, `scale` includes log2(e). A sequence
+        with no context keeps whatever was there. Without `tables`: attention alone, of rotated q [S, H D] over a
+        cache that has it all."""
         seqs = qkv.shape[0]
         page, groups = caches[0].shape[1:3]
         heads, head = groups * self._group, self._head
@@ -53,22 +52,14 @@ class DecodeAttention:
         self._reserve(seqs * heads * splits * (head + 2), seqs * groups)
         out = torch.empty(seqs, heads * head, dtype=qkv.dtype, device=qkv.device)
         step = (meta.kv_slots, meta.context_lens, meta.block_tables, self._workspace, self._counters)
-        nothing = ctypes.c_void_p(0)
-        down, up = (nothing, nothing) if lora is None else (pointer(lora[0]), pointer(lora[1]))
-        width = 0 if lora is None else lora[0].shape[2]
         arguments = [
             *map(pointer, (qkv, *caches, out)),
-            *((nothing, nothing) if tables is None else map(pointer, tables)),
+            *((0, 0) if tables is None else map(pointer, tables)),
             *map(pointer, step),
-            up,
-            down,
-            pointer(meta.lora_starts),
-            pointer(meta.lora_ranks),
-            ctypes.c_int(width),
-            ctypes.c_int(meta.block_tables.stride(0)),
-            ctypes.c_int(page.bit_length() - 1),
+            meta.block_tables.stride(0),
+            page.bit_length() - 1,
             ctypes.c_float(scale),
-            ctypes.c_int(min_chunk),
+            min_chunk,
         ]
         self._kernel.launch((groups, seqs, splits), 128, arguments)
         return out

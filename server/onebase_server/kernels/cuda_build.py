@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "cuda"
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_MAX_PARAMETERS = 24
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
@@ -137,8 +138,12 @@ class _Attribute(ctypes.Structure):
 
 class _LaunchConfig(ctypes.Structure):
     _fields_ = (
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
+        ("x", ctypes.c_uint),
+        ("y", ctypes.c_uint),
+        ("z", ctypes.c_uint),
+        ("threads", ctypes.c_uint),
+        ("block_y", ctypes.c_uint),
+        ("block_z", ctypes.c_uint),
         ("shared_bytes", ctypes.c_uint),
         ("stream", ctypes.c_void_p),
         ("attributes", ctypes.POINTER(_Attribute)),
@@ -166,30 +171,41 @@ class CudaFunction:
     def __init__(self, handle: ctypes.c_void_p, name: str, device: int) -> None:
         self._handle, self._name, self._device, self._shared = handle, name, device, 0
         self._overlap = _Attribute(id=_PROGRAMMATIC_SERIALIZATION, value=1)
-        self._config = _LaunchConfig(attributes=ctypes.pointer(self._overlap), num_attributes=1)
+        self._config = _LaunchConfig(block_y=1, block_z=1, attributes=ctypes.pointer(self._overlap), num_attributes=1)
         self._config_address = ctypes.byref(self._config)
+        self._values = (ctypes.c_uint64 * _MAX_PARAMETERS)()
+        start = ctypes.addressof(self._values)
+        self._at = [start + 8 * i for i in range(_MAX_PARAMETERS)]
+        self._addresses = (ctypes.c_void_p * _MAX_PARAMETERS)(*self._at)
         self._launch = _driver().cuLaunchKernelEx
 
     def launch(
         self,
         grid: tuple[int, int, int],
         threads: int,
-        args: Sequence[Any],  # ctypes values, passed by address
+        args: Sequence[Any],
         *,
         shared_bytes: int = 0,
+        stream: int | None = None,
     ) -> None:
-        """On torch's current stream. May start while the kernel before it ends: the kernel itself waits."""
+        """`args`: integers (addresses too), or ctypes values for everything else. On torch's current stream unless
+        `stream` says otherwise. May start while the kernel before it ends: the kernel itself waits."""
         _use_primary_context(self._device)
         if shared_bytes > self._shared:
             _check(_driver().cuFuncSetAttribute(self._handle, _MAX_DYNAMIC_SHARED, shared_bytes), self._name)
             self._shared = shared_bytes
-        config = self._config
-        config.grid[:] = grid
-        config.block[:] = (threads, 1, 1)
+        config, values, addresses = self._config, self._values, self._addresses
+        config.x, config.y, config.z = grid
+        config.threads = threads
         config.shared_bytes = shared_bytes
-        config.stream = torch._C._cuda_getCurrentRawStream(self._device)
-        pointers = (ctypes.c_void_p * len(args))(*map(ctypes.addressof, args))
-        status = self._launch(self._config_address, self._handle, pointers, None)
+        config.stream = torch._C._cuda_getCurrentRawStream(self._device) if stream is None else stream
+        for i, value in enumerate(args):
+            if type(value) is int:
+                values[i] = value
+                addresses[i] = self._at[i]
+            else:
+                addresses[i] = ctypes.addressof(value)
+        status = self._launch(self._config_address, self._handle, addresses, None)
         if status:
             _check(status, self._name)
 
@@ -229,7 +245,7 @@ def tensor_map(x: torch.Tensor, box_rows: int) -> "ctypes.Array[ctypes.c_uint64]
         result,
         _BFLOAT16,
         2,
-        pointer(x),
+        ctypes.c_void_p(x.data_ptr()),
         (ctypes.c_uint64 * 2)(x.shape[1], x.shape[0]),
         (ctypes.c_uint64 * 1)(x.stride(0) * 2),
         (ctypes.c_uint32 * 2)(64, box_rows),
@@ -243,8 +259,8 @@ def tensor_map(x: torch.Tensor, box_rows: int) -> "ctypes.Array[ctypes.c_uint64]
     return result
 
 
-def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def pointer(tensor: torch.Tensor) -> int:
+    return tensor.data_ptr()
 
 
 def available() -> bool:

@@ -20,37 +20,35 @@ class DensePipeline:
         self._order = order
         self._index = {id(weight): i for i, weight in enumerate(order)}
         self._side = torch.cuda.Stream()
-        self._buffers: list[Tensor] = []
-        self._used: list[torch.cuda.Event | None] = [None, None]
-        self._ready: tuple[int, torch.cuda.Event] | None = None
+        self._views: list[Tensor] = []
+        self._used = [torch.cuda.Event(), torch.cuda.Event()]
+        self._ready = [torch.cuda.Event(), torch.cuda.Event()]
+        self._started = -1
 
     def __call__(self, x: Tensor, weight: NF4Weight) -> Tensor:
         """x [T, K] @ W.T -> [T, N]."""
         index, main = self._index[id(weight)], torch.cuda.current_stream()
-        if self._ready is None or self._ready[0] != index:
+        if not self._views:
+            self._views = self._make_views()
+        if self._started != index:
             self._side.wait_stream(main)
             self._start(index)
-        assert self._ready is not None
-        main.wait_event(self._ready[1])
-        self._ready = None
-        y = functional.linear(x, self._view(index))
-        self._used[index % 2] = main.record_event()
+        main.wait_event(self._ready[index % 2])
+        y = functional.linear(x, self._views[index])
+        self._used[index % 2].record(main)
         if index + 1 < len(self._order):
+            self._side.wait_event(self._used[(index + 1) % 2])
             self._start(index + 1)
         return y
 
     def _start(self, index: int) -> None:
-        """Dequantise into the buffer whose last reader has been asked for before."""
-        with torch.cuda.stream(self._side):
-            used = self._used[index % 2]
-            if used is not None:
-                self._side.wait_event(used)
-            self._nf4.dequantise(self._order[index], self._view(index))
-            self._ready = index, self._side.record_event()
+        self._nf4.dequantise(self._order[index], self._views[index], stream=self._side.cuda_stream)
+        self._ready[index % 2].record(self._side)
+        self._started = index
 
-    def _view(self, index: int) -> Tensor:
-        n, k = self._order[index].shape
-        if not self._buffers:
-            largest = max(weight.shape[0] * weight.shape[1] for weight in self._order)
-            self._buffers = [torch.empty(largest, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
-        return self._buffers[index % 2][: n * k].view(n, k)
+    def _make_views(self) -> list[Tensor]:
+        """Two buffers as large as the largest weight; every weight's view of its own one."""
+        sizes = [weight.shape for weight in self._order]
+        largest = max(n * k for n, k in sizes)
+        buffers = [torch.empty(largest, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+        return [buffers[i % 2][: n * k].view(n, k) for i, (n, k) in enumerate(sizes)]

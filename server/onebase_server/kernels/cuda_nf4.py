@@ -83,6 +83,17 @@ class NF4Matmul:
             return functional.linear(x, self.dequantise(weight))
         return self.run(choice, x, weight)
 
+    def in_halves(self, x: Tensor, weight: NF4Weight) -> Tensor:
+        """For up to twice `MAX_TOKENS`: two launches read the tiles twice, which still beats dequantising them."""
+        m, (n, k) = x.shape[0], weight.shape
+        assert isinstance(weight.repacked, Tiles)
+        y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+        half = -(-m // 16) * 8
+        choice = self.choose(half, n, k, weight.repacked.blocks)
+        for part in (slice(0, half), slice(half, m)):
+            self.run(choice, x[part], weight, y[part])
+        return y
+
     def choose(self, m: int, n: int, k: int, blocks: int) -> Choice:
         """The measured table of this GPU first, else the rule of thumb: the smallest variant that holds m tokens."""
         if m > MAX_TOKENS:
@@ -141,7 +152,7 @@ class NF4Matmul:
         y = torch.empty(m, n, dtype=x.dtype, device=x.device) if out is None else out
         plan = self._plans.get((name, m, n, k)) or self._plan(name, m, n, k, tiles)
         variant = plan.variant
-        head = [pointer(tiles.data), pointer(x), pointer(y), tiles.codes]
+        head: list[Any] = [pointer(tiles.data), pointer(x), pointer(y), tiles.codes]
         sizes = [m, n, k, x.stride(0), tiles.blocks, tiles.row_tiles]
         if isinstance(variant, Small):
             assert m == 1 or not fusion.gain
@@ -152,8 +163,7 @@ class NF4Matmul:
         if isinstance(variant, Group):
             head[1] = tensor_map(x, variant.tokens)
             sizes = [m, n, tiles.blocks, tiles.row_tiles, fusion.swiglu]  # K and the stride are in the map
-        arguments = [*head, *tail, *map(ctypes.c_int, sizes)]
-        plan.function.launch(plan.grid, variant.threads, arguments, shared_bytes=plan.shared_bytes)
+        plan.function.launch(plan.grid, variant.threads, [*head, *tail, *sizes], shared_bytes=plan.shared_bytes)
         return y
 
     def _plan(self, name: str, m: int, n: int, k: int, tiles: Tiles) -> Plan:
@@ -167,15 +177,15 @@ class NF4Matmul:
         self._plans[name, m, n, k] = plan
         return plan
 
-    def dequantise(self, weight: NF4Weight, out: Tensor | None = None) -> Tensor:
+    def dequantise(self, weight: NF4Weight, out: Tensor | None = None, stream: int | None = None) -> Tensor:
         """bf16 [N, K]: bitsandbytes' values, but for absmax having been through a multiplication (1 ulp of fp32)."""
         tiles = weight.repacked
         assert isinstance(tiles, Tiles)
         n, k = weight.shape
         dense = torch.empty(n, k, dtype=torch.bfloat16, device=tiles.data.device) if out is None else out
         padded = tiles.data.shape[0] * 4
-        sizes = [ctypes.c_int(v) for v in (n, k, tiles.blocks, padded)]
         grid = min(self._processors * 8, -(-padded * tiles.blocks // 8))
-        arguments = [pointer(tiles.data), pointer(dense), pointer(tiles.exact_code), *sizes]
-        self._module.function("nf4_dequantise").launch((grid, 1, 1), 256, arguments)
+        tensors = map(pointer, (tiles.data, dense, tiles.exact_code))
+        arguments = [*tensors, n, k, tiles.blocks, padded]
+        self._module.function("nf4_dequantise").launch((grid, 1, 1), 256, arguments, stream=stream)
         return dense

@@ -22,6 +22,7 @@ from onebase_server.kernels.ops import LoraPool, NF4Weight, StepMeta
 from onebase_server.kernels.torch_ops import TorchKernels
 
 _LOG2_E = math.log2(math.e)
+_FUSED_HEADS = 1200  # sequences x kv heads
 _MAX_SLICES = 8
 _Borders = ctypes.c_int * (_MAX_SLICES + 1)
 _TOKENWISE = 128
@@ -68,14 +69,14 @@ class CudaKernels:
         tokens, chunks = x.shape[0], -(-meta.max_rank // 8)
         v = torch.empty(tokens, slices, chunks * 8, dtype=torch.float32, device=x.device)
         tensors = list(map(pointer, (x, pool.a, v, meta.lora_starts, meta.lora_ranks)))
-        sizes = _ints(slices, rows, k, x.stride(0), chunks * 8)
+        sizes = (slices, rows, k, x.stride(0), chunks * 8)
         if _tokenwise(meta, tokens):
             split = 4 if tokens <= 8 else 2 if tokens <= 32 else 1
             grid = (tokens, slices, chunks * split)
-            self._lora.function("lora_shrink").launch(grid, 256, [*tensors, *sizes, ctypes.c_int(split)])
+            self._lora.function("lora_shrink").launch(grid, 256, [*tensors, *sizes, split])
         else:
             grid = (-(-tokens // 16), slices, chunks)
-            arguments = [*tensors, ctypes.c_int(tokens), *sizes]
+            arguments = [*tensors, tokens, *sizes]
             self._lora.function("lora_shrink_tiles").launch(grid, 128, arguments)
         return v
 
@@ -84,12 +85,12 @@ class CudaKernels:
         (tokens, n), slices = y.shape, pool.a.shape[0]
         borders = _Borders(*pool.offsets, *([n] * (_MAX_SLICES - slices)))
         arguments: list[Any] = [*map(pointer, (y, pool.b, v, meta.lora_starts, meta.lora_ranks)), borders]
-        sizes, columns = _ints(slices, n, v.shape[2], fold), -(-n // 1024)
+        sizes, columns = (slices, n, v.shape[2], fold), -(-n // 1024)
         if _tokenwise(meta, tokens):
             self._lora.function("lora_expand").launch((columns, tokens, 1), 128, [*arguments, *sizes])
         else:
             grid = (columns, -(-tokens // 16), 1)
-            arguments.append(ctypes.c_int(tokens))
+            arguments.append(tokens)
             self._lora.function("lora_expand_tiles").launch(grid, 128, [*arguments, *sizes])
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -107,14 +108,13 @@ class CudaKernels:
         k = x.shape[-1]
         out = torch.empty_like(x)
         total = x if residual is None else torch.empty_like(x)
-        nothing = ctypes.c_void_p(0)
         arguments = [
             pointer(x),
-            nothing if residual is None else pointer(residual),
+            0 if residual is None else pointer(residual),
             pointer(weight),
             pointer(out),
             pointer(total),
-            ctypes.c_int(k),
+            k,
             ctypes.c_float(eps),
         ]
         self._elementwise.function("rms_norm").launch((x.numel() // k, 1, 1), 512, arguments)
@@ -131,7 +131,7 @@ class CudaKernels:
         tensors = (qkv, cos, sin, q, k_cache, v_cache, meta.positions.int(), meta.kv_slots)
         items = (heads + groups) * head // 16 + groups * head // 8
         rope = self._elementwise.function("rope_write_kv")
-        rope.launch((-(-items // 256), tokens, 1), 256, [*map(pointer, tensors), *_ints(heads, groups, head)])
+        rope.launch((-(-items // 256), tokens, 1), 256, [*map(pointer, tensors), heads, groups, head])
         return q
 
     def paged_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, meta: StepMeta) -> Tensor:
@@ -141,7 +141,7 @@ class CudaKernels:
             return self._twin.paged_attention(q, k_cache, v_cache, scale, meta)
         if meta.max_query > 1:
             return self._varlen(q, k_cache, v_cache, scale, meta)
-        return self._decoder(head, group)(q.flatten(1), None, (k_cache, v_cache), scale * _LOG2_E, meta, None)
+        return self._decoder(head, group)(q.flatten(1), None, (k_cache, v_cache), scale * _LOG2_E, meta)
 
     def decode_attention(
         self,
@@ -150,12 +150,15 @@ class CudaKernels:
         caches: tuple[Tensor, Tensor],
         scale: float,
         meta: StepMeta,
-        lora: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """`lora_expand_`, `rope_write_kv` and `paged_attention` in one kernel, for steps of one token a sequence."""
+        """`rope_write_kv` and `paged_attention` for steps of one token a sequence: in one kernel where that is faster
+        (each CTA repeats the first, which small batches hide)."""
+        if len(qkv) * caches[0].shape[2] > _FUSED_HEADS:
+            q = self.rope_write_kv(qkv, *tables, *caches, meta)
+            return self.paged_attention(q, *caches, scale, meta)
         groups, head = caches[0].shape[2:]
         group = qkv.shape[1] // (groups * head) - 2
-        return self._decoder(head, group)(qkv, tables, caches, scale * _LOG2_E, meta, lora)
+        return self._decoder(head, group)(qkv, tables, caches, scale * _LOG2_E, meta)
 
     def _decoder(self, head: int, group: int) -> DecodeAttention:
         if (head, group) not in self._decode:
@@ -187,7 +190,7 @@ class CudaKernels:
     def advance_step(self, tokens: Tensor, chosen: Tensor, meta: StepMeta) -> None:
         """Make the static inputs of a decode step those of the next, on the device: see cuda/elementwise.cu."""
         tensors = (tokens, chosen, meta.positions, meta.context_lens, meta.kv_slots)
-        arguments = [*map(pointer, tensors), *_ints(len(tokens))]
+        arguments = [*map(pointer, tensors), len(tokens)]
         self._elementwise.function("advance_step").launch((1, 1, 1), 256, arguments)
 
     def silu_mul(self, gate_up: Tensor, *, folded: bool = False) -> Tensor:
@@ -196,9 +199,7 @@ class CudaKernels:
             return self._twin.silu_mul(gate_up)
         out = torch.empty(tokens, inner, dtype=gate_up.dtype, device=gate_up.device)
         grid = (-(-inner // 2048), tokens, 1)
-        self._elementwise.function("silu_mul").launch(
-            grid, 256, [pointer(gate_up), pointer(out), *_ints(inner, folded)]
-        )
+        self._elementwise.function("silu_mul").launch(grid, 256, [pointer(gate_up), pointer(out), inner, int(folded)])
         return out
 
 
@@ -214,7 +215,3 @@ def _tokenwise(meta: StepMeta, tokens: int) -> bool:
 
 def _vectorised(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0 and x.shape[-1] <= 16384
-
-
-def _ints(*values: int) -> list[ctypes.c_int]:
-    return [ctypes.c_int(v) for v in values]

@@ -1,15 +1,20 @@
 """The sampler against exact distributions, and vLLM's and OpenAI's meaning of every parameter."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from onebase_server.engine.cpu_choose import cpu_chooser
 from onebase_server.engine.runner import SampleRow, StepResult
-from onebase_server.engine.sampler import Sampler, uniforms
+from onebase_server.engine.sampler import Chooser, Sampler, uniforms
 from onebase_server.engine.types import SamplingParams
+from onebase_server.kernels.cpu_build import load_library
+from onebase_server.kernels.cpu_ops import CpuKernels
 
 pytestmark = pytest.mark.slow
 
@@ -17,8 +22,25 @@ VOCAB = 64
 DRAWS = 20000
 
 
-def sampler(vocab: int = VOCAB) -> Sampler:
-    return Sampler(vocab, torch.device("cpu"), frozenset({2}))
+@pytest.fixture(params=["torch", "native", "x86-64-v3"], autouse=True)
+def backend(request: pytest.FixtureRequest, kernel_cache: Path) -> Iterator[None]:
+    """Every test runs with the draw in torch and with the one in C++."""
+    global CHOOSE
+    CHOOSE = None
+    if request.param != "torch":
+        library = load_library(kernel_cache, march=request.param)
+        if library is None:
+            pytest.skip("no C++ compiler here")
+        CHOOSE = cpu_chooser(CpuKernels(library, torch.float32))
+    yield
+    CHOOSE = None
+
+
+CHOOSE: Chooser | None = None
+
+
+def sampler(vocab: int = VOCAB, eos: frozenset[int] = frozenset({2})) -> Sampler:
+    return Sampler(vocab, torch.device("cpu"), eos, CHOOSE)
 
 
 def row(
@@ -124,13 +146,13 @@ def test_penalties_are_vllms() -> None:
     )  # fmt: skip
     expected = torch.tensor([1.0, -2.0, 3.0, 0.25 - 0.5 - 0.5, 1.0, 2.0 - 0.25 - 0.5])
     edited = logits.clone()
-    subject = Sampler(6, torch.device("cpu"), frozenset())
+    subject = sampler(6, frozenset())
     assert subject.sample(edited, [penalised]).token_ids[0] == 2
     assert torch.allclose(edited[0], expected)
 
 
 def test_counts_follow_the_answer_and_end_with_the_sequence() -> None:
-    subject = Sampler(4, torch.device("cpu"), frozenset())
+    subject = sampler(4, frozenset())
     own = row(temperature=0.0, frequency_penalty=1.0)
     for _ in range(6):
         own.output_ids.append(int(subject.sample(torch.tensor([[3.0, 2.5, 0.0, 0.0]]), [own]).token_ids[0]))
@@ -207,7 +229,7 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
 def test_sampling_params_of_a_row_may_be_replaced_between_steps() -> None:
     """The engine narrows max_tokens; nothing may be cached by identity of the params."""
     own = row(temperature=0.0, presence_penalty=1.0, output=[0])
-    subject = Sampler(3, torch.device("cpu"), frozenset())
+    subject = sampler(3, frozenset())
     assert subject.sample(torch.tensor([[1.5, 1.0, 0.0]]), [own]).token_ids[0] == 1
     own.sampling = replace(own.sampling, presence_penalty=0.0)
     assert subject.sample(torch.tensor([[1.5, 1.0, 0.0]]), [own]).token_ids[0] == 0

@@ -18,17 +18,16 @@ DEV void merge(float& m, float& l, float* acc, float other_m, float other_l, con
   m = top;
 }
 
-// Everything between the qkv projection and the output projection for decoding tokens: LoRA's expand on q, k and v, RoPE, the
-// token's K and V into the cache, attention. The token's own K and V never come from the cache.
+// Everything between the qkv projection and the output projection for decoding tokens: RoPE, the token's K and V into the
+// cache, attention. The token's own K and V never come from the cache.
 // grid (G, S, splits): splits beyond a sequence's own end last, and at once. scale includes log2(e). workspace [S, H, splits,
-// HEAD_DIM + 2], counters [S, G] zero. qkv [S, (H + 2 G) D]; cos, sin fp32 [max_context, D / 2]; b [R, (H + 2 G) D] or null;
-// v [S, 3, V] is x A^T. With cos null it is attention alone: qkv is q [S, H D], rotated, and all of K and V is in the cache.
+// HEAD_DIM + 2], counters [S, G] zero. qkv [S, (H + 2 G) D]; cos, sin fp32 [max_context, D / 2]. With cos null it is
+// attention alone: qkv is q [S, H D], rotated, and all of K and V is in the cache.
 extern "C" __global__ void __launch_bounds__(128)
     attention_decode(const u16* qkv, u16* k_cache, u16* v_cache, u16* out, const float* __restrict__ cos,
                      const float* __restrict__ sin, const long long* __restrict__ kv_slots,
                      const int* __restrict__ context_lens, const int* __restrict__ block_tables, float* workspace,
-                     int* counters, const u16* __restrict__ b, const float* v, const int* __restrict__ starts,
-                     const int* __restrict__ ranks, int V, int table_width, int page_shift, float scale, int min_chunk) {
+                     int* counters, int table_width, int page_shift, float scale, int min_chunk) {
   __shared__ float shared_m[WARPS][GROUP], shared_l[WARPS][GROUP], shared_acc[WARPS][GROUP][HEAD_DIM];
   __shared__ __align__(16) u16 fresh[(GROUP + 2) * HEAD_DIM];  // q heads, k, v: projected, not rotated
   __shared__ int arrived;
@@ -42,7 +41,6 @@ extern "C" __global__ void __launch_bounds__(128)
   const bool has_fresh = cos && split == splits - 1;  // its part of the context ends with the new token
   const int* table = block_tables + (u64)seq * table_width;
   const int page_mask = (1 << page_shift) - 1;
-  const int rank = b ? ranks[seq] : 0;
 
   int base = begin + warp * TOKENS + sub;  // this lane's first token
   uint4 keys[DEPTH], values[DEPTH];
@@ -68,22 +66,7 @@ extern "C" __global__ void __launch_bounds__(128)
     const int head = i / LANES, slice = max(head - GROUP + 1, 0);
     const int at = slice == 0 ? kv_head * GROUP + head : H + (slice - 1) * G + kv_head;
     const int column = at * HEAD_DIM + i % LANES * 8;
-    uint4 raw = *(const uint4*)(qkv + (u64)seq * row_width + column);
-    if (rank > 0) {
-      float u[8], w[8];
-      unpack8(raw, u);
-      const float* down = v + ((u64)seq * 3 + slice) * V;
-      const u16* up = b + (u64)starts[seq] * row_width + column;
-#pragma unroll 8
-      for (int r = 0; r < rank; ++r) {
-        unpack8(*(const uint4*)(up + (u64)r * row_width), w);
-        const float s = down[r];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) u[j] = fmaf(s, w[j], u[j]);
-      }
-      raw = pack8(u);
-    }
-    *(uint4*)(fresh + i * 8) = raw;
+    *(uint4*)(fresh + i * 8) = *(const uint4*)(qkv + (u64)seq * row_width + column);
   }
   __syncthreads();
 
