@@ -60,7 +60,7 @@ def sharegpt_file(path: Path, conversations: list[list[tuple[str, str]]] | None 
     return path
 
 
-def recipe(data: Path, **sections: Any) -> dict[str, Any]:
+def recipe(data: Path, /, **sections: Any) -> dict[str, Any]:
     """A recipe's plain values on the tiny base: fp32, so that equal means equal."""
     content: dict[str, Any] = {
         "name": "tiny",

@@ -1,6 +1,7 @@
 """The parts of a run, each made from the recipe: base, rows, model to train, Trainer's arguments. No run logic."""
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ def training_arguments(recipe: Recipe, run_dir: Path, steps: int, device: torch.
         logging_nan_inf_filter=False,
         eval_strategy="no",
         save_strategy="no",
-        report_to=["tensorboard"] if config.tensorboard else [],
+        report_to=["tensorboard"] if config.tensorboard and has_tensorboard() else [],
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
@@ -124,6 +125,11 @@ def build_trainer(
     )
     callback.trainer = trainer
     return trainer
+
+
+def has_tensorboard() -> bool:
+    """Curves for tensorboard need one of two packages (the seed installed tensorboardX)."""
+    return any(importlib.util.find_spec(name) is not None for name in ("tensorboardX", "tensorboard"))
 
 
 def tokens_at_once(recipe: Recipe, base: LoadedBase, longest: int) -> int:

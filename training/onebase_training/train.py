@@ -18,7 +18,7 @@ from onebase.home import Home
 from onebase.store import AdapterStore, Version
 from onebase.tokenizer import TextTokenizer
 from onebase_training import checkpoint, lora, preflight
-from onebase_training.assemble import build_trainer, find_base, prepare, read_data
+from onebase_training.assemble import build_trainer, find_base, has_tensorboard, prepare, read_data
 from onebase_training.config import Recipe
 from onebase_training.plan import make_plan
 from onebase_training.progress import RunCallback
@@ -84,6 +84,8 @@ def _carry_out(run: Run) -> RunResult:
     started = time.monotonic()
     recipe, console = run.recipe, run.console
     _say(run, "note", recipe.notices)
+    if recipe.train.tensorboard and not has_tensorboard():
+        _say(run, "note", ["no curves for tensorboard: pip install tensorboardX"])
     spec = find_base(run.home, recipe.base)
     tokenizer = TextTokenizer.load(spec.path)
     dataset = read_data(recipe, spec, tokenizer)

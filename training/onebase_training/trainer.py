@@ -7,6 +7,7 @@ or pickled checkpoints (14, 15), data order on resume (14).
 
 import contextlib
 import math
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -165,9 +166,26 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
             ck.commit_checkpoint(staged, run, self._keep)
         self.accelerator.wait_for_everyone()
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _no_pickles(f"optimizer.pt or scheduler.pt in {checkpoint}"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _no_pickles(f"rng_state.pth in {checkpoint}"):
+            super()._load_rng_state(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         ck.require_same_recipe(Path(resume_from_checkpoint), self._recipe_hash)
         ck.load_adapter_tensors(self.model.model, Path(resume_from_checkpoint))
+
+
+@contextlib.contextmanager
+def _no_pickles(files: str) -> Any:
+    """torch refuses to run what a pickle asks for (pitfall 15); the user gets to know which file it was."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise TrainingError(f"{files} can't be loaded without running code from it, so it was not: {error}") from error
 
 
 def held_out_metrics(

@@ -1,0 +1,193 @@
+"""Runs that end before their time: killed, cancelled, paused. And one run on two processes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from safetensors.numpy import load_file
+
+from onebase.adapter import WEIGHTS
+from onebase.home import Home
+from onebase.store import AdapterStore
+from onebase_training import checkpoint
+from onebase_training.config import make_recipe
+from onebase_training.status import StatusWriter
+from onebase_training.train import Run, RunOptions, RunResult, carry_out
+from onebase_training.trainer import StepDataset
+from tiny_base import recipe, sharegpt_file, write_recipe
+
+pytestmark = pytest.mark.slow
+
+CANCELLED = 130
+
+
+@pytest.fixture
+def content(tmp_path: Path) -> dict[str, Any]:
+    """40 steps. With dropout: its random stream must go on where it stopped."""
+    settings = {"epochs": 8, "save_every": 3, "eval_every": "never"}
+    return recipe(sharegpt_file(tmp_path / "data.jsonl"), train=settings, lora={"dropout": 0.1})
+
+
+def train(home: Home, content: dict[str, Any], folder: Path, *, resume: bool = False) -> tuple[RunResult, str]:
+    """In this process. The result and what was said."""
+    said = Console(file=StringIO(), width=200)
+    status = StatusWriter(folder / "status.json")
+    result = carry_out(Run(make_recipe(content), home, folder, status, said, RunOptions(resume=resume)))
+    assert isinstance(said.file, StringIO)
+    return result, said.file.getvalue()
+
+
+def start(home: Home, recipe_file: Path, folder: Path, **env: str) -> subprocess.Popen[str]:
+    """As a process of its own, by the command line."""
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "onebase_training",
+            str(recipe_file),
+            "--home",
+            str(home.root),
+            "--run-dir",
+            str(folder),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    return dict(load_file(folder / "adapter" / WEIGHTS))
+
+
+def status(folder: Path) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads((folder / "status.json").read_text())
+    return told
+
+
+def signal_at_step(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    """The signal comes while that step is under way."""
+    original = StepDataset.__getitem__
+
+    def spied(self: StepDataset, index: int) -> Any:
+        if index + 1 == step:
+            os.kill(os.getpid(), number)
+        return original(self, index)
+
+    monkeypatch.setattr(StepDataset, "__getitem__", spied)
+
+
+def assert_equal_bits(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert set(one) == set(other)
+    assert all((one[name] == other[name]).all() for name in one)
+
+
+def test_pitfall_14_a_killed_run_goes_on_to_the_very_same_weights(
+    home: Home, tmp_path: Path, content: dict[str, Any]
+) -> None:
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = start(home, write_recipe(tmp_path / "recipe.yaml", content), killed)
+    while not (killed / "checkpoint-6").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not AdapterStore(home.adapters).list()
+    assert not (killed / "adapter").exists()
+
+    train(home, content, killed, resume=True)
+    train(home, content, whole)
+
+    assert_equal_bits(weights(killed), weights(whole))
+
+
+@pytest.mark.parametrize("step", [1, 6])
+def test_ctrl_c_saves_a_checkpoint_says_how_to_go_on_and_nothing_is_lost(
+    home: Home, tmp_path: Path, content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    with monkeypatch.context() as patched:
+        signal_at_step(patched, step, signal.SIGINT)
+        result, said = train(home, content, tmp_path / "stopped")
+
+    assert result.state == "cancelled"
+    assert "--resume" in said
+    saved = checkpoint.last_checkpoint(tmp_path / "stopped")
+    assert saved == tmp_path / f"stopped/checkpoint-{step}"
+    told = status(tmp_path / "stopped")
+    assert (told["state"], told["checkpoint"], told["version"]) == ("cancelled", str(saved), None)
+    assert not AdapterStore(home.adapters).list()
+    train(home, content, tmp_path / "stopped", resume=True)
+    train(home, content, tmp_path / "whole")
+    assert_equal_bits(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+
+
+def test_sigterm_cancels_without_a_checkpoint(
+    home: Home, tmp_path: Path, content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal_at_step(monkeypatch, 5, signal.SIGTERM)
+
+    train(home, content, tmp_path / "run")
+
+    told = status(tmp_path / "run")
+    assert (told["state"], told["version"], told["checkpoint"]) == ("cancelled", None, None)
+    assert not (tmp_path / "run/checkpoint-5").exists()
+    assert not AdapterStore(home.adapters).list()
+
+
+def test_a_signal_before_the_first_step_ends_the_run_at_once(
+    home: Home, tmp_path: Path, content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onebase_training.train.load_base", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+
+    result, _ = train(home, content, tmp_path / "run")
+
+    assert result.state == status(tmp_path / "run")["state"] == "cancelled"
+
+
+def test_after_a_run_signals_mean_what_they_meant_before(home: Home, tmp_path: Path, content: dict[str, Any]) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+    train(home, {**content, "train": {"max_steps": 1}}, tmp_path / "run")
+
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_half_written_checkpoint_is_none(tmp_path: Path) -> None:
+    whole, half = tmp_path / "checkpoint-3", tmp_path / ".staging" / "checkpoint-6"
+    for folder in (whole, half):
+        folder.mkdir(parents=True)
+        (folder / WEIGHTS).write_bytes(b"x")
+
+    assert checkpoint.last_checkpoint(tmp_path) == whole
+
+    committed = checkpoint.commit_checkpoint(half, tmp_path, keep=1)
+    assert checkpoint.last_checkpoint(tmp_path) == committed == tmp_path / "checkpoint-6"
+    assert not whole.exists()
+
+
+def test_pitfall_21_two_processes_train_what_one_trains(home: Home, tmp_path: Path, content: dict[str, Any]) -> None:
+    content = {**content, "lora": {"r": 4, "alpha": 8}, "train": {**content["train"], "epochs": 2}}
+    train(home, content, tmp_path / "alone")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    file = write_recipe(tmp_path / "recipe.yaml", content)
+
+    processes = [start(home, file, tmp_path / "both", RANK=r, LOCAL_RANK=r, **meet) for r in ("0", "1")]
+
+    ends = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends
+    alone, both = weights(tmp_path / "alone"), weights(tmp_path / "both")
+    assert all(abs(both[name] - alone[name]).max() < 2e-5 for name in alone)
+    assert AdapterStore(home.adapters).resolve("tiny").version == 2
