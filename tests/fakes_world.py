@@ -140,7 +140,7 @@ class World:
             assert entry.num_leases == leases[entry.ref.digest]
             assert entry.num_running == running[entry.ref.digest]
             assert entry.num_running == 0 or entry.slot is not None
-        in_slots = {entry.slot: digest for digest, entry in residency._slots.items()}
+        in_slots = {entry.slot: digest for digest, entry in residency.slots._entries.items()}
         assert in_slots == self.runner.loaded
         assert residency.host_bytes == sum(e.host.nbytes for e in residency._hosts.values() if e.host is not None)
         for sequence in live:

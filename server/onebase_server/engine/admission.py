@@ -38,7 +38,7 @@ class Admission:
         for too long, or a request of a better priority found no place."""
         if not self._overdue and not self._yielding:
             return []
-        drained = [entry for entry in self._overdue if self._residency.is_draining(entry)]
+        drained = [entry for entry in self._overdue if self._residency.slots.is_draining(entry)]
         yielding = [sequence for sequence in self._yielding if sequence.status is SequenceStatus.RUNNING]
         yielding += [s for s in self._scheduler.running if s.residence in drained and s not in yielding]
         self._overdue, self._yielding = [], []
@@ -89,7 +89,7 @@ class Admission:
     # Adapters
 
     def _is_ready(self, entry: Residence, sequence: Sequence, now: float) -> bool:
-        if self._residency.is_draining(entry):
+        if self._residency.slots.is_draining(entry):
             self._check_overdue(entry, now)
             return False
         want = self._residency.want(entry)
@@ -99,7 +99,7 @@ class Admission:
 
     def _drain_for(self, beneficiary: Residence, now: float) -> None:
         """Have the adapter drain, of those in slots, whose running sequences have the least left to do."""
-        residents = self._residency.residents()
+        residents = self._residency.slots.residents
         if any(resident.drains_for is beneficiary for resident in residents):
             for resident in residents:
                 if resident.drains_for is beneficiary:
@@ -114,7 +114,7 @@ class Admission:
         candidates = [entry for entry in residents if entry.ref.digest in remaining and entry.is_copied]
         if candidates:
             victim = min(candidates, key=lambda entry: (entry.is_pinned, remaining[entry.ref.digest]))
-            self._residency.drain(victim, beneficiary, now)
+            self._residency.slots.drain(victim, beneficiary, now)
             self.is_stale = True
 
     def _check_overdue(self, entry: Residence, now: float) -> None:

@@ -15,6 +15,7 @@ from onebase.errors import DeadlineExceeded, EngineError, NotReady
 from onebase_server.engine import commands
 from onebase_server.engine.batch import StepPlan, pack
 from onebase_server.engine.config import EngineConfig
+from onebase_server.engine.constrained import ConstrainedDecoding
 from onebase_server.engine.emitter import Emitter
 from onebase_server.engine.grammar import GrammarBackend
 from onebase_server.engine.handle import RequestHandle
@@ -51,9 +52,7 @@ class EngineCore:
         self._overlapping = runner if isinstance(runner, OverlappingRunner) else None
         self._config = config
         self._inbox = inbox
-        self._executor = executor
         self._on_unqueued = on_unqueued
-        self._grammar = grammar
         self._clock = clock
         self.residency = Residency(runner, config, executor, self._post_loaded, clock)
         self.scheduler = Scheduler(runner, self.residency, config, self._on_admit)
@@ -63,7 +62,7 @@ class EngineCore:
         self._unemitted: tuple[StepPlan, StepResult] | None = None
         self._closed_in_flight: list[Sequence] | None = None
         """Sequences that ended while a step runs, until it is collected; None between steps."""
-        self._constrained: set[Sequence] = set()
+        self.constrained = ConstrainedDecoding(grammar, executor, inbox, runner.limits.vocab_size)
         self._stop_at: float | None = None
         self._failures_in_row = 0
         self.counters = Counters()
@@ -94,7 +93,7 @@ class EngineCore:
         is_over = self._stop_at is not None and not self.groups
         if self.scheduler.running or self._unemitted is not None or is_over:
             return 0.0
-        if self.residency.is_copying:
+        if self.residency.slots.is_copying:
             return POLL_S
         if len(self.scheduler.waiting):
             return WAIT_S
@@ -119,8 +118,7 @@ class EngineCore:
             return True
         self._failures_in_row = 0
         self._unemitted = (plan, result)
-        if self._constrained:
-            self._advance_grammars(plan)
+        self.constrained.advance(plan.sampling, self._fail)
         if self._overlapping is None or not self.scheduler.running:
             self._emit()
         counters = self.counters
@@ -195,8 +193,11 @@ class EngineCore:
                 self.counters.load_s += command.seconds
                 self.residency.on_loaded(command.residence, command.host, command.error, command.seconds)
                 self.scheduler.admission.is_stale = True
+            case commands.GrammarCompiled(group, None, error):
+                self._end_group(group, FinishReason.ERROR, error)
             case commands.GrammarCompiled():
-                self._start_grammar(command)
+                self.constrained.start(command, self._fail)
+                self.scheduler.admission.is_stale = True
             case commands.Stop():
                 self._stop_at = command.deadline
             case _ if command.done.set_running_or_notify_cancel():
@@ -221,46 +222,11 @@ class EngineCore:
             heapq.heappush(self._deadlines, (request.deadline, group.sequences[0].order[1], group))
         if request.adapter is not None:
             group.residence = self.residency.lease(request.adapter, request.n)
-        if request.sampling.grammar is not None:
-            group.awaits_grammar = True
-            self._executor.submit(self._compile_grammar, group, request.sampling.grammar)
+        self.constrained.compile(group)
         self.scheduler.add(group.sequences[0], self._clock())
 
     def _post_loaded(self, entry: Residence, host: HostAdapter | None, error: Exception | None, seconds: float) -> None:
         self._inbox.put(commands.AdapterLoaded(entry, host, error, seconds))
-
-    # Constrained decoding
-
-    def _compile_grammar(self, group: RequestGroup, grammar: str) -> None:
-        """On a loader thread."""
-        assert self._grammar is not None
-        try:
-            matcher = self._grammar.compile(grammar)
-        except Exception as error:  # noqa: BLE001 - it belongs to the request
-            self._inbox.put(commands.GrammarCompiled(group, None, error))
-        else:
-            self._inbox.put(commands.GrammarCompiled(group, matcher, None))
-
-    def _start_grammar(self, command: commands.GrammarCompiled) -> None:
-        group = command.group
-        if command.matcher is None:
-            self._end_group(group, FinishReason.ERROR, command.error)
-            return
-        for sequence in group.sequences:
-            if not sequence.is_closed:
-                sequence.constrain(command.matcher.fork(), self._runner.limits.vocab_size)
-                self._constrained.add(sequence)
-        group.awaits_grammar = False
-        self.scheduler.admission.is_stale = True
-
-    def _advance_grammars(self, plan: StepPlan) -> None:
-        """Follow the sampled tokens, and set the masks of the next step."""
-        for sequence in plan.sampling:
-            if sequence.matcher is not None and sequence.finish is None:
-                try:
-                    sequence.follow_grammar()
-                except EngineError as error:
-                    self._end(sequence, FinishReason.ERROR, error)
 
     # Ends
 
@@ -297,6 +263,9 @@ class EngineCore:
         if sequence.finish is None:
             self._emitter.close(sequence, reason, error)
 
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        self._end(sequence, FinishReason.ERROR, error)
+
     def _on_close(self, sequence: Sequence) -> None:
         if self._closed_in_flight is None:
             self._release(sequence)
@@ -307,7 +276,7 @@ class EngineCore:
         """The one place where a sequence's pages, state, place and lease come back."""
         if sequence.status is not SequenceStatus.FINISHED:
             self.scheduler.remove(sequence)
-        self._constrained.discard(sequence)
+        self.constrained.forget(sequence)
         group = sequence.group
         if group.residence is not None:
             self.residency.release(group.residence)

@@ -15,6 +15,7 @@ from onebase.errors import Conflict, EngineError
 from onebase_server.engine.config import EngineConfig
 from onebase_server.engine.residence import AdapterStatus, Place, Residence, Want, status_of
 from onebase_server.engine.runner import HostAdapter, Runner
+from onebase_server.engine.slots import DeviceSlots
 from onebase_server.engine.types import AdapterRef
 
 logger = logging.getLogger(__name__)
@@ -41,15 +42,11 @@ class Residency:
         self._clock = clock
         self._known: OrderedDict[str, Residence] = OrderedDict()
         self._hosts: OrderedDict[str, Residence] = OrderedDict()  # least recently used first
-        self._slots: OrderedDict[str, Residence] = OrderedDict()  # least recently used first
-        self._free_slots = list(range(runner.limits.num_slots - 1, -1, -1))
-        self._copying: list[Residence] = []
+        self.slots = DeviceSlots(runner)
         self._failed: list[tuple[Residence, Exception]] = []
         self._num_loading = 0
         self._overdraft: Residence | None = None
         """The one version that may be read although the host budget is spent: the first in its turn."""
-        self._reserved_for: Residence | None = None
-        """The one version that may take slots now: others have drained for it."""
         self.host_bytes = 0
 
     # Leases
@@ -99,36 +96,25 @@ class Residency:
             if self._has_host_room() or self._may_overdraw(entry):
                 self._start_load(entry)
             return Want.FAILED if entry.error is not None and not entry.is_loading else Want.LOADING
-        slot = self._take_slot(entry, entry.host)
-        if slot is None:
-            if not self._slots:
-                self._fail(entry, EngineError(f"{entry.ref.id} does not fit into the server's LoRA rows; raise them"))
-                return Want.FAILED
+        try:
+            has_place = self.slots.place(entry)
+        except EngineError as error:
+            self._fail(entry, error)
+            return Want.FAILED
+        if not has_place:
             return Want.NO_SLOT
-        return self._copy_to(slot, entry)
+        if entry.is_copied:
+            self._trim_host()
+        return Want.READY if entry.is_copied else Want.LOADING
 
     def poll(self) -> bool:
         """Whether a copy to a slot has finished since the last call."""
-        if not self._copying:
-            return False
-        still = []
-        for entry in self._copying:
-            assert entry.slot is not None
-            if self._runner.slot_ready(entry.slot):
-                entry.is_copied = True
-                self._drop_if_told(entry)
-            else:
-                still.append(entry)
-        changed = len(still) < len(self._copying)
-        self._copying = still
-        if changed:
+        copied = self.slots.poll()
+        for entry in copied:
+            self._drop_if_told(entry)
+        if copied:
             self._trim_host()
-        return changed
-
-    @property
-    def is_copying(self) -> bool:
-        """Whether a copy to a slot is on its way: `poll` again soon."""
-        return bool(self._copying)
+        return bool(copied)
 
     def on_loaded(self, entry: Residence, host: HostAdapter | None, error: Exception | None, seconds: float) -> None:
         """A read has finished, one way or the other."""
@@ -147,8 +133,11 @@ class Residency:
             _resolve(entry.preloads)
             self._drop_if_told(entry)
             return
-        if self._free_slots and not self._is_reserved_for_other(entry) and self._runner.can_load(host):
-            self._copy_to(self._free_slots.pop(), entry)
+        try:
+            self.slots.place_if_free(entry)
+        except EngineError as copy_error:
+            self._fail(entry, copy_error)
+            return
         _resolve(entry.preloads)
         self._trim_host()
 
@@ -156,24 +145,6 @@ class Residency:
         """Versions that failed to load since the last call: their waiting sequences must fail."""
         failed, self._failed = self._failed, []
         return failed
-
-    # Making room
-
-    def residents(self) -> list[Residence]:
-        """Versions in slots, least recently used first."""
-        return list(self._slots.values())
-
-    def drain(self, victim: Residence, beneficiary: Residence, now: float) -> None:
-        """Admit no more sequences of `victim`, so that `beneficiary` gets its slot."""
-        victim.drains_for, victim.drains_since = beneficiary, now
-        logger.info("adapter %s drains for %s", victim.ref.id, beneficiary.ref.id)
-
-    def is_draining(self, entry: Residence) -> bool:
-        """Whether its sequences must wait. A drain whose beneficiary has a slot or has gone is over."""
-        beneficiary = entry.drains_for
-        if beneficiary is not None and (beneficiary.slot is not None or beneficiary.num_leases == 0):
-            entry.drains_for = None
-        return entry.drains_for is not None
 
     # Orders
 
@@ -239,8 +210,7 @@ class Residency:
         self._known.move_to_end(digest)
         if digest in self._hosts:
             self._hosts.move_to_end(digest)
-        if digest in self._slots:
-            self._slots.move_to_end(digest)
+        self.slots.touch(entry)
 
     def _start_load(self, entry: Residence) -> None:
         if entry.is_loading or entry.host is not None or entry.slot is not None:
@@ -285,59 +255,6 @@ class Residency:
         _resolve(entry.preloads, error)
         self._drop_if_told(entry)
 
-    def _copy_to(self, slot: int, entry: Residence) -> Want:
-        assert entry.host is not None
-        try:
-            self._runner.load_slot(slot, entry.host)
-        except Exception as error:  # noqa: BLE001 - one adapter's copy failed; the others' slots are whole
-            self._runner.clear_slot(slot)
-            self._free_slots.append(slot)
-            self._fail(entry, EngineError(f"{entry.ref.id} could not be copied to the device: {error}"))
-            return Want.FAILED
-        entry.slot, entry.is_copied = slot, self._runner.slot_ready(slot)
-        self._slots[entry.ref.digest] = entry
-        if not entry.is_copied:
-            self._copying.append(entry)
-            return Want.LOADING
-        self._trim_host()
-        return Want.READY
-
-    def _take_slot(self, entry: Residence, host: HostAdapter) -> int | None:
-        if self._is_reserved_for_other(entry):
-            return None
-        while not (self._free_slots and self._runner.can_load(host)):
-            victim = next((other for other in self._slots.values() if self._may_leave_slot(other, entry)), None)
-            if victim is None:
-                return None
-            if self.is_draining(victim):
-                # It drained for this version, whose rows may need more than one victim: nobody else may take them.
-                self._reserved_for = entry
-            self._clear_slot(victim)
-        return self._free_slots.pop()
-
-    def _is_reserved_for_other(self, entry: Residence) -> bool:
-        holder = self._reserved_for
-        if holder is None or holder is entry:
-            return False
-        if holder.slot is not None or holder.num_leases == 0:
-            self._reserved_for = None
-            return False
-        return True
-
-    def _may_leave_slot(self, entry: Residence, beneficiary: Residence) -> bool:
-        if entry.num_running or not entry.is_copied:
-            return False
-        if self.is_draining(entry):
-            return entry.drains_for is beneficiary or self._reserved_for is beneficiary
-        return entry.num_leases == 0 and not entry.is_pinned
-
-    def _clear_slot(self, entry: Residence) -> None:
-        assert entry.slot is not None
-        self._runner.clear_slot(entry.slot)
-        self._free_slots.append(entry.slot)
-        del self._slots[entry.ref.digest]
-        entry.slot, entry.is_copied, entry.drains_for = None, False, None
-
     def _trim_host(self) -> None:
         if self.host_bytes <= self._config.host_budget_bytes:
             return
@@ -360,7 +277,7 @@ class Residency:
         if not entry.unloads or entry.num_leases or entry.is_loading or entry.place is Place.COPYING:
             return
         if entry.slot is not None:
-            self._clear_slot(entry)
+            self.slots.clear(entry)
         self._drop_host(entry)
         _resolve(entry.unloads)
 

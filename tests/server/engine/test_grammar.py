@@ -81,7 +81,7 @@ def test_every_choice_follows_a_matcher_of_its_own() -> None:
     assert set(texts) <= {"0ne", "Pie", "Pig", "zoo"}
     assert len(set(texts)) > 1
     assert bench.engine.core.scheduler.pages.num_held == 0
-    assert not bench.engine.core._constrained
+    assert not bench.engine.core.constrained.sequences
 
 
 def test_others_go_on_while_a_grammar_is_compiled() -> None:
@@ -116,7 +116,7 @@ def test_a_request_cancelled_while_its_grammar_is_compiled_stays_ended() -> None
     bench.engine.core.serve()
     bench.engine.core.step()
     assert [event.finish_reason for event in handle.take()] == [FinishReason.CANCELLED]
-    assert not bench.engine.core._constrained
+    assert not bench.engine.core.constrained.sequences
 
 
 def test_a_token_outside_the_grammar_ends_its_request_only() -> None:

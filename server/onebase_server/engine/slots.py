@@ -1,0 +1,135 @@
+"""The device's slots: which version is in which, who may take one, and who has to leave.
+
+Least recently used leaves first. A version that drains leaves its slot to the one it drains for, and to nobody else.
+Knows the runner's slots, nothing of files or host memory. Engine thread only.
+"""
+
+import logging
+from collections import OrderedDict
+
+from onebase.errors import EngineError
+from onebase_server.engine.residence import Residence
+from onebase_server.engine.runner import HostAdapter, Runner
+
+logger = logging.getLogger(__name__)
+
+
+class DeviceSlots:
+    """All slots of one runner."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._entries: OrderedDict[str, Residence] = OrderedDict()  # least recently used first
+        self._free = list(range(runner.limits.num_slots - 1, -1, -1))
+        self._copying: list[Residence] = []
+        self._reserved_for: Residence | None = None
+        """The one version that may take slots now: others have drained for it, and it needs more than one's rows."""
+
+    @property
+    def residents(self) -> list[Residence]:
+        """Versions in slots, least recently used first."""
+        return list(self._entries.values())
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether a copy to a slot is on its way: `poll` again soon."""
+        return bool(self._copying)
+
+    def touch(self, entry: Residence) -> None:
+        """It was used just now."""
+        if entry.slot is not None:
+            self._entries.move_to_end(entry.ref.digest)
+
+    def place(self, entry: Residence) -> bool:
+        """Start the copy to a slot, evicting who may leave; False if there is no room now.
+
+        Raises EngineError if there never will be, or the copy fails."""
+        assert entry.host is not None
+        slot = self._take(entry, entry.host)
+        if slot is None:
+            if not self._entries:
+                raise EngineError(f"{entry.ref.id} does not fit into the server's LoRA rows; raise them")
+            return False
+        self._copy(slot, entry, entry.host)
+        return True
+
+    def place_if_free(self, entry: Residence) -> None:
+        """As `place`, but nobody has to leave for it."""
+        assert entry.host is not None
+        if self._free and not self._is_reserved_for_other(entry) and self._runner.can_load(entry.host):
+            self._copy(self._free.pop(), entry, entry.host)
+
+    def poll(self) -> list[Residence]:
+        """Versions whose copy has finished since the last call."""
+        if not self._copying:
+            return []
+        copied: list[Residence] = []
+        still: list[Residence] = []
+        for entry in self._copying:
+            assert entry.slot is not None
+            (copied if self._runner.slot_ready(entry.slot) else still).append(entry)
+        self._copying = still
+        for entry in copied:
+            entry.is_copied = True
+        return copied
+
+    def clear(self, entry: Residence) -> None:
+        """The version leaves its slot."""
+        assert entry.slot is not None
+        self._runner.clear_slot(entry.slot)
+        self._free.append(entry.slot)
+        del self._entries[entry.ref.digest]
+        entry.slot, entry.is_copied, entry.drains_for = None, False, None
+
+    def drain(self, victim: Residence, beneficiary: Residence, now: float) -> None:
+        """Admit no more sequences of `victim`, so that `beneficiary` gets its slot."""
+        victim.drains_for, victim.drains_since = beneficiary, now
+        logger.info("adapter %s drains for %s", victim.ref.id, beneficiary.ref.id)
+
+    def is_draining(self, entry: Residence) -> bool:
+        """Whether its sequences must wait. A drain whose beneficiary has a slot or has gone is over."""
+        beneficiary = entry.drains_for
+        if beneficiary is not None and (beneficiary.slot is not None or beneficiary.num_leases == 0):
+            entry.drains_for = None
+        return entry.drains_for is not None
+
+    def _copy(self, slot: int, entry: Residence, host: HostAdapter) -> None:
+        try:
+            self._runner.load_slot(slot, host)
+        except Exception as error:  # one adapter's copy failed; the others' slots are whole
+            self._runner.clear_slot(slot)
+            self._free.append(slot)
+            raise EngineError(f"{entry.ref.id} could not be copied to the device: {error}") from error
+        entry.slot, entry.is_copied = slot, self._runner.slot_ready(slot)
+        self._entries[entry.ref.digest] = entry
+        if not entry.is_copied:
+            self._copying.append(entry)
+
+    def _take(self, entry: Residence, host: HostAdapter) -> int | None:
+        if self._is_reserved_for_other(entry):
+            return None
+        while not (self._free and self._runner.can_load(host)):
+            victim = next((other for other in self._entries.values() if self._may_leave(other, entry)), None)
+            if victim is None:
+                return None
+            if self.is_draining(victim):
+                # It drained for this version, whose rows may need more than one victim: nobody else may take them.
+                self._reserved_for = entry
+            self.clear(victim)
+        return self._free.pop()
+
+    def _is_reserved_for_other(self, entry: Residence) -> bool:
+        holder = self._reserved_for
+        if holder is None or holder is entry:
+            return False
+        if holder.slot is not None or holder.num_leases == 0:
+            self._reserved_for = None
+            return False
+        return True
+
+    def _may_leave(self, entry: Residence, beneficiary: Residence) -> bool:
+        if entry.num_running or not entry.is_copied:
+            return False
+        if self.is_draining(entry):
+            return entry.drains_for is beneficiary or self._reserved_for is beneficiary
+        return entry.num_leases == 0 and not entry.is_pinned
