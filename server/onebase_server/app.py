@@ -121,7 +121,7 @@ def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
         cors_config=cors(deps.settings),
         openapi_config=openapi,
         on_startup=[deps.durable.start],
-        on_shutdown=[ring.close, deps.durable.stop],
+        on_shutdown=[deps.durable.stop],
         logging_config=None,
     )
 

@@ -4,7 +4,6 @@ A key is 256 random bits, so one round of SHA-256 is the right hash: there is no
 make slower, and a check costs microseconds. Passwords would need argon2; these are none. The table holds hashes only.
 """
 
-import asyncio
 import hashlib
 import hmac
 import logging
@@ -97,7 +96,6 @@ class KeyRing:
         self._locked = bool(self._api)
         self._looked_at = float("-inf")
         self._noted: dict[str, float] = {}
-        self._notes: set[asyncio.Task[None]] = set()
 
     async def identify(self, header: str | None) -> Caller:
         """Whose key it is. Raises Unauthenticated, or NotReady while the table can't be asked."""
@@ -152,19 +150,7 @@ class KeyRing:
         if self._clock() - self._noted.get(row.id, float("-inf")) < NOTE_USE_S:
             return
         self._noted[row.id] = self._clock()
-        task = asyncio.ensure_future(self._write_use(row.id))
-        self._notes.add(task)
-        task.add_done_callback(self._notes.discard)
-
-    async def _write_use(self, key_id: str) -> None:
-        try:
-            await self._records.used(key_id, int(self._now()))
-        except (SQLAlchemyError, OSError) as error:
-            logger.warning("the last use of %s could not be noted: %s", key_id, type(error).__name__)
-
-    async def close(self) -> None:
-        """Wait for what is still being written."""
-        await asyncio.gather(*self._notes, return_exceptions=True)
+        self._records.note_use(row.id, int(self._now()))
 
     def _from_settings(self, key: str, scopes: Sequence[Scope]) -> Caller:
         owner = f"key-{digest_of(key)[:16]}"

@@ -53,8 +53,13 @@ class Tally:
     """Choice -> when its last token came."""
     prompt: int = 0
     cached: int = 0
-    generated: int = 0
+    generated_of: dict[int, int] = field(default_factory=dict)
+    """Choice -> tokens; an eos that is not shown is among them once the choice has ended."""
     ends: list[FinishReason] = field(default_factory=list)
+
+    @property
+    def generated(self) -> int:
+        return sum(self.generated_of.values())
 
     @property
     def outcome(self) -> FinishReason:
@@ -106,10 +111,11 @@ class Generation:
             if before is not None:
                 self._per_token_s.observe((now - before) / count)
             tally.last_of[event.index] = now
-            tally.generated += count
+            tally.generated_of[event.index] = tally.generated_of.get(event.index, 0) + count
         if event.finish_reason is not None:
             tally.ends.append(event.finish_reason)
             if event.usage is not None:
+                tally.generated_of[event.index] = event.usage.completion_tokens
                 tally.cached += event.usage.cached_tokens if event.index == 0 else 0
 
     def _close(self) -> None:

@@ -4,10 +4,11 @@ An adapter that a key's job trained is its owner's. All others are everyone's, u
 whose name says that a job trained it, while no record tells whose job, is shown to nobody but admins.
 """
 
+import difflib
 from collections.abc import Iterable
 
 from onebase.errors import ModelNotFound
-from onebase.store import AdapterStore, Version
+from onebase.store import Version
 from onebase_server.api.backend import Backend
 from onebase_server.api.caller import Caller
 from onebase_server.api.deps import AppDeps
@@ -31,12 +32,21 @@ async def visible_version(model: str, caller: Caller, backend: Backend, deps: Ap
     """As `find_version`, for this caller."""
     try:
         version = find_version(model, backend, deps.store)
-    except ModelNotFound as error:
-        near = [name for name in error.near if await may_know(name, caller, backend, deps)]
-        raise ModelNotFound(model, near) from error
-    if not await may_use(version.name, [version], caller, deps):
-        raise ModelNotFound(model)
+    except ModelNotFound:
+        version = None
+    if version is None or not await may_use(version.name, [version], caller, deps):
+        # the same names are offered whether there is such a model or not: the answer must not tell
+        names = await visible_names(caller, backend, deps)
+        raise ModelNotFound(model, difflib.get_close_matches(model, names, n=3))
     return version
+
+
+async def visible_names(caller: Caller, backend: Backend, deps: AppDeps) -> list[str]:
+    names = [backend.base.id] if may_use_base(caller, backend) else []
+    for entry in deps.store.list():
+        if await may_use(entry.name, entry.versions, caller, deps):
+            names += [entry.name, *entry.aliases]
+    return names
 
 
 def may_use_base(caller: Caller, backend: Backend) -> bool:
@@ -54,17 +64,3 @@ async def may_use(name: str, versions: Iterable[Version], caller: Caller, deps: 
         return name in caller.models
     is_lost = maker is None and any(alias.startswith(TUNED) for each in versions for alias in each.manifest.aliases)
     return not is_lost
-
-
-async def may_know(name: str, caller: Caller, backend: Backend, deps: AppDeps) -> bool:
-    if name == backend.base.id:
-        return may_use_base(caller, backend)
-    version = resolved(name, deps.store)
-    return version is not None and await may_use(version.name, [version], caller, deps)
-
-
-def resolved(name: str, store: AdapterStore) -> Version | None:
-    try:
-        return store.resolve(name)
-    except ModelNotFound:
-        return None

@@ -48,6 +48,7 @@ class Durable:
         """Running processes go on: the next server takes them up."""
         self.jobs.stop_following()
         await self.supervisor.stop()
+        await self.keys.close()
         await self.database.close()
 
 

@@ -1,11 +1,16 @@
 """Rows of API keys. Knows no secret: callers hand in hashes, and no key's meaning is decided here."""
 
+import asyncio
+import logging
 from collections.abc import Sequence
 
 from sqlalchemy import select, update
+from sqlalchemy.exc import SQLAlchemyError
 
 from onebase_server.records.database import Database
 from onebase_server.records.tables import JobRow, KeyRow
+
+logger = logging.getLogger(__name__)
 
 MAX_REMEMBERED = 100_000
 
@@ -15,6 +20,7 @@ class KeyRecords:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._notes: set[asyncio.Task[None]] = set()
         self._makers: dict[str, tuple[str, str] | None] = {}
 
     async def add(self, row: KeyRow) -> None:
@@ -47,10 +53,22 @@ class KeyRecords:
                 row.revoked_at = now
         return row
 
-    async def used(self, key_id: str, now: int) -> None:
-        """Note the last use."""
-        async with self._database.write() as session:
-            await session.execute(update(KeyRow).where(KeyRow.id == key_id).values(last_used_at=now))
+    def note_use(self, key_id: str, now: int) -> None:
+        """Write the last use down without making anybody wait for it; one that can't be written is let go."""
+        task = asyncio.ensure_future(self._write_use(key_id, now))
+        self._notes.add(task)
+        task.add_done_callback(self._notes.discard)
+
+    async def _write_use(self, key_id: str, now: int) -> None:
+        try:
+            async with self._database.write() as session:
+                await session.execute(update(KeyRow).where(KeyRow.id == key_id).values(last_used_at=now))
+        except (SQLAlchemyError, OSError) as error:
+            logger.warning("the last use of %s could not be noted: %s", key_id, type(error).__name__)
+
+    async def close(self) -> None:
+        """Wait for what is still being written."""
+        await asyncio.gather(*self._notes)
 
     async def maker_of(self, adapter: str) -> tuple[str, str] | None:
         """(kind, owner) of the job that first trained an adapter that is in the store; None if no job did.

@@ -1,0 +1,165 @@
+"""Limits of a key: by a clock of the test's own, told in OpenAI's headers, and given back when a request ends."""
+
+import json
+import threading
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+
+from api_world import World, chat_body, error_of, with_settings
+from fakes import FakeRunner
+from live_server import live_server
+from onebase.errors import RateLimited
+from onebase_server.api.caller import Caller, KeyLimits
+from onebase_server.api.limits import LIMIT_HEADERS, Limiter, spoken
+from onebase_server.engine.runner import StepBatch, StepResult
+
+API, OTHER = "sk-inference-1", "sk-inference-2"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def limited(world: World, **limits: int) -> tuple[World, Clock]:
+    """The server with limits for both keys, and the limiter's clock."""
+    clock = Clock()
+    changed = with_settings(world, api_keys=(API, OTHER), **limits)
+    changed = replace(changed, deps=replace(changed.deps, limiter=Limiter(clock)))
+    return with_settings(changed), clock
+
+
+def test_requests_a_minute_refill_evenly_and_are_told(world: World) -> None:
+    server, clock = limited(world, key_rpm=2)
+    for left in (1, 0):
+        reply = server.post("/v1/chat/completions", chat_body(), headers=bearer(API))
+        assert reply.status_code == 200
+        assert reply.headers["x-ratelimit-limit-requests"] == "2"
+        assert reply.headers["x-ratelimit-remaining-requests"] == str(left)
+    refused = server.post("/v1/chat/completions", chat_body(), headers=bearer(API))
+    assert refused.status_code == 429
+    assert (error_of(refused)["type"], error_of(refused)["code"]) == ("requests", "rate_limit_exceeded")
+    assert refused.headers["retry-after"] == "30"
+    assert refused.headers["x-ratelimit-reset-requests"] == "1m0s"
+    clock.now = 30.0
+    assert server.post("/v1/chat/completions", chat_body(), headers=bearer(API)).status_code == 200
+    assert server.post("/v1/chat/completions", chat_body(), headers=bearer(API)).status_code == 429
+
+
+def test_a_request_that_is_refused_for_its_rate_is_not_read(world: World) -> None:
+    server, _ = limited(world, key_rpm=1)
+    server.post("/v1/completions", {}, headers=bearer(API))
+    assert server.post("/v1/completions", {}, headers=bearer(API)).status_code == 429
+
+
+def test_reading_is_not_counted(world: World) -> None:
+    server, _ = limited(world, key_rpm=1)
+    for _ in range(5):
+        assert server.get("/v1/models", headers=bearer(API)).status_code == 200
+
+
+def test_one_keys_limit_is_not_anothers(world: World) -> None:
+    server, _ = limited(world, key_rpm=1)
+    assert server.post("/v1/chat/completions", chat_body(), headers=bearer(API)).status_code == 200
+    assert server.post("/v1/chat/completions", chat_body(), headers=bearer(API)).status_code == 429
+    assert server.post("/v1/chat/completions", chat_body(), headers=bearer(OTHER)).status_code == 200
+
+
+def test_tokens_a_minute_count_prompt_and_answer(world: World) -> None:
+    server, clock = limited(world, key_tpm=600)
+    usage = server.post("/v1/chat/completions", chat_body(), headers=bearer(API)).json()["usage"]
+    reply = server.get("/v1/models", headers=bearer(API))
+    assert reply.headers["x-ratelimit-remaining-tokens"] == str(600 - usage["total_tokens"])
+    long = {"model": "tiny/base", "prompt": "x" * 400, "max_tokens": 100}
+    statuses = [server.post("/v1/completions", long, headers=bearer(API)).status_code for _ in range(2)]
+    assert statuses == [200, 429]
+    refused = server.post("/v1/completions", long, headers=bearer(API))
+    assert error_of(refused)["type"] == "tokens"
+    clock.now += int(refused.headers["retry-after"])
+    assert server.post("/v1/completions", long, headers=bearer(API)).status_code == 200
+
+
+def test_a_server_without_limits_sends_no_limit_headers(world: World) -> None:
+    server, _ = limited(world)
+    reply = server.post("/v1/chat/completions", chat_body(), headers=bearer(API))
+    assert not set(LIMIT_HEADERS) & set(reply.headers)
+
+
+def test_a_long_answer_leaves_a_debt_and_a_prompt_over_the_limit_runs_when_the_bucket_is_full() -> None:
+    clock = Clock()
+    limiter, caller = Limiter(clock), Caller("ann", "ann", "ann", limits=KeyLimits(tpm=60))
+    limiter.begin(caller, 100)
+    limiter.end(caller, 20)
+    with pytest.raises(RateLimited) as refused:
+        limiter.begin(caller, 1)
+    assert refused.value.retry_after_s == pytest.approx(61)
+    clock.now = 61
+    limiter.begin(caller, 1)
+
+
+def test_a_limit_that_is_lowered_or_raised_holds_at_once() -> None:
+    clock = Clock()
+    limiter, caller = Limiter(clock), Caller("ann", "ann", "ann", limits=KeyLimits(rpm=2))
+    limiter.take_request(caller)
+    limiter.take_request(replace(caller, limits=KeyLimits(rpm=4)))
+    limiter.take_request(replace(caller, limits=KeyLimits(rpm=4)))
+    with pytest.raises(RateLimited):
+        limiter.take_request(replace(caller, limits=KeyLimits(rpm=2)))
+
+
+def test_the_clock_of_the_machine_may_step_without_anyones_limit_changing(monkeypatch: pytest.MonkeyPatch) -> None:
+    limiter, caller = Limiter(), Caller("ann", "ann", "ann", limits=KeyLimits(rpm=1))
+    limiter.take_request(caller)
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    with pytest.raises(RateLimited):
+        limiter.take_request(caller)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0ms"), (0.12, "120ms"), (1, "1s"), (6.5, "6.5s"), (59.9994, "59.999s"), (90, "1m30s")]
+)
+def test_spans_are_written_as_openai_writes_them(seconds: float, text: str) -> None:
+    assert spoken(seconds) == text
+
+
+class HeldRunner(FakeRunner):
+    """Holds every step until the test lets go."""
+
+    def __init__(self) -> None:
+        super().__init__(reply=lambda digest, prompt: [ord("x")] * 50)
+        self.free = threading.Event()
+
+    def run(self, batch: StepBatch) -> StepResult:
+        self.free.wait()
+        return super().run(batch)
+
+
+def test_generations_at_a_time_are_bounded_and_given_back_however_they_end(tmp_path: Any) -> None:
+    runner = HeldRunner()
+    settings = {"api_keys": (API,), "key_parallel": 1}
+    with (
+        live_server(tmp_path, runner=runner, settings=settings) as live,
+        httpx.Client(base_url=live.url, headers=bearer(API)) as http,
+    ):
+        with http.stream("POST", "/v1/chat/completions", json=chat_body(stream=True)) as first:
+            assert first.status_code == 200
+            refused = http.post("/v1/chat/completions", json=chat_body())
+            assert refused.status_code == 429
+            assert int(refused.headers["retry-after"]) >= 1
+            assert http.post("/v1/chat/completions", json=chat_body(model="nobody")).status_code == 404
+        runner.free.set()
+        while http.post("/v1/chat/completions", json=chat_body()).status_code == 429:
+            pass  # until the server has seen that the first one has left
+        for body in (chat_body(), chat_body(n=2), chat_body(stream=True)):
+            assert http.post("/v1/chat/completions", json=body).status_code == 200
+        assert json.loads(http.post("/v1/completions", json={"model": "tiny/base", "prompt": "x"}).text)["choices"]
