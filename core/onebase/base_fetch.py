@@ -25,8 +25,9 @@ from onebase.bases import (
     check_architecture,
     file_sha256,
     read_base,
+    resolve_base,
 )
-from onebase.errors import BaseModelError
+from onebase.errors import BaseModelError, ModelNotFound
 from onebase.home import Home
 
 Progress = Callable[[str, float], None]
@@ -48,6 +49,16 @@ _PICKLES: Final = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 def _silent(_stage: str, _fraction: float) -> None:
     return None
+
+
+def find_base(home: Home, name: str) -> BaseSpec:
+    """The base; the embedded one is fetched when it is not there yet."""
+    try:
+        return resolve_base(home, name)
+    except ModelNotFound:
+        if name.lower() != EMBEDDED_ID.lower():
+            raise
+        return fetch_embedded(home)
 
 
 def fetch(

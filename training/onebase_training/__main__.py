@@ -31,6 +31,9 @@ app = typer.Typer(
     cls=_DefaultsToTrain, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
 )
 
+data_app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Training files.")
+app.add_typer(data_app, name="data")
+
 HomeOption = Annotated[
     Path | None, typer.Option("--home", help="Home folder. Default: $ONEBASE_HOME, else ~/.onebase", metavar="DIR")
 ]
@@ -123,6 +126,79 @@ def evaluate(
 
 
 app.command("evaluate", hidden=True)(evaluate)
+
+
+@app.command("export")
+def export(
+    model: Annotated[str, typer.Argument(help="name, name@version or ft:...")],
+    dest: Annotated[Path, typer.Argument(help="A folder (or for gguf-lora a file) that does not exist yet.")],
+    home: HomeOption = None,
+    form: Annotated[str, typer.Option(help="peft, merged or gguf-lora.")] = "peft",
+    onto: Annotated[
+        str, typer.Option(help="merged: onto the published weights (base) or the values that are served (nf4).")
+    ] = "base",
+    dtype: Annotated[str, typer.Option(help="merged: bfloat16 or float32.")] = "bfloat16",
+    check: Annotated[bool, typer.Option(help="merged: compare its logits with the unmerged adapter's.")] = True,
+    push: Annotated[str | None, typer.Option(help="Upload it to the hub, too, as owner/name (private).")] = None,
+) -> None:
+    """Write a version as a PEFT folder, merged into its base, or as a GGUF LoRA for llama.cpp."""
+    console = Console(stderr=True)
+    _quiet_libraries()
+    _one_of("--form", form, ("peft", "merged", "gguf-lora"))
+    _one_of("--onto", onto, ("base", "nf4"))
+    _one_of("--dtype", dtype, ("bfloat16", "float32"))
+    with _UserErrors(console):
+        import torch
+
+        from onebase_training import export as exporting
+
+        written = exporting.export(
+            model,
+            dest,
+            Home(home or default_home(os.environ)),
+            form=form,  # type: ignore[arg-type]
+            onto=onto,  # type: ignore[arg-type]
+            dtype=getattr(torch, dtype),
+            check=check,
+            console=console,
+        )
+        Console().print(f"wrote {written}", highlight=False)
+        if push is not None:
+            Console().print(exporting.push(written, push), highlight=False)
+
+
+@data_app.command("check")
+def data_check(
+    file: Annotated[Path, typer.Argument(help="JSONL, JSON or text.")],
+    home: HomeOption = None,
+    base: Annotated[str | None, typer.Option(help="Count tokens with this base's tokenizer.")] = None,
+    format: Annotated[str, typer.Option(help="auto, sharegpt, openai, alpaca, orca, completion or text.")] = "auto",
+    max_tokens: Annotated[int, typer.Option(help="Rows longer than this are told.")] = 2048,
+    show: Annotated[int, typer.Option(help="Print so many rows as coloured tokens: green is learnt.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
+) -> None:
+    """Say what a training file holds: counts, broken lines, duplicates, lengths, and what will be learnt."""
+    console = Console(stderr=True)
+    _quiet_libraries()
+    from onebase_training import config, inspect_data
+
+    with _UserErrors(console):
+        source = {"path": str(file.resolve()), "format": format}
+        content: dict[str, Any] = {"name": "checked", "data": {"train": [source], "max_tokens": max_tokens}}
+        recipe = config.make_recipe(content | ({"base": base} if base else {}))
+        tokenizer, encoder, limit = inspect_data.tools(recipe, Home(home or default_home(os.environ)).create())
+        report = inspect_data.check_file(recipe, encoder, limit)
+        if as_json:
+            Console().print_json(data=report.as_json())
+        else:
+            inspect_data.show(report, Console(), tokenizer, show)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}", param_hint=option)
 
 
 class _UserErrors:

@@ -10,11 +10,8 @@ from typing import Any
 import torch
 import transformers
 
-from onebase.base_fetch import fetch_embedded
 from onebase.base_model import LoadedBase
-from onebase.bases import EMBEDDED_ID, BaseSpec, resolve_base
-from onebase.errors import ModelNotFound
-from onebase.home import Home
+from onebase.bases import BaseSpec
 from onebase.prompt import PromptRenderer, get_renderer
 from onebase.tokenizer import TextTokenizer
 from onebase_training import attention, lora
@@ -26,16 +23,6 @@ from onebase_training.plan import Plan
 from onebase_training.progress import RunCallback
 from onebase_training.rows import Encoder, Row
 from onebase_training.trainer import PlanTrainer, StepDataset, eval_batches
-
-
-def find_base(home: Home, name: str) -> BaseSpec:
-    """The base; the embedded one is fetched when it is not there yet."""
-    try:
-        return resolve_base(home, name)
-    except ModelNotFound:
-        if name.lower() != EMBEDDED_ID.lower():
-            raise
-        return fetch_embedded(home)
 
 
 def make_renderer(recipe: Recipe, spec: BaseSpec, tokenizer: TextTokenizer) -> PromptRenderer:

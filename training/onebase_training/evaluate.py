@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from onebase.base_fetch import find_base
 from onebase.base_model import LoadedBase, load_base
 from onebase.durable import replace_file
 from onebase.errors import InvalidInput
@@ -21,7 +22,7 @@ from onebase.home import Home
 from onebase.store import AdapterStore, Version
 from onebase.tokenizer import TextTokenizer
 from onebase_training import attention, lora
-from onebase_training.assemble import find_base, make_renderer, read_data
+from onebase_training.assemble import make_renderer, read_data
 from onebase_training.config import Recipe
 from onebase_training.generate import greedy_answers
 from onebase_training.objective import Objective

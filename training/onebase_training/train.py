@@ -12,13 +12,14 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
+from onebase.base_fetch import find_base
 from onebase.base_model import load_base
 from onebase.errors import OnebaseError
 from onebase.home import Home
 from onebase.store import AdapterStore, Version
 from onebase.tokenizer import TextTokenizer
 from onebase_training import checkpoint, lora, preflight
-from onebase_training.assemble import build_trainer, find_base, has_tensorboard, prepare, read_data
+from onebase_training.assemble import build_trainer, has_tensorboard, prepare, read_data
 from onebase_training.config import Recipe
 from onebase_training.plan import make_plan
 from onebase_training.progress import RunCallback
