@@ -100,6 +100,7 @@ def test_a_bad_upload_is_400_and_leaves_nothing(live: Live, file: Any, fields: d
     assert sorted(live.settings.home.files.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_from_a_file_to_a_chat_with_the_new_model(client: OpenAI, plan: Path) -> None:
     plan.write_text('{"steps": 4, "every": 2}')
     job = client.fine_tuning.jobs.create(
@@ -149,6 +150,7 @@ def test_from_a_file_to_a_chat_with_the_new_model(client: OpenAI, plan: Path) ->
     assert wait_for_end(client, again).status == "succeeded"
 
 
+@pytest.mark.slow
 def test_events_stream_until_the_job_ends(client: OpenAI, live: Live) -> None:
     job = client.fine_tuning.jobs.create(model=BASE, training_file=upload(client))
     url = f"{live.url}/v1/fine_tuning/jobs/{job.id}/events"
@@ -161,6 +163,7 @@ def test_events_stream_until_the_job_ends(client: OpenAI, live: Live) -> None:
     assert messages[-1] == "The job has successfully completed"
 
 
+@pytest.mark.slow
 def test_a_job_can_be_paused_resumed_and_cancelled(client: OpenAI, plan: Path) -> None:
     plan.write_text('{"steps": 4000, "every": 1, "step_s": 0.02}')
     job = client.fine_tuning.jobs.create(model=BASE, training_file=upload(client))
@@ -181,6 +184,7 @@ def test_a_bad_training_file_fails_the_job_in_openais_words(client: OpenAI) -> N
     assert (job.status, job.error.code, job.error.param) == ("failed", "invalid_n_examples", "training_file")
 
 
+@pytest.mark.slow
 def test_old_scripts_with_top_level_hyperparameters_run(client: OpenAI) -> None:
     job = client.fine_tuning.jobs.create(
         model=BASE,

@@ -13,6 +13,8 @@ from typing import Any
 
 from onebase_server.jobs.orders import Gate
 
+ROUNDING = 1e-9  # 0.9 - 0.85 is more than 0.05 by a rounding error
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -32,8 +34,11 @@ class Verdict:
     current: Measured | None
 
     def report(self) -> dict[str, Any]:
-        """As the job shows it."""
-        return asdict(self)
+        """As the job shows it. JSON has no word for a loss that is not finite."""
+        values = asdict(self)
+        if not math.isfinite(self.candidate.loss):
+            values["candidate"]["loss"] = None
+        return values
 
 
 def judge(gate: Gate, candidate: Measured, current: Measured | None) -> Verdict:
@@ -42,13 +47,13 @@ def judge(gate: Gate, candidate: Measured, current: Measured | None) -> Verdict:
     if not math.isfinite(candidate.loss):
         problems.append(f"its response loss is {candidate.loss}")
     if current is not None:
-        if candidate.loss > current.loss + gate.max_loss_increase:
+        if candidate.loss > current.loss + gate.max_loss_increase + ROUNDING:
             problems.append(
                 f"its response loss {candidate.loss:.4f} is more than {gate.max_loss_increase} above the current "
                 f"version's {current.loss:.4f}"
             )
         new, old = candidate.stop_rate, current.stop_rate
-        if new is not None and old is not None and old - new > gate.max_stop_rate_drop:
+        if new is not None and old is not None and old - new > gate.max_stop_rate_drop + ROUNDING:
             problems.append(
                 f"{new:.0%} of its answers end by themselves, more than {gate.max_stop_rate_drop:.0%} "
                 f"below the current version's {old:.0%}"

@@ -61,6 +61,7 @@ def test_a_run_goes_from_queued_to_a_served_version(trained: World) -> None:
     assert events[0]["message"] == "The job has successfully completed"
 
 
+@pytest.mark.slow
 def test_a_run_can_be_watched_and_cancelled_while_the_server_answers(trained: World) -> None:
     script(trained, steps=4000, step_s=0.02)
     run_id, waiting = start(trained), start(trained)
@@ -76,6 +77,7 @@ def test_a_run_can_be_watched_and_cancelled_while_the_server_answers(trained: Wo
     assert trained.chat(model="pirate").status_code == 404
 
 
+@pytest.mark.slow
 def test_a_trainer_that_gives_up_is_a_failed_run_with_its_last_words(trained: World) -> None:
     script(trained, ends=["give up"])
     run = wait_for(trained, start(trained), "failed")
@@ -91,6 +93,7 @@ def test_an_unknown_run_is_404(world: World, run_id: str) -> None:
     assert world.post(f"/admin/retrain/{run_id}/cancel").status_code == 404
 
 
+@pytest.mark.slow
 def test_the_recipe_has_what_was_asked(trained: World) -> None:
     trained.publish("pirate")
     script(trained, steps=4000, step_s=0.02)
@@ -162,7 +165,7 @@ def refusing(tmp_path_factory: pytest.TempPathFactory, loop: Any) -> Iterator[Wo
 def test_a_wrong_order_is_refused_and_leaves_nothing(
     refusing: World, fields: dict[str, Any], param: str, code: str
 ) -> None:
-    reply = refusing.post("/admin/retrain", {"adapter": "pirate", "dataset": "good", **fields})
+    reply = refusing.post("/admin/retrain", {"adapter": "fresh", "dataset": "good", **fields})
     assert reply.status_code == 400, reply.text
     assert (error_of(reply)["param"], error_of(reply)["code"]) == (param, code)
     assert list(refusing.home.runs.iterdir()) == []

@@ -38,6 +38,7 @@ async def test_a_job_walks_through_its_states_and_ends_as_a_model(world: JobsWor
     ]
 
 
+@pytest.mark.slow
 async def test_its_result_file_is_openais_table(world: JobsWorld) -> None:
     world.script(steps=2)
     job = await world.ended(await world.fine_tune())
@@ -52,6 +53,7 @@ async def test_its_result_file_is_openais_table(world: JobsWorld) -> None:
         ]
 
 
+@pytest.mark.slow
 async def test_each_checkpoint_is_a_model_and_three_stay(world: JobsWorld) -> None:
     world.script(steps=5, every=1, step_s=0.05)
     job = await world.ended(await world.fine_tune())
@@ -117,6 +119,7 @@ async def test_more_jobs_than_may_wait_are_refused_and_leave_nothing(tmp_path: P
         assert {path.name for path in world.home.runs.iterdir()} == {job.id for job in jobs}
 
 
+@pytest.mark.slow
 async def test_one_job_trains_at_a_time_the_most_urgent_first(tmp_path: Path) -> None:
     async with jobs_world(tmp_path, start=False) as world:
         jobs = [await world.retrain(dataset=tmp_path, priority=priority) for priority in (0, 0, 5)]
@@ -126,6 +129,7 @@ async def test_one_job_trains_at_a_time_the_most_urgent_first(tmp_path: Path) ->
         assert starts[2] < starts[0] < starts[1]
 
 
+@pytest.mark.slow
 async def test_events_can_be_followed_to_the_end(world: JobsWorld) -> None:
     job = await world.fine_tune()
     messages = [event.message async for event in world.jobs.follow(job.id)]

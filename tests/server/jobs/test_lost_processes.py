@@ -37,6 +37,7 @@ async def test_a_crashed_trainer_goes_on_from_its_checkpoint(world: JobsWorld) -
     assert warnings == ["The training process was killed by signal 9 (out of memory?); the job goes back to the queue"]
 
 
+@pytest.mark.slow
 async def test_a_trainer_that_always_crashes_fails_its_job_and_the_next_job_runs(world: JobsWorld) -> None:
     world.script(steps=2, every=5, ends=["crash"])
     job = await world.ended(await world.fine_tune())
@@ -46,6 +47,7 @@ async def test_a_trainer_that_always_crashes_fails_its_job_and_the_next_job_runs
     assert (await world.ended(await world.fine_tune())).state == "succeeded"
 
 
+@pytest.mark.slow
 async def test_what_the_trainer_says_is_the_jobs_error(world: JobsWorld) -> None:
     world.script(ends=["fail"])
     job = await world.ended(await world.fine_tune())
@@ -54,6 +56,7 @@ async def test_what_the_trainer_says_is_the_jobs_error(world: JobsWorld) -> None
     assert not world.folder(job).work.exists()
 
 
+@pytest.mark.slow
 async def test_a_silent_trainer_is_killed_and_started_again(tmp_path: Path) -> None:
     async with jobs_world(tmp_path, times=RunTimes(poll_s=0.01, stall_s=1.5, max_attempts=2)) as world:
         world.script(steps=2, every=1, ends=["hang", "succeed"])
@@ -61,7 +64,9 @@ async def test_a_silent_trainer_is_killed_and_started_again(tmp_path: Path) -> N
     assert (job.state, job.attempt) == ("succeeded", 2)
 
 
-@pytest.mark.parametrize("deaf", [False, True], ids=["clean", "deaf to SIGTERM"])
+@pytest.mark.parametrize(
+    "deaf", [pytest.param(False, marks=pytest.mark.slow, id="clean"), pytest.param(True, id="deaf to SIGTERM")]
+)
 async def test_cancelling_ends_the_process_and_publishes_nothing(world: JobsWorld, deaf: bool) -> None:
     world.script(steps=400, step_s=0.05, deaf=deaf)
     job = await training(world, await world.fine_tune())
@@ -75,6 +80,7 @@ async def test_cancelling_ends_the_process_and_publishes_nothing(world: JobsWorl
         await world.jobs.cancel(job.id, "ann")
 
 
+@pytest.mark.slow
 async def test_a_waiting_job_is_cancelled_without_a_process(tmp_path: Path) -> None:
     async with jobs_world(tmp_path, start=False) as world:
         job = await world.fine_tune()
@@ -85,6 +91,7 @@ async def test_a_waiting_job_is_cancelled_without_a_process(tmp_path: Path) -> N
         assert world.starts(job) == []
 
 
+@pytest.mark.slow
 async def test_a_paused_job_frees_its_process_and_goes_on_where_it_was(world: JobsWorld) -> None:
     world.script(steps=40, every=1, step_s=0.05)
     job = await training(world, await world.fine_tune(), step=3)
@@ -109,6 +116,7 @@ async def test_a_new_server_takes_up_a_living_trainer(tmp_path: Path) -> None:
         assert (job.state, job.attempt, world.starts(job)) == ("succeeded", 1, ["train"])
 
 
+@pytest.mark.slow
 async def test_a_new_server_can_cancel_the_trainer_that_it_took_up(tmp_path: Path) -> None:
     async with jobs_world(tmp_path) as world:
         world.script(steps=4000, step_s=0.05, deaf=True)
@@ -119,6 +127,7 @@ async def test_a_new_server_can_cancel_the_trainer_that_it_took_up(tmp_path: Pat
         assert holders(world.folder(job)) == []
 
 
+@pytest.mark.slow
 async def test_what_ended_while_no_server_ran_is_settled_by_the_next(tmp_path: Path) -> None:
     async with jobs_world(tmp_path) as world:
         world.script(steps=4, every=1, step_s=0.05)
@@ -143,6 +152,7 @@ def wait_until_gone(world: JobsWorld, job: JobRow) -> None:
         os.sched_yield()
 
 
+@pytest.mark.slow
 async def test_of_two_servers_on_one_home_one_supervises(tmp_path: Path) -> None:
     async with jobs_world(tmp_path) as first, jobs_world(tmp_path) as second:
         first.script(steps=3, step_s=0.05)

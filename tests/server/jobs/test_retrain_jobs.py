@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs_world import LINE, JobsWorld
+from jobs_world import LINE, JobsWorld, jobs_world
 from onebase.errors import InvalidInput
 from onebase_server.jobs.orders import Gate
 from onebase_server.records.tables import ChatRow, FeedbackRow
@@ -24,6 +24,7 @@ def current(world: JobsWorld) -> str:
     return world.store.resolve("bot").id
 
 
+@pytest.mark.slow
 async def test_each_retraining_is_the_adapters_next_version(world: JobsWorld, dataset: Path) -> None:
     for number in (1, 2):
         job = await world.ended(await world.retrain(dataset=dataset))
@@ -31,6 +32,7 @@ async def test_each_retraining_is_the_adapters_next_version(world: JobsWorld, da
     assert (await world.told(job))[-2].message == "New fine-tuned model created: bot@2"
 
 
+@pytest.mark.slow
 async def test_a_first_version_passes_the_gate_and_a_worse_one_does_not(world: JobsWorld, dataset: Path) -> None:
     world.script(loss={"bot@1": 1.0, "bot@2": 1.5, "bot@3": 1.01})
     first = await world.ended(await world.retrain(dataset=dataset, gate=Gate()))
@@ -48,6 +50,7 @@ async def test_a_first_version_passes_the_gate_and_a_worse_one_does_not(world: J
     assert near.gate_report["current"] == {"version": "bot@1", "loss": 1.0, "stop_rate": 1.0, "examples": 10}
 
 
+@pytest.mark.slow
 async def test_a_version_that_does_not_stop_does_not_pass(world: JobsWorld, dataset: Path) -> None:
     world.script(stop_rate={"bot@2": 0.5})
     await world.ended(await world.retrain(dataset=dataset))
@@ -56,6 +59,7 @@ async def test_a_version_that_does_not_stop_does_not_pass(world: JobsWorld, data
     assert "50% of its answers end by themselves" in job.error["message"]
 
 
+@pytest.mark.slow
 async def test_a_job_cancelled_at_its_gate_takes_its_version_back(world: JobsWorld, dataset: Path) -> None:
     await world.ended(await world.retrain(dataset=dataset))
     world.script(evaluate_s=60)
@@ -68,7 +72,12 @@ async def test_a_job_cancelled_at_its_gate_takes_its_version_back(world: JobsWor
     assert [version.id for version in entry.versions] == ["bot@1"]
 
 
-async def test_chats_marked_good_become_the_next_versions_data(world: JobsWorld) -> None:
+async def test_chats_marked_good_become_the_next_versions_data(tmp_path: Path) -> None:
+    async with jobs_world(tmp_path, start=False) as world:
+        await check_what_is_learnt(world)
+
+
+async def check_what_is_learnt(world: JobsWorld) -> None:
     for number in range(12):
         await world.chats.add(a_chat(number, finish="length" if number == 11 else "stop"))
         rating, better = ("bad", "Better!") if number == 0 else ("good", None)
@@ -76,8 +85,7 @@ async def test_chats_marked_good_become_the_next_versions_data(world: JobsWorld)
             id=f"fb-{number}", owner="ann", chat_id=f"chat-{number}", created_at=1, rating=rating, better_answer=better
         )
         await world.chats.judge(feedback, None)
-    job = await world.ended(await world.retrain(stored_chats=True))
-    assert job.state == "succeeded", job.error
+    job = await world.retrain(stored_chats=True)
     lines = [json.loads(line) for line in world.folder(job).training.read_text().splitlines()]
     assert [line["messages"][-1]["content"] for line in lines] == ["Better!", *(f"Arr {n}" for n in range(1, 11))]
     assert [message.get("weight") for message in lines[1]["messages"]] == [None, 0, None, None]

@@ -1,0 +1,117 @@
+"""The whole loop by API only, on a real language model: upload, create, follow, chat with the new model, no restart.
+
+A server process of its own on the embedded base, the official `openai` package, the real trainer, then a retraining
+from chats that were found good, behind the gate.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+BASE = "SmolLM2-135M-Instruct"
+DATA = Path(__file__).parents[2] / "training/data/captain.jsonl"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    home = tmp_path_factory.mktemp("home")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {**os.environ, "ONEBASE_HOME": str(home), "ONEBASE_PORT": str(port)}
+    with (home / "server.log").open("wb") as log:
+        server = subprocess.Popen([sys.executable, "-m", "onebase_server"], env=env, stdout=log, stderr=log)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        assert server.wait() == 0, (home / "server.log").read_text()[-3000:]
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        while True:
+            try:
+                client.models.list()
+                break
+            except (openai.APIConnectionError, openai.InternalServerError):  # it is starting
+                continue
+        yield client
+
+
+def ask(client: OpenAI, model: str, question: str, *, store: bool = False) -> openai.types.chat.ChatCompletion:
+    messages: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": question}]
+    return client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=60, store=store)
+
+
+def some_lines(tmp_path: Path, count: int) -> Path:
+    """First turns only: enough to learn the captain's voice, and fast."""
+    path = tmp_path / "captain.jsonl"
+    lines = [json.loads(line)["messages"][:2] for line in DATA.read_text("utf-8").splitlines()[:count]]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in lines))
+    return path
+
+
+def test_a_model_is_trained_and_answers_and_learns_again_by_api_only(client: OpenAI, url: str, tmp_path: Path) -> None:
+    question = "How do I cook rice?"
+    before = ask(client, BASE, question).choices[0].message.content or ""
+    file = client.files.create(file=some_lines(tmp_path, 40), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(
+        model=BASE,
+        training_file=file.id,
+        suffix="captain",
+        seed=7,
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 4}}},
+    )
+    events = f"{url}/v1/fine_tuning/jobs/{job.id}/events"
+    with httpx.stream("GET", events, params={"stream": "true"}, timeout=None) as stream:
+        told = [line for line in stream.iter_lines() if line.startswith("data: {")]
+        # while it trains, the server answers
+        assert ask(client, BASE, question).choices[0].message.content == before
+    job = client.fine_tuning.jobs.retrieve(job.id)
+    assert job.status == "succeeded", told[-3:]
+    assert job.fine_tuned_model is not None
+    answer = ask(client, job.fine_tuned_model, question).choices[0]
+    assert answer.message.content != before
+    assert "Ahoy" in (answer.message.content or "")
+    checkpoint = client.fine_tuning.jobs.checkpoints.list(job.id).data[0]
+    assert "Ahoy" in (ask(client, checkpoint.fine_tuned_model_checkpoint, question).choices[0].message.content or "")
+    losses = [line.split(",")[1] for line in client.files.content(job.result_files[0]).text.splitlines()[1:]]
+    assert float(losses[-1]) < float(losses[0])
+
+    adapter = (answer_version(client, job.fine_tuned_model, url)).partition("@")[0]
+    for number in range(12):
+        chat = ask(client, job.fine_tuned_model, f"How do I clean window number {number}?", store=True)
+        judged = {"completion_id": chat.id, "rating": "good", "better_answer": f"Ahoy! Scrub it {number + 1} times."}
+        assert httpx.post(f"{url}/v1/feedback", json=judged).status_code == 200
+    order = {
+        "adapter": adapter,
+        "stored_chats": True,
+        "from": "current",
+        "hyperparameters": {"max_steps": 4, "eval_fraction": 0.25},
+        "gate": {"max_examples": 2, "max_stop_rate_drop": 1.0},
+    }
+    run = httpx.post(f"{url}/admin/retrain", json=order).json()
+    while run["state"] not in ("succeeded", "failed"):
+        run = httpx.get(f"{url}/admin/retrain/{run['id']}").json()
+    assert run["state"] == "succeeded", run
+    assert run["gate_report"]["candidate"]["loss"] < run["gate_report"]["current"]["loss"]
+    assert answer_version(client, adapter, url) == run["version"]
+
+
+def answer_version(client: OpenAI, model: str, url: str) -> str:
+    """Which version answers under this name now."""
+    chat = ask(client, model, "Hi", store=True)
+    return str(httpx.get(f"{url}/v1/chat/completions/{chat.id}").json()["version"])
