@@ -23,6 +23,7 @@ from onebase_server.slow_clients import BoundedBodies, protocol_within
 
 logger = logging.getLogger(__name__)
 
+ONE_SIGNAL_S = 0.5
 END_LIMIT_S = 10.0
 """For the step that runs and for streams to be told; then the process leaves all the same."""
 
@@ -56,6 +57,7 @@ class HttpServer(uvicorn.Server):
         self._lifecycle = lifecycle
         self._drain_s = settings.drain_s
         self._drain_until: float | None = None
+        self._signalled_at = 0.0
         # Or sse-starlette would cut every stream at the first signal.
         AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
 
@@ -70,12 +72,15 @@ class HttpServer(uvicorn.Server):
             self.handle_exit(signal.SIGTERM, None)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, the second one ends at once."""
+        """The first signal drains, the second one ends at once. Two in a row are one: `timeout` sends it twice."""
+        now = time.monotonic()
         if self._drain_until is not None:
-            self.force_exit = self.should_exit = True
+            if now - self._signalled_at > ONE_SIGNAL_S:
+                self.force_exit = self.should_exit = True
             return
+        self._signalled_at = now
         logger.info("signal %d: finishing running requests, for %.0f s at most", sig, self._drain_s)
-        self._drain_until = time.monotonic() + self._drain_s
+        self._drain_until = now + self._drain_s
         self._lifecycle.drain()
 
     async def on_tick(self, counter: int) -> bool:
