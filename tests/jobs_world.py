@@ -84,9 +84,9 @@ class JobsWorld:
 
 @asynccontextmanager
 async def jobs_world(root: Path, *, start: bool = True, **options: Any) -> AsyncIterator[JobsWorld]:
-    """`times`: RunTimes; `running`, `waiting`: limits. Used again on the same `root` it is a restarted server."""
+    """`times`: RunTimes; `running`, `waiting`: limits; `database`: a URL. On a `root` used before: a restarted server."""
     home = Home(root).create()
-    database = Database.file(root / "onebase.db")
+    database = Database.at(options["database"]) if "database" in options else Database.file(root / "onebase.db")
     await database.migrate()
     ledger = Ledger(JobRecords(database))
     files = FileService(home.files, FileRecords(database))

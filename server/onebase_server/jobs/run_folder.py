@@ -57,6 +57,11 @@ class RunFolder:
         """Optimiser states are large and of no use once the job has ended. The log and the metrics stay."""
         shutil.rmtree(self.work, ignore_errors=True)
 
+    def remove_data(self) -> None:
+        """The job's own names for its files' bytes: after its end a deleted file is to be gone."""
+        self.training.unlink(missing_ok=True)
+        self.validation.unlink(missing_ok=True)
+
     @contextmanager
     def locked(self) -> Iterator[int | None]:
         """The lock's file descriptor, to hand to a process; None if a process of this run is alive."""

@@ -73,6 +73,7 @@ class Settler:
                 NewEvent("succeeded", "The job has successfully completed"),
             ],
         )
+        await asyncio.to_thread(folder.remove_data)
         logger.info("job %s succeeded: %s", job.id, version.id)
 
     async def fail(self, job: JobRow, folder: RunFolder, error: JobError, **values: Any) -> None:
@@ -87,6 +88,7 @@ class Settler:
             when=(RUNNING, "validating_files"),
             events=[NewEvent("failed", f"The job failed: {error['message']}", level="error")],
         )  # fmt: skip
+        await asyncio.to_thread(folder.remove_data)
         logger.warning("job %s failed: %s", job.id, error["message"])
 
     async def discard(self, job: JobRow, folder: RunFolder) -> None:
@@ -99,6 +101,7 @@ class Settler:
                 logger.info("version %s of the cancelled job %s stays", version.id, job.id)
         await asyncio.to_thread(folder.remove_checkpoints)
         await self._ledger.change(job.id, {"run_open": False}, when=(job.state,))
+        await asyncio.to_thread(folder.remove_data)
 
     async def requeue(self, job: JobRow, reason: str) -> None:
         """Its process was lost: it goes on from its last checkpoint when its turn comes."""

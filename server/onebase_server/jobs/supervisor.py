@@ -26,7 +26,7 @@ from onebase_server.jobs.process import RunCommand
 from onebase_server.jobs.run_folder import RunFolder
 from onebase_server.jobs.run_life import RunLife, RunTimes, ServerStopsError
 from onebase_server.jobs.settle import JobError, Settler, job_error
-from onebase_server.jobs.states import FINE_TUNING, QUEUED, RUNNING, VALIDATING
+from onebase_server.jobs.states import FINAL, FINE_TUNING, QUEUED, RUNNING, VALIDATING
 from onebase_server.jobs.training_lines import FileProblem, check_training_file
 from onebase_server.records.jobs import NewEvent
 from onebase_server.records.tables import JobRow
@@ -120,8 +120,13 @@ class Supervisor:
         paths = list(self._home.runs.iterdir()) if self._home.runs.is_dir() else []
         known = await self._records.ids()
         for path in paths:
-            if path.name.startswith(JOB_PREFIXES) and path.name not in known and is_abandoned(path, time.time()):
-                RunFolder(self._home.runs, path.name).remove()
+            folder = RunFolder(self._home.runs, path.name)
+            if path.name in known and folder.training.exists():
+                job = await self._ledger.get(path.name)
+                if job.state in FINAL and not job.run_open:
+                    await asyncio.to_thread(folder.remove_data)
+            elif path.name.startswith(JOB_PREFIXES) and path.name not in known and is_abandoned(path, time.time()):
+                await asyncio.to_thread(folder.remove)
 
     async def _dispatch(self) -> None:
         for job in await self._records.with_open_run():
@@ -206,6 +211,13 @@ class Supervisor:
 
 def _check_files(job: JobRow, folder: RunFolder) -> int | JobError:
     """The number of training examples, or why the job can't be trained."""
+    try:
+        return _judge_files(job, folder)
+    except OSError as error:
+        return job_error("internal_error", f"The job's files in {folder.path} can't be read: {error.strerror}")
+
+
+def _judge_files(job: JobRow, folder: RunFolder) -> int | JobError:
     found = check_training_file(folder.training)
     if isinstance(found, FileProblem):
         return job_error(found.code, found.message, "training_file")

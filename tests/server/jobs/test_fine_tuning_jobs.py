@@ -6,6 +6,7 @@ import pytest
 
 from jobs_world import JobsWorld, jobs_world
 from onebase.errors import InvalidInput, Overloaded
+from postgres_server import postgres
 
 pytestmark = pytest.mark.anyio
 
@@ -89,6 +90,35 @@ async def test_a_file_that_can_not_be_trained_on_fails_the_job_and_starts_nothin
     assert (job.error["code"], job.error["param"]) == (code or "invalid_training_file", "training_file")
     assert world.starts(job) == []
     assert (await world.told(job))[-1].level == "error"
+
+
+async def test_a_job_whose_files_are_gone_fails_and_holds_nobody_up(tmp_path: Path) -> None:
+    async with jobs_world(tmp_path, start=False) as world:
+        job = await world.fine_tune()
+        world.folder(job).remove()
+    async with jobs_world(tmp_path) as world:
+        job = await world.ended(job)
+        assert job.error is not None
+        assert (job.state, job.error["code"]) == ("failed", "internal_error")
+
+
+@pytest.mark.slow
+async def test_after_its_end_a_job_keeps_no_data_of_its_file_and_everything_else(world: JobsWorld) -> None:
+    job = await world.ended(await world.fine_tune())
+    await world.until(job, lambda row: not world.folder(row).training.exists())
+    assert world.folder(job).log.exists()
+    assert world.folder(job).recipe.exists()
+
+
+@pytest.mark.slow
+async def test_a_job_runs_on_postgresql_too(tmp_path: Path) -> None:
+    with postgres() as url:
+        async with jobs_world(tmp_path, database=url) as world:
+            world.script(ends=["crash", "succeed"], every=1)
+            jobs = [await world.fine_tune(metadata={"a": "b"}, key=str(number)) for number in range(2)]
+            assert [(await world.ended(job)).state for job in jobs] == ["succeeded", "succeeded"]
+            messages = [event.message async for event in world.jobs.follow(jobs[0].id)]
+            assert messages[-1] == "The job has successfully completed"
 
 
 async def test_a_file_of_somebody_else_does_not_exist(world: JobsWorld) -> None:
