@@ -84,7 +84,7 @@ class JobsWorld:
 
 @asynccontextmanager
 async def jobs_world(root: Path, *, start: bool = True, **options: Any) -> AsyncIterator[JobsWorld]:
-    """`times`: RunTimes; `running`, `waiting`: limits; `database`: a URL. On a `root` used before: a restarted server."""
+    """`times`: RunTimes; `running`, `waiting`: limits; `database`: a URL. On a `root` used before: a restart."""
     home = Home(root).create()
     database = Database.at(options["database"]) if "database" in options else Database.file(root / "onebase.db")
     await database.migrate()
