@@ -34,8 +34,8 @@ QUESTIONS = (
 )
 """None of them is in the training data."""
 
-RETRAIN = {"epochs": 1, "batch_size": 4, "learning_rate": 2e-3, "r": 8, "alpha": 16, "seed": 7}
-"""One epoch: the swap is the point here, not a better adapter."""
+RETRAIN = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-3, "r": 8, "alpha": 16, "seed": 7}
+"""One epoch more, from the version that is served."""
 
 
 @dataclass
@@ -120,11 +120,15 @@ def talk(demo: Demo, server: ServerProcess) -> None:
 def retrain(demo: Demo, server: ServerProcess) -> None:
     demo.step(5, "Train the captain's next version while he answers")
     before = str(server.get("/admin/adapters/captain")["current"])
-    order = {"adapter": "captain", "dataset": "captain.jsonl", "preset": "default", "hyperparameters": RETRAIN}
+    order = {"adapter": "captain", "dataset": "captain.jsonl", "from": "current", "hyperparameters": RETRAIN}
     run = server.post("/admin/retrain", order)
-    demo.console.print(f"POST /admin/retrain -> {run['id']} ({run['state']})", highlight=False)
+    demo.console.print(f"POST /admin/retrain {order}\n  -> {run['id']}, {run['state']}", highlight=False, markup=False)
     started = time.monotonic()
-    run, streams = asyncio.run(_answer_meanwhile(demo, server, run["id"]))
+    try:
+        run, streams = asyncio.run(_answer_meanwhile(demo, server, run["id"]))
+    except BaseException:
+        server.post(f"/admin/retrain/{run['id']}/cancel")  # a run outlives its server, and nobody would want this one
+        raise
     demo.seconds["retrain while serving"] = time.monotonic() - started
     if run["state"] != "succeeded":
         raise DemoError(f"the run ended as {run['state']}: {run['error']}\n{server.last_lines()}")
@@ -154,7 +158,7 @@ async def _answer_meanwhile(demo: Demo, server: ServerProcess, run_id: str) -> t
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
-        TextColumn("step {task.completed:.0f}/{task.total:.0f}  loss {task.fields[loss]}  {task.fields[speed]} tok/s"),
+        TextColumn("step {task.fields[at]}  loss {task.fields[loss]}  {task.fields[speed]} tok/s"),
         TimeElapsedColumn(),
         console=demo.console,
     )
@@ -162,15 +166,17 @@ async def _answer_meanwhile(demo: Demo, server: ServerProcess, run_id: str) -> t
     asking = asyncio.create_task(keep_asking(server.url, "captain", QUESTIONS, lambda: ended))
     shown = -10
     with bar:
-        task = bar.add_task("queued", total=None, loss="-", speed="-")
+        task = bar.add_task("queued", total=None, at="-", loss="-", speed="-")
         while True:
             run = await asyncio.to_thread(server.get, f"/admin/retrain/{run_id}")
-            now = run["progress"]
-            step, total = now.get("step") or 0, now.get("total_steps")
-            loss, speed = _short(now.get("loss")), _short(now.get("tokens_per_s"))
-            bar.update(task, description=run["state"], completed=step, total=total, loss=loss, speed=speed)
+            step, total = run["step"], run["total_steps"]
+            loss, speed = _short(run["loss"]), _short(run["tokens_per_s"])
+            at = f"{step}/{total}" if total else "-"
+            bar.update(
+                task, description=run["state"], completed=step, total=total or None, at=at, loss=loss, speed=speed
+            )
             if not demo.console.is_terminal and step >= shown + 10:
-                demo.console.print(f"  {run['state']}: step {step}/{total}, loss {loss}", highlight=False)
+                demo.console.print(f"  {run['state']}: step {at}, loss {loss}", highlight=False)
                 shown = step
             if run["state"] not in ("queued", "running"):
                 break
