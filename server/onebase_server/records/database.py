@@ -57,12 +57,16 @@ class Database:
         return cls(URL.create("sqlite", database=str(path)))
 
     async def migrate(self) -> None:
-        """Bring the tables up to this code's version, in a thread of its own. Safe to call at every start."""
+        """Bring the tables up to this code's version, in a thread of its own. Safe to call at every start.
+
+        Raises InvalidInput for a database that a newer onebase has written.
+        """
         await asyncio.to_thread(self._migrate)
 
     def _migrate(self) -> None:
         from alembic import command
         from alembic.config import Config
+        from alembic.util import CommandError
 
         config = Config()
         config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
@@ -76,6 +80,11 @@ class Database:
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
                 connection.commit()
+        except CommandError as error:  # it names a revision that this code does not have
+            raise InvalidInput(
+                f"The database was written by a newer onebase ({error}): use that one, or a backup from before.",
+                param="database",
+            ) from error
         finally:
             engine.dispose()
 

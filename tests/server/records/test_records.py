@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, text
 
 from onebase.errors import InvalidInput
 from onebase_server.records.chats import ChatRecords
@@ -58,6 +58,18 @@ async def test_migrating_twice_and_from_two_servers_at_once_changes_nothing(url:
     await asyncio.gather(other.migrate(), database.migrate())
     assert await FileRecords(other).ids() == {"file-1"}
     await other.close()
+
+
+async def test_a_database_of_a_newer_onebase_is_refused_and_left_alone(tmp_path: Path) -> None:
+    database = Database.file(tmp_path / "x.db")
+    await database.migrate()
+    async with database.write() as session:
+        await session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(InvalidInput, match="newer onebase"):
+        await database.migrate()
+    await FileRecords(database).add(a_file(1))
+    assert await FileRecords(database).ids() == {"file-1"}
+    await database.close()
 
 
 async def test_a_database_of_another_kind_is_refused_by_name() -> None:
