@@ -1,6 +1,6 @@
 """Turns what a base is published as into what onebase reads: safetensors, config.json, tokenizer.json.
 
-Three sources: a GGUF file, pickled shards (`pytorch_model*.bin`), a SentencePiece `tokenizer.model`. Each function
+Two sources: a GGUF file, pickled shards (`pytorch_model*.bin`); sentencepiece_convert.py has the third. Each function
 writes into a folder that its caller will rename into place; nothing here knows about the home folder or the network.
 """
 
@@ -76,24 +76,6 @@ def convert_pickled_shards(folder: Path) -> None:
     for shard in shards:
         shard.unlink()
     (folder / "pytorch_model.bin.index.json").unlink(missing_ok=True)
-
-
-def convert_sentencepiece(folder: Path) -> None:
-    """`tokenizer.model` -> `tokenizer.json`, when the base has no `tokenizer.json` of its own.
-
-    transformers 5 has no slow tokenizer to fall back on; tests/core/test_base_tokenizer.py holds the result against
-    SentencePiece itself, token for token, since converted tokenizers were wrong before (transformers #24233).
-    """
-    source = folder / "tokenizer.model"
-    if (folder / "tokenizer.json").is_file() or not source.is_file():
-        return
-    import transformers
-
-    with quiet():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    tokenizer.save_pretrained(folder)
-    if not (folder / "tokenizer.json").is_file():
-        raise BaseModelError(f"{source} could not be converted to tokenizer.json", param="base")
 
 
 def _tidy_configs(folder: Path) -> None:

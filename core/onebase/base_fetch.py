@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from onebase.base_convert import convert_gguf, convert_pickled_shards, convert_sentencepiece
+from onebase.base_convert import convert_gguf, convert_pickled_shards
 from onebase.bases import (
     EMBEDDED_ID,
     RECORD,
@@ -29,6 +29,7 @@ from onebase.bases import (
 )
 from onebase.errors import BaseModelError, ModelNotFound
 from onebase.home import Home
+from onebase.sentencepiece_convert import convert_sentencepiece
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction done (0..1)."""
