@@ -1,0 +1,97 @@
+"""What the admin calls give, typed. Fields that a newer server adds are kept and do no harm."""
+
+from typing import Any, Literal
+
+from openai import BaseModel
+
+
+class Version(BaseModel):
+    """One immutable version and where it is in the server's memory."""
+
+    id: str
+    version: int
+    created_at: int
+    prompt_format: str
+    digest: str
+    place: str
+    """disk, loading, host, copying or slot."""
+    leases: int
+    pinned: bool
+    metrics: dict[str, Any]
+    error: str | None = None
+
+
+class Share(BaseModel):
+    version: int
+    share: float
+
+
+class Adapter(BaseModel):
+    name: str
+    current: str | None = None
+    serving: list[Share]
+    versions: list[Version]
+    aliases: dict[str, int]
+
+
+class Adapters(BaseModel):
+    data: list[Adapter]
+
+
+class RunError(BaseModel):
+    code: str
+    message: str
+    param: str | None = None
+
+
+class RetrainRun(BaseModel):
+    id: str
+    adapter: str
+    preset: str
+    state: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    created_at: int
+    started_at: int | None = None
+    finished_at: int | None = None
+    step: int
+    total_steps: int
+    loss: float | None = None
+    tokens_per_s: float | None = None
+    eta_s: float | None = None
+    version: str | None = None
+    gate_report: dict[str, Any] | None = None
+    error: RunError | None = None
+
+
+class RetrainRuns(BaseModel):
+    data: list[RetrainRun]
+
+
+class Key(BaseModel):
+    """A key without the key."""
+
+    id: str
+    name: str
+    owner: str
+    scopes: list[str]
+    models: list[str] | None = None
+    rpm: int | None = None
+    tpm: int | None = None
+    parallel: int | None = None
+    created_at: int
+    expires_at: int | None = None
+    last_used_at: int | None = None
+    revoked_at: int | None = None
+
+
+class NewKey(Key):
+    key: str
+    """Shown this once."""
+
+
+class Keys(BaseModel):
+    data: list[Key]
+
+
+class Deleted(BaseModel):
+    id: str
+    deleted: bool
