@@ -59,7 +59,7 @@ def test_rows_of_a_wider_tensor_are_read_in_place(kernels) -> None:
     assert relative_error(out, x.double() @ exact(weight).T) < 3e-3
 
 
-@pytest.mark.parametrize("m", [129, 300, 2048])
+@pytest.mark.parametrize("m", [129, 200, 256, 300, 2048])
 def test_many_tokens_go_through_the_dequantised_weight(kernels, m: int) -> None:
     import torch
 
@@ -71,6 +71,9 @@ def test_many_tokens_go_through_the_dequantised_weight(kernels, m: int) -> None:
     x = torch.randn(m, 576, device="cuda", dtype=torch.bfloat16)
     out = kernels.nf4_matmul(x, kernels.prepare(weight))
     assert relative_error(out, x.double() @ exact(weight).T) < 4e-3
+    if m <= 256:
+        halves = kernels.nf4.in_halves(x, kernels.prepare(weight))
+        assert relative_error(halves, x.double() @ exact(weight).T) < 4e-3
 
 
 def test_a_chain_of_overlapping_launches_reads_finished_inputs(kernels) -> None:

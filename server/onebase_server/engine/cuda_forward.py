@@ -48,8 +48,8 @@ class CudaForward(ModelForward):
         w, eps = self.weights, self.weights.geometry.eps
         x, residual = w.embed[token_ids.long()], None
         for index, layer in enumerate(w.layers):
-            qkv, total, normed = self._norm_project("qkv", x, residual, layer.input_norm, layer)
-            attended = self._attend(qkv, normed, index, meta, active)
+            qkv, total = self._with_lora("qkv", x, residual, layer.input_norm, index, layer, meta, active)
+            attended = self._attend(qkv, index, meta)
             o = self._project("o", attended, index, layer, meta, active)
             inner, residual = self._gate_up(o, total, index, layer, meta, active)
             x = self._project("down", inner, index, layer, meta, active)
@@ -57,25 +57,46 @@ class CudaForward(ModelForward):
             return self.cuda.rms_norm(x, w.norm, eps)
         return self.cuda.add_rms_norm(x, residual, w.norm, eps)[0]
 
-    def _norm_project(
-        self, name: str, x: Tensor, residual: Tensor | None, gain: Tensor, layer: LayerWeights
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(projection of norm(x + residual), x + residual, norm(x + residual)). LoRA's part is the caller's."""
-        weight, eps = layer.projections[name].weight, self.weights.geometry.eps
-        if self.cuda.nf4.can_fuse_norm(x.shape[0], weight):
-            return self.cuda.norm_matmul(x, residual, gain, eps, weight)
-        normed, total = self._norm(x, residual, gain)
-        return self._multiply(normed, weight), total, normed
+    def _with_lora(
+        self,
+        name: str,
+        x: Tensor,
+        residual: Tensor | None,
+        gain: Tensor,
+        index: int,
+        layer: LayerWeights,
+        meta: StepMeta,
+        active: frozenset[str],
+    ) -> tuple[Tensor, Tensor]:
+        """Norm, projection and LoRA's part. The shrink comes before the matmul where it can, which hides it."""
+        k, weight, pool = self.cuda, layer.projections[name].weight, self.lora[index][name]
+        has_lora = meta.has_lora and name in active
+        fold_width = self.weights.geometry.inner if name == "gate_up" else 0
+        if k.nf4.can_fuse_norm(x.shape[0], weight):
+            y, total, normed = k.norm_matmul(x, residual, gain, self.weights.geometry.eps, weight)
+            v = k.lora_shrink(normed, pool, meta) if has_lora else None
+        else:
+            normed, total = self._norm(x, residual, gain)
+            v = k.lora_shrink(normed, pool, meta) if has_lora else None
+            y = self._multiply(normed, weight)
+        if v is not None:
+            k.lora_expand_(y, v, pool, meta, fold=fold_width)
+        return y, total
 
     def _multiply(self, x: Tensor, weight: NF4Weight) -> Tensor:
-        return self.cuda.nf4(x, weight) if x.shape[0] <= MAX_TOKENS else self._dense(x, weight)
+        tokens = x.shape[0]
+        if tokens <= MAX_TOKENS:
+            return self.cuda.nf4(x, weight)
+        return self.cuda.nf4.in_halves(x, weight) if tokens <= 2 * MAX_TOKENS else self._dense(x, weight)
 
     def _project(
         self, name: str, x: Tensor, index: int, layer: LayerWeights, meta: StepMeta, active: frozenset[str]
     ) -> Tensor:
+        pool = self.lora[index][name]
+        v = self.cuda.lora_shrink(x, pool, meta) if meta.has_lora and name in active else None
         y = self._multiply(x, layer.projections[name].weight)
-        if meta.has_lora and name in active:
-            self.cuda.lora_add_(y, x, self.lora[index][name], meta)
+        if v is not None:
+            self.cuda.lora_expand_(y, v, pool, meta)
         return y
 
     def _norm(self, x: Tensor, residual: Tensor | None, gain: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,32 +105,24 @@ class CudaForward(ModelForward):
             return self.cuda.rms_norm(x, gain, eps), x
         return self.cuda.add_rms_norm(x, residual, gain, eps)
 
-    def _attend(self, qkv: Tensor, normed: Tensor, index: int, meta: StepMeta, active: frozenset[str]) -> Tensor:
-        w, k, g, pool = self.weights, self.cuda, self.weights.geometry, self.lora[index]["qkv"]
+    def _attend(self, qkv: Tensor, index: int, meta: StepMeta) -> Tensor:
+        w, k, scale = self.weights, self.cuda, self.weights.geometry.scale
         caches = self.cache.k[index], self.cache.v[index]
-        has_lora = meta.has_lora and "qkv" in active
         if meta.max_query == 1:
-            lora = (k.lora_shrink(normed, pool, meta), pool.b) if has_lora else None
-            return k.decode_attention(qkv, (w.cos, w.sin), caches, g.scale, meta, lora)
-        if has_lora:
-            k.lora_add_(qkv, normed, pool, meta)
+            return k.decode_attention(qkv, (w.cos, w.sin), caches, scale, meta)
         q = k.rope_write_kv(qkv, w.cos, w.sin, *caches, meta)
-        return k.paged_attention(q, *caches, g.scale, meta)
+        return k.paged_attention(q, *caches, scale, meta)
 
     def _gate_up(
         self, x: Tensor, residual: Tensor, index: int, layer: LayerWeights, meta: StepMeta, active: frozenset[str]
     ) -> tuple[Tensor, Tensor]:
         """(silu(gate) * up, x + residual) of norm(x + residual)."""
         k, weight, gain = self.cuda, layer.projections["gate_up"].weight, layer.post_norm
-        if not (meta.has_lora and "gate_up" in active):
-            if k.nf4.can_fuse_norm(x.shape[0], weight):
-                eps = self.weights.geometry.eps
-                return k.norm_matmul(x, residual, gain, eps, weight, swiglu=True)[:2]
-            normed, total = self._norm(x, residual, gain)
-            if x.shape[0] > MAX_TOKENS:
-                return k.silu_mul(self._dense(normed, weight), folded=True), total
-            return k.swiglu_matmul(normed, weight), total
-        pool = self.lora[index]["gate_up"]
-        gate_up, total, normed = self._norm_project("gate_up", x, residual, gain, layer)
-        k.lora_expand_(gate_up, k.lora_shrink(normed, pool, meta), pool, meta, fold=self.weights.geometry.inner)
-        return k.silu_mul(gate_up, folded=True), total
+        if (meta.has_lora and "gate_up" in active) or x.shape[0] > MAX_TOKENS:
+            y, total = self._with_lora("gate_up", x, residual, gain, index, layer, meta, active)
+            return k.silu_mul(y, folded=True), total
+        if k.nf4.can_fuse_norm(x.shape[0], weight):
+            eps = self.weights.geometry.eps
+            return k.norm_matmul(x, residual, gain, eps, weight, swiglu=True)[:2]
+        normed, total = self._norm(x, residual, gain)
+        return k.swiglu_matmul(normed, weight), total

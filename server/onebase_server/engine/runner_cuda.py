@@ -4,6 +4,7 @@ Steps with prefill run without a graph, on the same stream. Greedy choices are m
 one copy; other sampling runs on the logits that the graph left. It must not know scheduling, text or HTTP.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,11 +22,15 @@ from onebase_server.engine.logit_edits import has_edits
 from onebase_server.engine.model_forward import ModelForward
 from onebase_server.engine.run_ahead import RunAhead
 from onebase_server.engine.runner import DeviceLost, HostAdapter, Int32, SampleRow, StepBatch, StepResult
-from onebase_server.engine.runner_torch import RunnerConfig, TorchRunner
+from onebase_server.engine.runner_torch import RunnerConfig, TorchRunner, build_runner
 from onebase_server.engine.sampler import is_greedy
 from onebase_server.engine.weights import ModelWeights, read_weights
-from onebase_server.kernels.cuda_build import CudaBuildError
+from onebase_server.kernels.cuda_build import CudaBuildError, available
 from onebase_server.kernels.cuda_ops import CudaKernels
+from onebase_server.kernels.cuda_tiles import Tiles
+from onebase_server.kernels.torch_ops import TorchKernels
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -164,15 +169,46 @@ def _device_errors() -> Iterator[None]:
         raise DeviceLost(str(error)) from error
 
 
+def can_capture(weights: ModelWeights, page_size: int) -> bool:
+    """Whether a decode step runs on our kernels alone, without a sync with the host in it."""
+    g, projections = weights.geometry, weights.layers[0].projections.values()
+    tiled = all(isinstance(p.weight.repacked, Tiles) for p in projections)
+    even = all(p.weight.shape[1] % 64 == 0 and all(o % 8 == 0 for o in p.offsets) for p in projections)
+    heads = g.head in (64, 128, 256) and g.heads // g.kv_heads <= 8
+    return weights.dtype == torch.bfloat16 and tiled and even and heads and page_size & (page_size - 1) == 0
+
+
 def build_cuda_runner(
     base: Any, config: RunnerConfig, *, cache_dir: Path | None = None, identity: BaseIdentity | None = None
-) -> CudaRunner:
-    """`base` is a `onebase.base_model.LoadedBase` on CUDA in bf16; compiled kernels are kept in `cache_dir`."""
+) -> TorchRunner:
+    """`base` is a `onebase.base_model.LoadedBase` on CUDA; compiled kernels are kept in `cache_dir`. Where our kernels
+    can't be built or don't fit the model, a runner that does without what is missing."""
+    if not available():
+        return build_runner(base, TorchKernels(), config, identity=identity)
     kernels = CudaKernels(cache_dir)
-    return CudaRunner(
-        read_weights(base.model, kernels, config.max_context),
+    weights = read_weights(base.model, kernels, config.max_context)
+    fits = can_capture(weights, config.page_size)
+    if not fits:
+        logger.warning("%s: decode steps run without CUDA graphs: its sizes are not the kernels'", base.spec.id)
+    runner = (CudaRunner if fits else TorchRunner)(
+        weights,
         kernels,
         config,
         eos_token_ids=base.tokenizer.eos_ids,
         identity=identity if identity is not None else base.spec.identity,
+    )
+    log_memory(runner)
+    return runner
+
+
+def log_memory(runner: TorchRunner) -> None:
+    """What the device's memory went to, in words for the operator."""
+    tiles = [p.weight.repacked for layer in runner.weights.layers for p in layer.projections.values()]
+    weights = sum(t.data.numel() for t in tiles if isinstance(t, Tiles))
+    dense = sum(t.numel() * t.element_size() for t in (runner.weights.embed, runner.weights.lm_head))
+    pages = 2 * runner.cache.k.numel() * runner.cache.k.element_size()
+    free, total = torch.cuda.mem_get_info(runner.device)
+    logger.info(
+        "device memory in GB: NF4 weights %.2f, embeddings %.2f, KV pages %.2f, adapter slots %.2f; %.2f of %.2f free",
+        *(v / 1e9 for v in (weights, dense, pages, runner.slots.nbytes, free, total)),
     )

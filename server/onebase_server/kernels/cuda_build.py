@@ -171,7 +171,10 @@ class CudaFunction:
     def __init__(self, handle: ctypes.c_void_p, name: str, device: int) -> None:
         self._handle, self._name, self._device, self._shared = handle, name, device, 0
         self._overlap = _Attribute(id=_PROGRAMMATIC_SERIALIZATION, value=1)
-        self._config = _LaunchConfig(block_y=1, block_z=1, attributes=ctypes.pointer(self._overlap), num_attributes=1)
+        overlaps = torch.cuda.get_device_capability(device) >= (9, 0)
+        self._config = _LaunchConfig(
+            block_y=1, block_z=1, attributes=ctypes.pointer(self._overlap), num_attributes=int(overlaps)
+        )
         self._config_address = ctypes.byref(self._config)
         self._values = (ctypes.c_uint64 * _MAX_PARAMETERS)()
         start = ctypes.addressof(self._values)

@@ -10,7 +10,7 @@ _H100: dict[tuple[int, int], list[tuple[int, Choice | None]]] = {
 }
 """(N, K) -> rising (largest M, choice); None: the rule of thumb is as good."""
 
-_TABLES = {"NVIDIA H100": _H100}
+_TABLES = {"NVIDIA H100": _H100, "NVIDIA H200": _H100}
 
 
 def measured_choice(gpu: str, m: int, n: int, k: int) -> Choice | None:

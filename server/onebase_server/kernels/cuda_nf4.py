@@ -26,11 +26,12 @@ from onebase_server.kernels.cuda_tiles import Tiles
 from onebase_server.kernels.cuda_variants import GROUP, MAX_TOKENS, SMALL, WIDE, Group, Small, Variant
 from onebase_server.kernels.ops import NF4Weight
 
+SOURCE_FILES = ("wgmma.cuh", "nf4.cuh", "nf4_small.cuh", "nf4_wide.cuh", "nf4_hopper.cuh", "nf4_dequantise.cuh")
 _MAX_ROW_BLOCKS = 65536
 
 
 class Fusion(ctypes.Structure):
-    """What a matmul does besides: see `Fusion` in cuda/nf4.cu."""
+    """What a matmul does besides: see `Fusion` in cuda/nf4.cuh."""
 
     _fields_ = (
         ("residual", ctypes.c_void_p),
@@ -60,8 +61,8 @@ class NF4Matmul:
 
     def __init__(self, cache_dir: Path | None = None, extra: dict[str, Variant] | None = None) -> None:
         self.variants: dict[str, Variant] = {**SMALL, **(GROUP if is_hopper() else WIDE), **(extra or {})}
-        lines = [v.source for v in self.variants.values()]
-        source = read_source("wgmma.cuh", "nf4.cu", extra=lines)
+        lines = list(dict.fromkeys(v.source for v in self.variants.values()))
+        source = read_source(*SOURCE_FILES, extra=lines)
         self._module = CudaModule(source, defines=["-DHOPPER"] if is_hopper() else [], cache_dir=cache_dir)
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         self._processors = properties.multi_processor_count
@@ -117,6 +118,11 @@ class NF4Matmul:
             return m <= 8 and variant.shared_bytes(m, blocks) <= self._shared_limit
         tokens = variant.tokens if isinstance(variant, Group) else 8 * variant.token_tiles
         return m <= tokens and variant.shared_bytes <= self._shared_limit
+
+    def covers(self, weight: NF4Weight) -> bool:
+        """Whether this GPU's shared memory holds a kernel for every number of tokens up to `MAX_TOKENS`."""
+        blocks = -(-weight.shape[1] // 256) * 4
+        return all(any(self.fits(name, m, blocks) for name in self.variants) for m in (1, MAX_TOKENS))
 
     def can_fuse(self, m: int, weight: NF4Weight) -> bool:
         """Whether `run` takes a fusion with swiglu for that many tokens."""
@@ -183,9 +189,8 @@ class NF4Matmul:
         assert isinstance(tiles, Tiles)
         n, k = weight.shape
         dense = torch.empty(n, k, dtype=torch.bfloat16, device=tiles.data.device) if out is None else out
-        padded = tiles.data.shape[0] * 4
-        grid = min(self._processors * 8, -(-padded * tiles.blocks // 8))
+        grid = min(self._processors * 8, tiles.row_tiles * -(-tiles.blocks // 8))
         tensors = map(pointer, (tiles.data, dense, tiles.exact_code))
-        arguments = [*tensors, n, k, tiles.blocks, padded]
+        arguments = [*tensors, n, k, tiles.blocks, tiles.row_tiles]
         self._module.function("nf4_dequantise").launch((grid, 1, 1), 256, arguments, stream=stream)
         return dense

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from onebase_server.kernels.cuda_attention import DecodeAttention, VarlenAttention
+from onebase_server.kernels.cuda_bnb import BnbMatmul, has_bitsandbytes
 from onebase_server.kernels.cuda_build import CudaModule, pointer, read_source
 from onebase_server.kernels.cuda_nf4 import Fusion, NF4Matmul
 from onebase_server.kernels.cuda_tiles import Tiles, repack, supports
@@ -42,13 +43,17 @@ class CudaKernels:
         self._varlen = VarlenAttention()
 
     def prepare(self, weight: NF4Weight) -> NF4Weight:
-        """Tiles replace the packed nibbles, so that the weight is held once."""
+        """Tiles replace the packed nibbles, so that the weight is held once. What tiles don't suit is bitsandbytes'."""
         if not supports(weight):
             return weight
+        if not self.nf4.covers(weight):
+            return replace(weight, repacked=BnbMatmul(weight)) if has_bitsandbytes() else weight
         nothing = torch.empty(0, dtype=torch.uint8, device=weight.packed.device)
         return replace(weight, repacked=repack(weight), packed=nothing, absmax=nothing.float())
 
     def nf4_matmul(self, x: Tensor, weight: NF4Weight) -> Tensor:
+        if isinstance(weight.repacked, BnbMatmul) and x.dtype == torch.bfloat16:
+            return weight.repacked(x)
         if not isinstance(weight.repacked, Tiles):
             return self._twin.nf4_matmul(x, weight)
         if x.dtype != torch.bfloat16:

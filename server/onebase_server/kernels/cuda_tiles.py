@@ -1,4 +1,4 @@
-"""The tile layout of NF4 weights on CUDA (see cuda/nf4.cu), made once at load by plain torch. Nothing here launches."""
+"""The tile layout of NF4 weights on CUDA (see cuda/nf4.cuh), made once at load by plain torch. Nothing is launched."""
 
 import ctypes
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ def supports(weight: NF4Weight) -> bool:
 
 
 def repack(weight: NF4Weight) -> Tiles:
-    """Row-major nibbles and absmax -> tiles (see cuda/nf4.cu). Rows and blocks that pad have absmax 0."""
+    """Row-major nibbles and absmax -> tiles (see cuda/nf4.cuh). Rows and blocks that pad have absmax 0."""
     n, k = weight.shape
     rows = -(-n // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
     blocks = -(-k // BLOCK // _BLOCKS_MULTIPLE) * _BLOCKS_MULTIPLE

@@ -1,4 +1,4 @@
-"""Instances of the NF4 matmul kernels in cuda/nf4.cu: their sizes, names, shared memory. Plain numbers, no torch."""
+"""Instances of the NF4 matmul kernels in cuda/nf4.cuh: their sizes, names, shared memory. Plain numbers, no torch."""
 
 from dataclasses import dataclass
 

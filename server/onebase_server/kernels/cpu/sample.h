@@ -17,18 +17,26 @@ struct Draw {  // mirrored in kernels/cpu_abi.py
     int32_t top_k, greedy;
 };
 
+// First token of the largest logit; 0 if every logit is NaN.
 inline int argmax(const float* logits, int n) {
-    v16f best = splat(-std::numeric_limits<float>::infinity());
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        const v16f x = load(logits + i);
-        best = x > best ? x : best;
+    constexpr int CHUNK = 512;
+    float top = -std::numeric_limits<float>::infinity();
+    int best = 0;
+    for (int first = 0; first < n; first += CHUNK) {
+        const int end = std::min(n, first + CHUNK);
+        v16f most = splat(-std::numeric_limits<float>::infinity());
+        int i = first;
+        for (; i + LANES <= end; i += LANES) {
+            const v16f x = load(logits + i);
+            most = x > most ? x : most;
+        }
+        float here = max_of(most);
+        for (; i < end; i++) here = logits[i] > here ? logits[i] : here;
+        if (here > top) top = here, best = first;
     }
-    float top = max_of(best);
-    for (; i < n; i++) top = logits[i] > top ? logits[i] : top;
-    for (i = 0; i < n; i++)
+    for (int i = best; i < n; i++)
         if (logits[i] == top) return i;
-    return 0;  // every logit is NaN
+    return 0;
 }
 
 struct Candidate {
@@ -77,42 +85,66 @@ class RowSampler {
         return last;
     }
 
-    // Tokens of weight >= `least`, likeliest first.
+    // Tokens of weight >= `least`, by id.
     void collect(float least, int n) {
         kept_.clear();
-        for (int i = 0; i < n; i++)
-            if (weights_[i] >= least && weights_[i] > 0) kept_.push_back({weights_[i], i});
+        for (int first = 0; first < n; first += LANES) {
+            const v16i in = load(&weights_[first]) >= splat(least);
+            bool any = false;
+            for (int i = 0; i < LANES; i++) any |= in[i] != 0;
+            if (!any) continue;
+            for (int i = first; i < std::min(n, first + LANES); i++)
+                if (weights_[i] >= least && weights_[i] > 0) kept_.push_back({weights_[i], i});
+        }
     }
 
+    double mass(size_t begin, size_t end) const {
+        double sum = 0;
+        for (size_t i = begin; i < end; i++) sum += kept_[i].weight;
+        return sum;
+    }
+
+    // Keeps the heaviest tokens up to the one with which they reach `target`: a quickselect by mass.
+    void keep_mass(double target) {
+        size_t low = 0, high = kept_.size();
+        double before = 0;
+        while (high - low > 32) {
+            Candidate a = kept_[low], b = kept_[low + (high - low) / 2], c = kept_[high - 1];
+            const Candidate pivot = std::max(std::min(a, b), std::min(std::max(a, b), c));
+            const auto middle = std::partition(kept_.begin() + low, kept_.begin() + high, [&](const Candidate& x) { return x < pivot; });
+            const size_t border = middle - kept_.begin();
+            const double left = mass(low, border);
+            if (before + left >= target) high = border;
+            else if (border > low) before += left, low = border;
+            else break;
+        }
+        std::sort(kept_.begin() + low, kept_.begin() + high);
+        size_t count = low;
+        while (count < kept_.size() && (count == 0 || before < target)) before += kept_[count++].weight;
+        kept_.resize(count);
+    }
+
+    // min_p, then top_k, then top_p of the mass that those left.
     int draw_truncated(const Draw& draw, int n) {
         const int most = draw.top_k > 0 ? std::min(draw.top_k, n) : n;
-        const bool by_mass = draw.top_p < 1 && most == n;
+        const bool whole = most == n && draw.min_p <= 0;  // top_p is of everything
         for (float least = 1e-2f;; least *= 1e-2f) {
             const bool everything = least < 1e-30f;
             collect(std::max(draw.min_p, everything ? 0.0f : least), n);
             if (everything || draw.min_p >= least) break;
-            if (by_mass && draw.min_p <= 0) {
-                double mass = 0;
-                for (const Candidate& c : kept_) mass += c.weight;
-                if (mass >= double(draw.top_p) * total_) break;
-            } else if (int(kept_.size()) >= most) break;
+            if (whole ? mass(0, kept_.size()) >= double(draw.top_p) * total_ : int(kept_.size()) >= most) break;
         }
-        std::sort(kept_.begin(), kept_.end());
-        if (int(kept_.size()) > most) kept_.resize(most);
-        double total = total_;
-        if (!by_mass || draw.min_p > 0) {
-            total = 0;
-            for (const Candidate& c : kept_) total += c.weight;
+        if (int(kept_.size()) > most) {
+            std::nth_element(kept_.begin(), kept_.begin() + most, kept_.end());
+            kept_.resize(most);
         }
-        double mass = 0;
-        size_t count = 0;
-        while (count < kept_.size() && (count == 0 || mass < double(draw.top_p) * total)) mass += kept_[count++].weight;
-        double left = draw.uniform * mass;
-        for (size_t i = 0; i + 1 < count; i++) {
-            left -= kept_[i].weight;
-            if (left < 0) return kept_[i].token;
+        if (draw.top_p < 1) keep_mass(double(draw.top_p) * (whole ? total_ : mass(0, kept_.size())));
+        double left = draw.uniform * mass(0, kept_.size());
+        for (const Candidate& c : kept_) {
+            left -= c.weight;
+            if (left < 0) return c.token;
         }
-        return count ? kept_[count - 1].token : 0;
+        return kept_.empty() ? 0 : kept_.back().token;
     }
 
   public:

@@ -7,7 +7,7 @@
 #define MAX_SLICES 8
 struct Borders { int v[MAX_SLICES + 1]; };
 
-// Where eight columns lie in y: `fold` > 0 means gate and up of width `fold` in turns of eight columns (see nf4.cu).
+// Where eight columns lie in y: `fold` > 0 means gate and up of width `fold` in turns of eight columns (see nf4.cuh).
 DEV int folded(int column, int fold) {
   if (fold == 0) return column;
   return column < fold ? column * 2 : (column - fold) * 2 + 8;
@@ -119,7 +119,7 @@ DEV void read_adapters(TileAdapters& tile, const int* starts, const int* ranks, 
 }
 
 // grid (ceil(T / 16), I, ceil(max_rank / 8)), 4 warps split K in blocks of 64. mma: tokens as A, rank rows as B; columns
-// inside a block are permuted alike in both (as in nf4.cu), so that every load is 16 bytes.
+// inside a block are permuted alike in both (as in nf4.cuh), so that every load is 16 bytes.
 extern "C" __global__ void __launch_bounds__(128)
     lora_shrink_tiles(const u16* x, const u16* __restrict__ a, float* v,
                       const int* __restrict__ starts, const int* __restrict__ ranks, int T, int slices, int R, int K,
