@@ -147,7 +147,7 @@ def open_world(root: Path, loop: asyncio.AbstractEventLoop, **options: Any) -> I
     store = AdapterStore(home.adapters)
     spec = base_spec(home.bases / "tiny")
     command = RunCommand(program=options.get("trainer", ("false",)))
-    times = RunTimes(poll_s=0.01, cancel_grace_s=0.3, max_attempts=2)
+    times = RunTimes(poll_s=0.01, cancel_grace_s=0.3, max_losses=2)
     config = DurableConfig(
         limits=JobLimits(settings.retrain_queue), supervisor=SupervisorConfig(look_s=0.05, times=times)
     )

@@ -4,9 +4,9 @@
     python fake_trainer.py PLAN.json evaluate RECIPE --home H --status S --no-base --adapter NAME@N ... --out FILE
 
 The plan (all optional): `steps`, `step_s`, `every` (steps a checkpoint), `ends` (how each attempt ends: "succeed",
-"fail", "give up", "crash", "hang"; the last one repeats), `deaf` (signals do nothing); `loss` and `stop_rate` by
-version for `evaluate`, which takes `evaluate_s`. Steps already done, as its newest checkpoint says, are not done
-again. Each start adds a line to the file `starts`.
+"fail", "give up", "crash", "crash early", "hang"; the last repeats), `deaf` (signals do nothing); `loss` and
+`stop_rate` by version for `evaluate`, which takes `evaluate_s`. Steps already done, as its newest checkpoint says, are
+not done again. Each start adds a line to the file `starts`.
 """
 
 import argparse
@@ -66,6 +66,8 @@ def train(given: Any, plan: dict[str, Any]) -> None:
         if end == "give up":
             print("Traceback: out of luck", flush=True)
             sys.exit(3)
+        if end == "crash early" and step > done:  # after each one's first step
+            os.kill(os.getpid(), signal.SIGKILL)
         if end == "crash" and step == total // 2:
             os.kill(os.getpid(), signal.SIGKILL)
         while end == "hang" and step == total // 2:

@@ -27,7 +27,7 @@ from onebase_server.records.tables import EventRow, FileRow, JobRow
 from scripted_base import SCRIPTED_BASE
 
 TINY = Base("tiny/base", "tiny")
-FAST = RunTimes(poll_s=0.01, cancel_grace_s=0.3, stall_s=30.0, max_attempts=3)
+FAST = RunTimes(poll_s=0.01, cancel_grace_s=0.3, stall_s=30.0, max_losses=3)
 LINE = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy"}]}
 
 

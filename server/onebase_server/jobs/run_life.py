@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from onebase.home import Home
 from onebase.store import AdapterStore, Version
-from onebase_server.jobs.checkpoints import Checkpoints, FindBase
+from onebase_server.jobs.checkpoints import Checkpoints, FindBase, finished_checkpoints
 from onebase_server.jobs.gate import Verdict, judge, read_measured
 from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.orders import Gate
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RunTimes:
-    """Seconds, and how often a job is begun: a process that was killed or lost is started again, one that ended by
-    itself with an error is not."""
+    """Seconds, and how often a process may be lost: one that was killed or is gone is started again, one that ended
+    by itself with an error is not."""
 
     poll_s: float = 0.25
     cancel_grace_s: float = 3.0
@@ -39,7 +39,8 @@ class RunTimes:
     """What a paused one gets for its step and its checkpoint."""
     stall_s: float = 900.0
     """Silence after which a process counts as stuck."""
-    max_attempts: int = 5
+    max_losses: int = 5
+    """In a row, without a new checkpoint between them: such a job would never end."""
 
 
 class ServerStopsError(Exception):
@@ -137,8 +138,10 @@ class RunLife:
             return await self._settler.fail(job, self._folder, error)
         reason = self._cause_of_death()
         gave_up_itself = self._process is not None and (self._process.exit_code or 0) > 0
-        if job.attempt < self._times.max_attempts and not gave_up_itself:
-            return await self._settler.requeue(job, reason)
+        saved_step = max((step for step, _ in finished_checkpoints(self._folder.work)), default=0)
+        losses = 1 if saved_step > job.saved_step else job.losses + 1
+        if losses < self._times.max_losses and not gave_up_itself:
+            return await self._settler.requeue(job, reason, saved_step=saved_step, losses=losses)
         code = "trainer_stalled" if self._stalled else "trainer_died"
         last = self._folder.log_tail(400).splitlines()[-1:] or ["nothing"]
         message = f"{reason} (attempt {job.attempt}); its log {self._folder.log} ends: {last[0]}"
@@ -220,7 +223,7 @@ class RunLife:
     async def _evaluate(self, job: JobRow, versions: list[Version]) -> bool:
         """Measure them. False if it can't be done, and the job has failed for it."""
         ids = [version.id for version in versions]
-        if self._evaluations >= self._times.max_attempts:
+        if self._evaluations >= self._times.max_losses:
             last = self._folder.log_tail(400).splitlines()[-1:] or ["nothing"]
             message = f"{ids[0]} could not be evaluated, so it was not published; the log ends: {last[0]}"
             await self._settler.fail(job, self._folder, job_error("gate_not_measured", message), version=ids[0])

@@ -131,6 +131,8 @@ class JobService:
             gate=None if gate is None else asdict(gate),
             attempt=0,
             run_open=False,
+            saved_step=0,
+            losses=0,
             step=0,
             total_steps=0,
             result_files=[],

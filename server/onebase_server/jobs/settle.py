@@ -103,12 +103,11 @@ class Settler:
         await self._ledger.change(job.id, {"run_open": False}, when=(job.state,))
         await asyncio.to_thread(folder.remove_data)
 
-    async def requeue(self, job: JobRow, reason: str) -> None:
+    async def requeue(self, job: JobRow, reason: str, *, saved_step: int, losses: int) -> None:
         """Its process was lost: it goes on from its last checkpoint when its turn comes."""
         event = NewEvent(f"requeued:{job.attempt}", f"{reason}; the job goes back to the queue", level="warn")
-        await self._ledger.change(
-            job.id, {"state": QUEUED, "run_open": False, "eta_s": None}, when=(RUNNING,), events=[event]
-        )
+        values = {"state": QUEUED, "run_open": False, "eta_s": None, "saved_step": saved_step, "losses": losses}
+        await self._ledger.change(job.id, values, when=(RUNNING,), events=[event])
         logger.warning("job %s: %s; queued again", job.id, reason)
 
     async def let_go(self, job: JobRow) -> None:

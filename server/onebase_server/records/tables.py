@@ -87,6 +87,8 @@ class JobRow(Base):
 
     attempt: Mapped[int]
     run_open: Mapped[bool] = mapped_column(index=True)
+    saved_step: Mapped[int] = mapped_column(server_default="0")
+    losses: Mapped[int] = mapped_column(server_default="0")
     step: Mapped[int]
     total_steps: Mapped[int]
     loss: Mapped[float | None]

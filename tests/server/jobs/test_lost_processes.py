@@ -38,11 +38,19 @@ async def test_a_crashed_trainer_goes_on_from_its_checkpoint(world: JobsWorld) -
 
 
 @pytest.mark.slow
+async def test_a_job_that_gets_on_between_crashes_is_never_given_up(world: JobsWorld) -> None:
+    crashes = FAST.max_losses + 2
+    world.script(steps=8, every=1, ends=["crash early"] * crashes + ["succeed"])
+    job = await world.ended(await world.fine_tune())
+    assert (job.state, job.attempt) == ("succeeded", crashes + 1)
+
+
+@pytest.mark.slow
 async def test_a_trainer_that_always_crashes_fails_its_job_and_the_next_job_runs(world: JobsWorld) -> None:
     world.script(steps=2, every=5, ends=["crash"])
     job = await world.ended(await world.fine_tune())
     assert job.error is not None
-    assert (job.state, job.error["code"], job.attempt) == ("failed", "trainer_died", FAST.max_attempts)
+    assert (job.state, job.error["code"], job.attempt) == ("failed", "trainer_died", FAST.max_losses)
     world.script()
     assert (await world.ended(await world.fine_tune())).state == "succeeded"
 
@@ -58,7 +66,7 @@ async def test_what_the_trainer_says_is_the_jobs_error(world: JobsWorld) -> None
 
 @pytest.mark.slow
 async def test_a_silent_trainer_is_killed_and_started_again(tmp_path: Path) -> None:
-    async with jobs_world(tmp_path, times=RunTimes(poll_s=0.01, stall_s=1.5, max_attempts=2)) as world:
+    async with jobs_world(tmp_path, times=RunTimes(poll_s=0.01, stall_s=1.5, max_losses=2)) as world:
         world.script(steps=2, every=1, ends=["hang", "succeed"])
         job = await world.ended(await world.fine_tune())
     assert (job.state, job.attempt) == ("succeeded", 2)
