@@ -26,7 +26,7 @@ async def create_retrain_run(data: JSONBody[RetrainRequest], request: AnyRequest
     A good end publishes the adapter's next version, which is served at once. With a gate it is published only if it
     is no worse than the current one on held-out conversations; the answer then says why not.
     """
-    order = to_order(data, caller_of(request, deps.settings).owner, deps)
+    order = to_order(data, caller_of(request).owner, deps)
     return retrain_run(await deps.jobs.retrain(order, None, idempotency_key(request)))
 
 

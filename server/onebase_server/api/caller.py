@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args
 from litestar.connection import ASGIConnection
 
 from onebase_server.records.tables import LOCAL_OWNER
-from onebase_server.settings import Settings
 
 Scope = Literal["inference", "training", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -51,7 +50,7 @@ LOCAL = Caller(LOCAL_OWNER, None)
 """Everyone, on a server without keys."""
 
 
-def caller_of(connection: ASGIConnection[Any, Any, Any, Any], _settings: Settings | None = None) -> Caller:
+def caller_of(connection: ASGIConnection[Any, Any, Any, Any]) -> Caller:
     """The caller that the guard let in."""
     caller = connection.scope["state"][STATE_KEY]
     assert isinstance(caller, Caller)

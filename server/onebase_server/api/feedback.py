@@ -25,7 +25,7 @@ async def create_feedback(
     for name, text in (("better_answer", data.better_answer), ("comment", data.comment)):
         if text is not None and "\x00" in text:
             raise InvalidInput(f"'{name}' may not hold a NUL character.", param=name, code="invalid_value")
-    caller = caller_of(request, deps.settings)
+    caller = caller_of(request)
     row = FeedbackRow(
         id=new_id("feedback-"),
         owner=caller.owner,

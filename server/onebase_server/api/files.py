@@ -75,7 +75,7 @@ async def list_files(
     after: FromQuery[str | None] = None,
 ) -> FileList:
     """The caller's files, newest first unless asked otherwise."""
-    sees = caller_of(request, deps.settings).sees
+    sees = caller_of(request).sees
     page = await deps.files.list(sees, purpose=purpose, after=after, limit=limit, order=order)
     data = [file_object(row) for row in page.rows]
     return FileList(
@@ -90,13 +90,13 @@ async def list_files(
 @get("/files/{file_id:str}", operation_id="retrieveFile", tags=["Files"])
 async def retrieve_file(file_id: FromPath[str], request: Request[Any, Any, Any], deps: Deps) -> FileObject:
     """One file's description."""
-    return file_object(await deps.files.get(file_id, caller_of(request, deps.settings).sees))
+    return file_object(await deps.files.get(file_id, caller_of(request).sees))
 
 
 @get("/files/{file_id:str}/content", operation_id="downloadFile", tags=["Files"], media_type="application/octet-stream")
 async def download_file(file_id: FromPath[str], request: Request[Any, Any, Any], deps: Deps) -> Stream:
     """The bytes, exactly as they were uploaded."""
-    row = await deps.files.get(file_id, caller_of(request, deps.settings).sees)
+    row = await deps.files.get(file_id, caller_of(request).sees)
     source = deps.files.open(row)
 
     def content() -> Iterator[bytes]:
@@ -110,7 +110,7 @@ async def download_file(file_id: FromPath[str], request: Request[Any, Any, Any],
 @delete("/files/{file_id:str}", operation_id="deleteFile", status_code=200, tags=["Files"])
 async def delete_file(file_id: FromPath[str], request: Request[Any, Any, Any], deps: Deps) -> FileDeleted:
     """Delete a file. Jobs that were made from it keep what they need."""
-    await deps.files.delete(file_id, caller_of(request, deps.settings).sees)
+    await deps.files.delete(file_id, caller_of(request).sees)
     return FileDeleted(id=file_id, object="file", deleted=True)
 
 

@@ -39,7 +39,7 @@ MAX_KEY = 255
 @post("/fine_tuning/jobs", operation_id="createFineTuningJob", status_code=200, tags=["Fine-tuning"])
 async def create_job(data: JSONBody[CreateJob], request: AnyRequest, deps: Deps) -> FineTuningJob:
     """Queue a fine-tuning job on the served base, or on top of a fine-tuned model."""
-    caller = caller_of(request, deps.settings)
+    caller = caller_of(request)
     await check_adapter_quota(caller, deps)
     order = await order_of(data, caller, deps)
     return job_object(await deps.jobs.fine_tune(order, caller.sees, idempotency_key(request)))
@@ -49,7 +49,7 @@ async def create_job(data: JSONBody[CreateJob], request: AnyRequest, deps: Deps)
 async def list_jobs(request: AnyRequest, deps: Deps, after: FromQuery[str | None] = None, limit: Limit = 20) -> JobList:
     """The caller's jobs, newest first; `metadata[key]=value` and `metadata=null` filter them."""
     page = await deps.jobs.list(
-        caller_of(request, deps.settings).sees,
+        caller_of(request).sees,
         kind=FINE_TUNING,
         metadata=metadata_filter(request.query_params),
         after=after,
@@ -61,7 +61,7 @@ async def list_jobs(request: AnyRequest, deps: Deps, after: FromQuery[str | None
 @get("/fine_tuning/jobs/{job_id:str}", operation_id="retrieveFineTuningJob", tags=["Fine-tuning"])
 async def retrieve_job(job_id: FromPath[str], request: AnyRequest, deps: Deps) -> FineTuningJob:
     """One job."""
-    return job_object(await deps.jobs.get(job_id, caller_of(request, deps.settings).sees))
+    return job_object(await deps.jobs.get(job_id, caller_of(request).sees))
 
 
 @post(
@@ -69,13 +69,13 @@ async def retrieve_job(job_id: FromPath[str], request: AnyRequest, deps: Deps) -
 )
 async def cancel_job(job_id: FromPath[str], request: AnyRequest, deps: Deps) -> FineTuningJob:
     """Cancel a job that has not ended; its memory is free within seconds."""
-    return job_object(await deps.jobs.cancel(job_id, caller_of(request, deps.settings).sees))
+    return job_object(await deps.jobs.cancel(job_id, caller_of(request).sees))
 
 
 @post("/fine_tuning/jobs/{job_id:str}/pause", operation_id="pauseFineTuningJob", status_code=200, tags=["Fine-tuning"])
 async def pause_job(job_id: FromPath[str], request: AnyRequest, deps: Deps) -> FineTuningJob:
     """Pause a job: a checkpoint is kept, its memory is freed."""
-    return job_object(await deps.jobs.pause(job_id, caller_of(request, deps.settings).sees))
+    return job_object(await deps.jobs.pause(job_id, caller_of(request).sees))
 
 
 @post(
@@ -83,7 +83,7 @@ async def pause_job(job_id: FromPath[str], request: AnyRequest, deps: Deps) -> F
 )
 async def resume_job(job_id: FromPath[str], request: AnyRequest, deps: Deps) -> FineTuningJob:
     """Queue a paused job again."""
-    return job_object(await deps.jobs.resume(job_id, caller_of(request, deps.settings).sees))
+    return job_object(await deps.jobs.resume(job_id, caller_of(request).sees))
 
 
 @get("/fine_tuning/jobs/{job_id:str}/events", operation_id="listFineTuningEvents", tags=["Fine-tuning"])
@@ -98,7 +98,7 @@ async def list_events(
     ] = False,
 ) -> ASGIApp:
     """What has happened, newest first; or, streamed, what happens."""
-    sees = caller_of(request, deps.settings).sees
+    sees = caller_of(request).sees
     if stream:
         await deps.jobs.get(job_id, sees)
         return EventStream(follow(job_id, deps), lambda: None, ping_s=deps.settings.ping_s)
@@ -112,7 +112,7 @@ async def list_checkpoints(
     job_id: FromPath[str], request: AnyRequest, deps: Deps, after: FromQuery[str | None] = None, limit: Limit = 10
 ) -> CheckpointList:
     """The newest three checkpoints, newest first. Each is a model that can be called."""
-    page = await deps.jobs.checkpoints(job_id, caller_of(request, deps.settings).sees, after=after, limit=limit)
+    page = await deps.jobs.checkpoints(job_id, caller_of(request).sees, after=after, limit=limit)
     data = [checkpoint_object(row) for row in page.rows]
     return CheckpointList(
         object="list",
@@ -153,9 +153,7 @@ async def order_of(body: CreateJob, caller: Caller, deps: AppDeps) -> FineTuning
     )
 
 
-async def starting_point(
-    model: str, caller: Caller, backend: Backend, deps: AppDeps
-) -> tuple[str | None, str | None]:
+async def starting_point(model: str, caller: Caller, backend: Backend, deps: AppDeps) -> tuple[str | None, str | None]:
     """The version to go on from and its prompt format; nothing of both for the base."""
     if model == backend.base.id:
         await visible_model(model, caller, backend, deps)

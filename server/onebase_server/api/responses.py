@@ -35,7 +35,7 @@ AnyRequest = Request[Any, Any, Any]
 @post("/responses", operation_id="createResponse", status_code=200, tags=["Responses"])
 async def create_response(data: JSONBody[ResponseRequest], deps: Deps, kept: Kept, request: AnyRequest) -> ASGIApp:
     """Answer an input, or go on from an earlier response; whole or as typed events."""
-    caller = caller_of(request, deps.settings)
+    caller = caller_of(request)
     history = kept.history(data.previous_response_id, caller.sees)
     plan = await plan_response(data, history, caller, deps)
     backend = deps.backend.get()
@@ -54,20 +54,20 @@ async def create_response(data: JSONBody[ResponseRequest], deps: Deps, kept: Kep
 @get("/responses/{response_id:str}", operation_id="getResponse", tags=["Responses"])
 async def get_response(response_id: FromPath[str], deps: Deps, kept: Kept, request: AnyRequest) -> ResponseBody:
     """A response that is still kept."""
-    return kept.get(response_id, caller_of(request, deps.settings).sees).response
+    return kept.get(response_id, caller_of(request).sees).response
 
 
 @delete("/responses/{response_id:str}", operation_id="deleteResponse", status_code=200, tags=["Responses"])
 async def delete_response(response_id: FromPath[str], deps: Deps, kept: Kept, request: AnyRequest) -> ResponseDeleted:
     """Forget a response now."""
-    kept.delete(response_id, caller_of(request, deps.settings).sees)
+    kept.delete(response_id, caller_of(request).sees)
     return ResponseDeleted(id=response_id, object="response", deleted=True)
 
 
 @get("/responses/{response_id:str}/input_items", operation_id="listInputItems", tags=["Responses"])
 async def list_input_items(response_id: FromPath[str], deps: Deps, kept: Kept, request: AnyRequest) -> InputItemList:
     """What the request of a response put in, newest first."""
-    items = kept.get(response_id, caller_of(request, deps.settings).sees).items[::-1]
+    items = kept.get(response_id, caller_of(request).sees).items[::-1]
     first, last = (items[0].id, items[-1].id) if items else (None, None)
     return InputItemList(object="list", data=items, first_id=first, last_id=last, has_more=False)
 

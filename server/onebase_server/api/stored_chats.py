@@ -36,7 +36,7 @@ async def list_chats(
 ) -> StoredChatList:
     """The caller's stored chats, oldest first; `metadata[key]=value` filters them."""
     page = await deps.chats.list(
-        caller_of(request, deps.settings).sees,
+        caller_of(request).sees,
         model=model,
         metadata=metadata_filter(request.query_params),
         after=after,
@@ -64,7 +64,7 @@ async def update_chat(
     chat_id: FromPath[str], data: JSONBody[UpdateChat], request: AnyRequest, deps: Deps
 ) -> StoredChat:
     """Replace a stored chat's metadata."""
-    sees = caller_of(request, deps.settings).sees
+    sees = caller_of(request).sees
     row = await deps.chats.set_metadata(chat_id, sees, data.metadata)
     return stored_chat(row or missing(chat_id))
 
@@ -72,7 +72,7 @@ async def update_chat(
 @delete("/chat/completions/{chat_id:str}", operation_id="deleteChatCompletion", status_code=200, tags=["Stored chats"])
 async def delete_chat(chat_id: FromPath[str], request: AnyRequest, deps: Deps) -> ChatDeleted:
     """Forget a stored chat and what was thought of it."""
-    if not await deps.chats.delete(chat_id, caller_of(request, deps.settings).sees):
+    if not await deps.chats.delete(chat_id, caller_of(request).sees):
         missing(chat_id)
     return ChatDeleted(object="chat.completion.deleted", id=chat_id, deleted=True)
 
@@ -103,7 +103,7 @@ async def list_chat_messages(
 
 
 async def find_chat(chat_id: str, request: AnyRequest, deps: AppDeps) -> ChatRow:
-    return await deps.chats.get(chat_id, caller_of(request, deps.settings).sees) or missing(chat_id)
+    return await deps.chats.get(chat_id, caller_of(request).sees) or missing(chat_id)
 
 
 def missing(chat_id: str) -> ChatRow:
