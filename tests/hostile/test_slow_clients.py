@@ -1,0 +1,150 @@
+"""Clients that send a byte now and then, or nothing, or too much: over real sockets, with the limit set low."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+
+import httpx
+import pytest
+
+from api_world import chat_body
+from live_server import Live, live_server
+
+LIMIT_S = 0.4
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    settings = {"slow_client_s": LIMIT_S, "max_body_mb": 1, "max_connections": 60}
+    with live_server(tmp_path_factory.mktemp("slow"), settings=settings) as live:
+        yield live
+
+
+def connect(live: Live) -> socket.socket:
+    host, port = live.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)))
+
+
+def dribble(conn: socket.socket, data: bytes) -> bytes:
+    """Send a byte at a time, far within the limit each, until the other side has had enough; what it said."""
+    answer = bytearray()
+
+    def read() -> None:
+        try:
+            while piece := conn.recv(65536):
+                answer.extend(piece)
+        except OSError:
+            pass
+        over.set()
+
+    over = threading.Event()
+    threading.Thread(target=read, daemon=True).start()
+    for index in range(10**6):
+        try:
+            conn.sendall(data[index % len(data) :][:1])
+        except OSError:
+            break
+        if over.wait(LIMIT_S / 10):
+            break
+    over.wait()
+    return bytes(answer)
+
+
+def test_a_head_that_never_ends_is_cut_though_bytes_keep_coming(live: Live) -> None:
+    with closing(connect(live)) as conn:
+        conn.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: ")
+        assert dribble(conn, b"a") == b""
+
+
+def test_a_connection_that_says_nothing_is_cut(live: Live) -> None:
+    with closing(connect(live)) as conn:
+        assert conn.recv(1) == b""
+
+
+def test_a_second_head_on_a_kept_connection_is_bounded_too(live: Live) -> None:
+    with closing(connect(live)) as conn:
+        conn.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b'"ok"}'):
+            answer += conn.recv(65536)
+        conn.sendall(b"GET /healthz HTTP/1.1\r\nX-Slow: ")
+        assert dribble(conn, b"a") == b""
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/files"])
+def test_a_body_that_drips_is_answered_with_408_and_cut(live: Live, path: str) -> None:
+    kind = "multipart/form-data; boundary=x" if path == "/v1/files" else "application/json"
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\nContent-Length: 100000\r\n\r\n"
+    with closing(connect(live)) as conn:
+        conn.sendall(head.encode())
+        answer = dribble(conn, b" ")
+    status, _, body = answer.partition(b"\r\n\r\n")
+    assert status.startswith(b"HTTP/1.1 408"), answer
+    assert json.loads(body)["error"]["code"] == "request_timeout"
+    assert b"connection: close" in status.lower()
+
+
+def test_a_large_body_at_a_fair_rate_may_take_longer_than_the_limit(live: Live) -> None:
+    body = json.dumps(chat_body(user="x" * 60_000)).encode()
+
+    def pieces() -> Iterator[bytes]:
+        for start in range(0, len(body), 10_000):
+            time.sleep(LIMIT_S / 4)
+            yield body[start : start + 10_000]
+
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+    assert httpx.post(f"{live.url}/v1/chat/completions", content=pieces(), headers=headers).status_code == 200
+
+
+def test_an_answer_may_take_longer_than_the_limit(live: Live) -> None:
+    """The limit is for what clients send: silence while a stream runs is no sin."""
+    with httpx.stream("POST", f"{live.url}/v1/chat/completions", json=chat_body(stream=True)) as reply:
+        time.sleep(LIMIT_S * 1.5)
+        assert "[DONE]" in "".join(reply.iter_text())
+
+
+def test_a_huge_body_is_refused_before_it_is_read(live: Live) -> None:
+    with closing(connect(live)) as conn:
+        conn.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 100000000000\r\n\r\n"
+        )
+        assert conn.recv(65536).startswith(b"HTTP/1.1 413")
+
+
+def test_a_huge_chunked_body_is_cut_at_the_limit(live: Live) -> None:
+    sent = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 65536
+            yield b" " * 65536
+
+    # the answer to a body that is still being sent may be lost to the reset that follows it
+    with suppress(httpx.TransportError):
+        assert httpx.post(f"{live.url}/v1/chat/completions", content=endless()).status_code == 413
+    assert sent < 50_000_000
+    assert httpx.get(f"{live.url}/healthz").status_code == 200
+
+
+def test_more_connections_than_allowed_get_503_and_others_go_on_when_they_leave(live: Live) -> None:
+    crowd = [connect(live) for _ in range(70)]
+    try:
+        statuses = set()
+        for conn in crowd:
+            try:
+                conn.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+                statuses.add(conn.recv(100)[9:12])
+            except OSError:  # cut, as those that say nothing are
+                statuses.add(b"cut")
+    finally:
+        for conn in crowd:
+            conn.close()
+    assert b"503" in statuses
+    assert b"500" not in statuses
+    while httpx.get(f"{live.url}/healthz").status_code != 200:
+        time.sleep(0.01)
