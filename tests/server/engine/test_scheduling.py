@@ -310,6 +310,22 @@ def test_when_pages_run_out_the_last_comer_is_preempted_and_all_finish() -> None
     world.check_end()
 
 
+def test_answers_of_one_request_that_were_preempted_leave_the_queue_each_by_itself() -> None:
+    """They once had the same turn, and the wrong one was taken out (found by the interleavings)."""
+    world = make_world(page_size=4, num_pages=16, max_context=64, max_batch_sequences=4, max_batch_tokens=16)
+    for _ in range(3):
+        world.ask([0], max_tokens=1)
+    for _ in range(12):
+        asked = world.ask([index * 3 for index in range(35)], n=5, max_tokens=17, deadline=world.clock.now + 0.3)
+        for _ in range(8):
+            world.clock.now += 0.02
+            world.tick()
+        asked.handle.cancel()
+    world.settle()
+    assert world.core.scheduler.num_preempted > 0
+    world.check_end()
+
+
 def test_a_prompt_too_long_for_context_or_pages_is_refused_before_it_is_queued() -> None:
     world = make_world(max_context=64, page_size=4, num_pages=8)
     world.ask(list(range(31)), max_tokens=1)
