@@ -119,6 +119,9 @@ def talk(demo: Demo, server: ServerProcess) -> None:
 
 def retrain(demo: Demo, server: ServerProcess) -> None:
     demo.step(5, "Train the captain's next version while he answers")
+    for left in server.get("/admin/retrain")["data"]:  # by a demo that was killed: its server's runs go on in the next
+        if left["state"] in ("queued", "running"):
+            server.post(f"/admin/retrain/{left['id']}/cancel")
     before = str(server.get("/admin/adapters/captain")["current"])
     order = {"adapter": "captain", "dataset": "captain.jsonl", "from": "current", "hyperparameters": RETRAIN}
     run = server.post("/admin/retrain", order)
