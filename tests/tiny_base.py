@@ -35,6 +35,7 @@ def tiny_base(root: Path, *, hidden: int = 64, layers: int = 2, context: int = 2
     )
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.lm_head.weight.data *= 10  # or no adapter could make it sure of a token
     model.save_pretrained(source)
     home = Home(root / "home").create()
     return home, fetch_folder(home, source)
@@ -71,7 +72,7 @@ def recipe(data: Path, /, **sections: Any) -> dict[str, Any]:
         "compute": {"dtype": "float32", "threads": 1, "device": "cpu"},
     }
     for name, values in sections.items():
-        content[name] = {**content[name], **values} if isinstance(values, dict) else values
+        content[name] = {**content.get(name, {}), **values} if isinstance(values, dict) else values
     return content
 
 
