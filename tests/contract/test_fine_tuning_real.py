@@ -109,8 +109,8 @@ def test_a_model_is_trained_and_answers_and_learns_again_by_api_only(client: Ope
         "adapter": adapter,
         "stored_chats": True,
         "from": "current",
-        "hyperparameters": {"max_steps": 4, "eval_fraction": 0.25},
-        "gate": {"max_examples": 2, "max_stop_rate_drop": 1.0},
+        "hyperparameters": {"max_steps": 3, "eval_fraction": 0.25},
+        "gate": {"max_examples": 1, "max_stop_rate_drop": 1.0},
     }
     run = httpx.post(f"{url}/admin/retrain", json=order).json()
     while run["state"] not in ("succeeded", "failed"):
