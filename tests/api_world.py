@@ -149,7 +149,9 @@ def open_world(root: Path, loop: asyncio.AbstractEventLoop, **options: Any) -> I
     command = RunCommand(program=options.get("trainer", ("false",)))
     times = RunTimes(poll_s=0.01, cancel_grace_s=0.3, max_losses=2)
     config = DurableConfig(
-        limits=JobLimits(settings.retrain_queue), supervisor=SupervisorConfig(look_s=0.05, times=times)
+        database=settings.database,
+        limits=JobLimits(settings.retrain_queue),
+        supervisor=SupervisorConfig(look_s=0.05, times=times),
     )
     durable = assemble(home, store, command, config, lambda _: SCRIPTED_BASE)
     runner = FakeRunner(reply=lambda digest, prompt: world_reply(world, digest), **options.get("runner", {}))

@@ -6,6 +6,7 @@ version's manifest, is kept in memory.
 
 import builtins
 import difflib
+import logging
 import os
 import random
 import re
@@ -21,6 +22,8 @@ from onebase.store_pointer import POINTER, Pointer, PointerReader, sticky_draw
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _ALIAS = re.compile(r"ft:[!-~]{1,250}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
+
+logger = logging.getLogger(__name__)
 
 
 def is_alias(model: str) -> bool:
@@ -67,6 +70,7 @@ class StoreReader:
         self._pointers = PointerReader()
         self._versions: dict[tuple[str, int], Version] = {}
         self._alias_names: dict[str, str] = {}
+        self._warned: set[str] = set()
 
     def resolve(self, model: str, *, draw: float | None = None, sticky: str | None = None) -> Version:
         """The version that `name`, `name@3` or an alias (`ft:...`) means now. Raises ModelNotFound with near names.
@@ -85,17 +89,41 @@ class StoreReader:
         return found
 
     def list(self) -> list[Entry]:
-        """All adapters by name. Those whose last version was removed are left out."""
-        entries = (self.get(name) for name in self._names())
-        return [entry for entry in entries if entry is not None]
+        """All adapters by name. Those whose last version was removed, and those that can't be read, are left out."""
+        entries = []
+        for name in self._names():
+            try:
+                entry = self.get(name)
+            except (OSError, InvalidInput) as error:
+                self._warn(name, error)
+                continue
+            if entry is not None:
+                entries.append(entry)
+        return entries
 
     def get(self, name: str) -> Entry | None:
-        """One adapter with all its versions; None if there is none of that name."""
+        """One adapter with its versions; None if there is none of that name. A damaged version is left out: naming it
+        says what is wrong, and the others must not suffer for it."""
         pointer = self._pointer(name)
         if pointer is None or not pointer.versions:
             return None
-        versions = tuple(self._version(name, number) for number in pointer.versions)
-        return Entry(name, versions, pointer.weights, pointer.aliases)
+        versions = tuple(version for number in pointer.versions if (version := self._readable(name, number)))
+        whole = {version.version for version in versions}
+        aliases = {alias: number for alias, number in pointer.aliases.items() if number in whole}
+        return Entry(name, versions, pointer.weights, aliases)
+
+    def _readable(self, name: str, number: int) -> Version | None:
+        try:
+            return self._version(name, number)
+        except AdapterInvalid as error:
+            self._warn(f"{name}@{number}", error)
+            return None
+
+    def _warn(self, what: str, error: Exception) -> None:
+        """Once each: lists are read all the time."""
+        if what not in self._warned:
+            self._warned.add(what)
+            logger.warning("%s is left out of the list: %s", what, error)
 
     def _exact(self, name: str, number: str) -> Version | None:
         pointer = self._pointer(name)

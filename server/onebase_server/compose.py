@@ -82,7 +82,7 @@ class Server:
         self.ended = threading.Event()
         """The engine has been stopped."""
         self.failed = False
-        lifecycle = Lifecycle(bound=self._on_bound, drain=self._drain, end=self._end_backend)
+        lifecycle = Lifecycle(self._on_bound, self._drain, self._is_dead, self._end_backend)
         self.http = HttpServer(create_app(self.deps), settings, lifecycle)
 
     def run(self) -> None:
@@ -102,6 +102,13 @@ class Server:
     def _drain(self) -> None:
         self.deps.backend.drain()
         self.deps.jobs.stop_following()
+
+    def _is_dead(self) -> bool:
+        backend = self.deps.backend.loaded
+        if backend is not None and not backend.engine.is_healthy and not self.failed:
+            self.failed = True
+            logger.critical("the engine has died (%s): ending, to be started anew", backend.engine.error)
+        return self.failed
 
     def _load_base(self) -> None:
         try:

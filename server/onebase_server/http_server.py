@@ -36,6 +36,8 @@ class Lifecycle:
     """The port is open: gets the server's URL."""
     drain: Callable[[], None]
     """Take no new work."""
+    is_dead: Callable[[], bool]
+    """What serves has failed for good: the process ends, so that whoever watches it starts a new one."""
     end: Callable[[], None]
     """No request is left, or their time is up: end what still runs. Called on a thread of its own."""
 
@@ -88,6 +90,8 @@ class HttpServer(uvicorn.Server):
         if self._drain_until is not None:
             idle = not self.server_state.tasks
             self.should_exit = self.should_exit or idle or time.monotonic() >= self._drain_until
+        elif self._lifecycle.is_dead():
+            self.should_exit = True
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

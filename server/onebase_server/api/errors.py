@@ -4,6 +4,7 @@ The message of an error that is not ours is never shown: it may hold library nam
 request id that the client was given.
 """
 
+import errno
 import logging
 import math
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 
 from litestar import Request, Response
 from litestar.exceptions import HTTPException, MethodNotAllowedException, ValidationException
+from sqlalchemy.exc import DatabaseError, IntegrityError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from onebase import errors as domain
 from onebase_server.api.decode import RequestRefused
@@ -62,6 +65,8 @@ LITESTAR_WORDS: dict[int, tuple[str, str | None]] = {
     415: ("Unsupported content type: send application/json.", "unsupported_media_type"),
     429: ("Too many requests.", "rate_limit_exceeded"),
 }
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DATABASE_AWAY = "The server's database does not answer: files, jobs and stored chats are not to be had just now."
 CLIENT_LEFT = 499
 """Nobody reads this; it is for the log, as nginx has it."""
 OUR_FAULT = "The server had an error while processing your request. Its log has the request id {request_id}."
@@ -82,11 +87,27 @@ def answer_for(error: BaseException, *, request_id: str, method: str = "", path:
         error = error.error
     if isinstance(error, domain.OnebaseError):
         return _ours(error, request_id)
+    trouble = storage_trouble(error)
+    if trouble is not None:
+        logger.error("request %s failed: %s (%s)", request_id, trouble, error)
+        return _make(503, trouble, "server_error", headers={"Retry-After": "10"})
     if isinstance(error, ClientLeft):
         return _make(CLIENT_LEFT, "The client closed the connection.", "invalid_request_error")
     if isinstance(error, HTTPException) and error.status_code < 500:
         return _litestar(error, method, path)
     return _our_fault(error, request_id)
+
+
+def storage_trouble(error: BaseException) -> str | None:
+    """Words for a disk or a database that does not do its part: it may again, so clients may come back."""
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return "The server's disk is full: nothing can be stored just now."
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return "The server's disk can't be written to: nothing can be stored just now."
+    if isinstance(error, DatabaseError) and not isinstance(error, IntegrityError | ProgrammingError):
+        full = "full" in str(error.orig)
+        return "The server's disk is full: nothing can be stored just now." if full else DATABASE_AWAY
+    return DATABASE_AWAY if isinstance(error, PoolTimeout) else None
 
 
 def _our_fault(error: BaseException, request_id: str, status: int = 500) -> Answer:

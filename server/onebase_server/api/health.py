@@ -3,6 +3,7 @@
 from litestar import get
 from litestar.response import Response
 
+from onebase.errors import NotReady
 from onebase_server.api.deps import Deps
 from onebase_server.api.metrics_sources import collect_metrics
 from onebase_server.api.schemas_admin import Health
@@ -17,7 +18,8 @@ async def healthz() -> Health:
 @get("/readyz", operation_id="getReadiness", tags=["Operations"])
 async def readyz(deps: Deps) -> Health:
     """200 once the base is loaded, until shutdown begins; 503 with the reason otherwise."""
-    deps.backend.get()
+    if not deps.backend.get().engine.is_healthy:
+        raise NotReady("The engine has stopped: the process must be restarted.", retry_after_s=10)
     return Health(status="ready")
 
 

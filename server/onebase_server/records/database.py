@@ -31,7 +31,8 @@ class Database:
         self._url = url
         self._sqlite = url.get_backend_name() == "sqlite"
         driver = "sqlite+aiosqlite" if self._sqlite else "postgresql+psycopg"
-        self._engine = create_async_engine(url.set(drivername=driver))
+        # A connection that died with a restarted PostgreSQL is replaced before it is used.
+        self._engine = create_async_engine(url.set(drivername=driver), pool_pre_ping=not self._sqlite)
         if self._sqlite:
             _tune_sqlite(self._engine.sync_engine)
         self._session = async_sessionmaker(self._engine, expire_on_commit=False)
@@ -113,8 +114,12 @@ def _tune_sqlite(engine: Engine) -> None:
     def connected(connection: Any, _record: object) -> None:
         connection.isolation_level = None
         cursor = connection.cursor()
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"busy_timeout={BUSY_MS}"):
-            cursor.execute(f"PRAGMA {pragma}")
+        try:
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"busy_timeout={BUSY_MS}"):
+                cursor.execute(f"PRAGMA {pragma}")
+        except BaseException:
+            connection.close()  # nobody else would: it is not the pool's yet, and each holds a thread
+            raise
         cursor.close()
 
     @event.listens_for(engine, "begin")
