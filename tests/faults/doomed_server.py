@@ -1,0 +1,48 @@
+"""A whole server over the scripted model as a process of its own, for a test to kill: prints its URL when ready.
+
+`python doomed_server.py HOME`. Publishes nothing, learns nothing; answers "x" for as long as it is asked to.
+"""
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+from fakes import FakeRunner
+from live_server import load_fake
+from onebase.home import Home
+from onebase_server.compose import Server, build_deps
+from onebase_server.engine.runner import StepBatch, StepResult
+from onebase_server.settings import Settings
+from onebase_server.startup import open_records, prepare_home
+from scripted_base import SCRIPTED_BASE
+
+
+class SlowRunner(FakeRunner):
+    """A step takes 5 ms, so that a test can catch an answer in its middle."""
+
+    def run(self, batch: StepBatch) -> StepResult:
+        time.sleep(0.005)
+        return super().run(batch)
+
+
+def main(root: str) -> None:
+    settings = Settings(home=Home(Path(root)), port=0, admin_key="sk-admin-key-1")
+    prepare_home(settings.home)
+    open_records(settings)
+    runner = SlowRunner(reply=lambda digest, prompt: [ord("x")] * 400)
+    server = Server(
+        settings, lambda given: load_fake(given, runner), build_deps(settings, None, lambda _: SCRIPTED_BASE)
+    )
+
+    def tell() -> None:
+        server.loaded.wait()
+        sys.stdout.write(server.url + "\n")
+        sys.stdout.flush()
+
+    threading.Thread(target=tell, daemon=True).start()
+    server.run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
