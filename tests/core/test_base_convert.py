@@ -201,6 +201,19 @@ def test_a_damaged_base_is_not_loaded(tiny: tuple[Home, BaseSpec], tmp_path: Pat
         load_base(spec)
 
 
+def test_bf16_is_rounded_as_torch_rounds() -> None:
+    import numpy as np
+    import torch
+
+    from onebase.gguf_convert import to_bf16
+
+    values = np.random.default_rng(0).normal(size=10_000).astype(np.float32)
+    values[:3] = 0.0, -0.0, 1.00390625  # a tie
+    expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy()
+
+    assert (to_bf16(values).view(np.int16) == expected).all()
+
+
 def test_the_embedded_base_is_smollm2_with_its_own_tokens(embedded: BaseSpec) -> None:
     from onebase.tokenizer import TextTokenizer
 
