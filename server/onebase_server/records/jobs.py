@@ -18,6 +18,9 @@ from onebase_server.records.pages import MetadataFilter, Page, metadata_is, page
 from onebase_server.records.tables import CheckpointRow, EventRow, JobRow
 
 
+LOOKED_UP = 500  # keys in one query: databases bound the number of parameters
+
+
 @dataclass(frozen=True)
 class NewEvent:
     """An event to tell once: `key` is unique within its job."""
@@ -174,7 +177,12 @@ async def _tell(session: AsyncSession, job: JobRow, events: Sequence[tuple[str, 
     if not events:
         return
     keys = [event.key for _, event in events]
-    told = set(await session.scalars(select(EventRow.key).where(EventRow.job_id == job.id, EventRow.key.in_(keys))))
+    told: set[str] = set()
+    for start in range(0, len(keys), LOOKED_UP):
+        some = keys[start : start + LOOKED_UP]
+        told |= set(
+            await session.scalars(select(EventRow.key).where(EventRow.job_id == job.id, EventRow.key.in_(some)))
+        )
     for event_id, event in events:
         if event.key not in told:
             told.add(event.key)

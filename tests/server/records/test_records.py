@@ -156,6 +156,17 @@ async def test_an_event_or_checkpoint_that_is_told_again_adds_nothing(database: 
     assert await jobs.events_since("ftjob-1", events[0].seq) == []
 
 
+async def test_a_long_story_can_be_told_again_at_once(database: Database) -> None:
+    jobs = JobRecords(database)
+    await jobs.add(a_job(1), [], event_ids=[])
+    story = [NewEvent(f"step:{number}", "x", type="metrics") for number in range(1300)]
+    for attempt in range(2):
+        events = [(f"e{attempt}-{number}", event) for number, event in enumerate(story)]
+        await jobs.change("ftjob-1", {}, when=["queued"], now=5, events=events[: 1000 + 300 * attempt])
+    told = await jobs.events_since("ftjob-1", 0)
+    assert [event.key for event in told] == [event.key for event in story]
+
+
 async def test_the_queue_goes_by_priority_and_then_by_age(database: Database) -> None:
     jobs = JobRecords(database)
     for number, priority in enumerate([0, 5, 0, 5, -1]):
