@@ -17,7 +17,6 @@ from onebase_server.records.database import Database
 from onebase_server.records.pages import MetadataFilter, Page, metadata_is, page
 from onebase_server.records.tables import CheckpointRow, EventRow, JobRow
 
-
 LOOKED_UP = 500  # keys in one query: databases bound the number of parameters
 
 
