@@ -52,7 +52,7 @@ class Backend:
     def fingerprint(self) -> str:
         """OpenAI's `system_fingerprint`: changes when the base, its quantisation or its tokenizer do."""
         identity = self.base.identity
-        parts = (identity.id, identity.revision, identity.config_hash, identity.quantization)
+        parts = (identity.id, identity.revision or "", identity.config_hash, identity.quantization)
         return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:10]
 
 

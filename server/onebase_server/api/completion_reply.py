@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from typing import Literal
 
 from onebase.tokenizer import TextTokenizer
 from onebase_server.api.backend import Handle
@@ -13,9 +14,11 @@ from onebase_server.api.schemas_completions import Completion as CompletionBody
 from onebase_server.api.schemas_completions import CompletionChoice
 from onebase_server.api.sse import event
 from onebase_server.engine.handle import Completion
-from onebase_server.engine.types import TokenEvent, Usage
+from onebase_server.engine.types import FinishReason, TokenEvent, Usage
 
-WORDS = {"stop": "stop", "length": "length"}
+
+def finish_word(reason: FinishReason) -> Literal["stop", "length"]:
+    return "length" if reason is FinishReason.LENGTH else "stop"
 
 
 async def complete_all(handles: Sequence[Handle]) -> list[Completion]:
@@ -43,7 +46,7 @@ def _choice(plan: CompletionPlan, index: int, choice: Completion, tokenizer: Tex
         text=plan.echoes[index // plan.n] + choice.text,
         index=index,
         logprobs=completion_logprobs(choice.logprobs, tokenizer) if plan.wants_logprobs else None,
-        finish_reason="length" if choice.finish_reason == "length" else "stop",
+        finish_reason=finish_word(choice.finish_reason),
     )
 
 
@@ -80,8 +83,9 @@ class CompletionStream:
             self._offsets[index] += len(token.text)
         if token.finish_reason is not None:
             self._usages[index] = token.usage or self._usages[index]
-            word = "length" if token.finish_reason == "length" else "stop"
-            choices.append(CompletionChoice(text="", index=index, logprobs=None, finish_reason=word))
+            choices.append(
+                CompletionChoice(text="", index=index, logprobs=None, finish_reason=finish_word(token.finish_reason))
+            )
         return choices
 
     def _piece(self, choice: CompletionChoice) -> bytes:

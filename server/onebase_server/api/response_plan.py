@@ -47,9 +47,9 @@ def to_chat(body: ResponseRequest, history: Sequence[ChatMessage]) -> ChatReques
             {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
             for tool in body.tools
         ]
-    choice = body.tool_choice
-    named = isinstance(choice, NamedResponseTool)
-    fields["tool_choice"] = {"type": "function", "function": {"name": choice.name}} if named else choice
+    fields["tool_choice"] = body.tool_choice
+    if isinstance(body.tool_choice, NamedResponseTool):
+        fields["tool_choice"] = {"type": "function", "function": {"name": body.tool_choice.name}}
     try:
         return ChatRequest.model_validate(fields)
     except ValidationError as error:

@@ -4,6 +4,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+from onebase.messages import ToolCall
 from onebase.tokenizer import TextTokenizer
 from onebase_server.api.chat_plan import ChatPlan
 from onebase_server.api.generation import raise_if_failed
@@ -81,7 +82,8 @@ def whole_response(
     response: ResponseBody, plan: ChatPlan, choice: Completion, tokenizer: TextTokenizer
 ) -> tuple[str, list[ToolCallBody]]:
     """Complete `response`; gives its text and calls."""
-    text, calls = choice.text, ()  # type: tuple[str, tuple[ToolCall, ...]]
+    text = choice.text
+    calls: tuple[ToolCall, ...] = ()
     if plan.finds_calls:
         parsed = plan.model.renderer.parse_text(choice.text)
         text, calls = parsed.content, parsed.tool_calls[: 1 if plan.one_call else None]
