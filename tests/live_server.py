@@ -50,12 +50,12 @@ class Live:
 def live_server(
     root: Path, load: Callable[[Settings, FakeRunner], Backend] | None = None, **options: Any
 ) -> Iterator[Live]:
-    """`settings`: overrides; `runner`: a FakeRunner of the test's own; `kind`: of Live; `seen` gets the server and
+    """`settings`: overrides; `runner`: a FakeRunner of the test's own; `seen` gets the server and
     `before_wait` is called before the base is loaded; `trainer`: the RunCommand of training jobs."""
     home = Home(root / "home").create()
     settings = Settings(home=home, port=0, **options.get("settings", {}))
     runner = options.get("runner") or FakeRunner(reply=lambda digest, prompt: live.reply(digest))
-    live = options.get("kind", Live)(settings, runner, AdapterStore(home.adapters))
+    live = Live(settings, runner, AdapterStore(home.adapters))
     deps = build_deps(settings, options.get("trainer"), lambda _: SCRIPTED_BASE)
     server = Server(settings, lambda given: (load or load_fake)(given, runner), deps)
     live.server = server
