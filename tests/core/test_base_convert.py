@@ -237,6 +237,7 @@ def test_the_embedded_base_knows_the_capital_of_france(embedded: BaseSpec) -> No
         best = int(base.model(torch.tensor([ids])).logits[0, -1].argmax())
 
     assert base.tokenizer.decode([best]) == " Paris"
-    shapes = {name: (m.out_features, m.in_features) for name, m in linear4bit_modules(base.model).items()}
+    modules: Any = linear4bit_modules(base.model)
+    shapes = {name: (m.out_features, m.in_features) for name, m in modules.items()}
     assert shapes == embedded.linear_shapes
     assert base.model.config._name_or_path == embedded.id

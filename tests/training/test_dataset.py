@@ -1,7 +1,9 @@
 """Files become rows: every broken line is told, nothing is lost silently, and the same rows are held out each time."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 
 from onebase.errors import DatasetError
 from onebase.tokenizer import TextTokenizer
-from onebase_training.config import make_recipe
+from onebase_training.config import Recipe, make_recipe
 from onebase_training.dataset import Dataset, load_dataset
 from onebase_training.read import Problem, RawRecord, read_records
 from onebase_training.rows import Encoder, Row, cut_to_turns
@@ -19,6 +21,10 @@ from tiny_base import CONVERSATIONS, sharegpt_file
 def load(path: Path, encoder: Encoder, context: int = 2048, loss: str = "response", **data: Any) -> Dataset:
     recipe = make_recipe({"name": "x", "data": {"train": str(path), **data}, "train": {"loss": loss}})
     return load_dataset(recipe, encoder, context)
+
+
+def load_dataset_rows(recipe: Recipe, encoder: Encoder) -> list[Row]:
+    return [row for row, _ in load_dataset(recipe, encoder, 2048).train]
 
 
 def chat_line(question: str, answer: str) -> str:
@@ -179,3 +185,26 @@ def test_text_files_are_cut_in_overlapping_chunks_with_the_prefix(tmp_path: Path
     found = [r.value["text"] for r in read_records(config.train[0], tmp_path, config) if isinstance(r, RawRecord)]  # type: ignore[index]
 
     assert found == [">0123", ">3456", ">6789", ">9"]
+
+
+def test_a_hub_dataset_is_read_as_a_stream(monkeypatch: pytest.MonkeyPatch, encoder: Encoder, tmp_path: Path) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(name: str, *, split: str, streaming: bool) -> Any:
+        asked.append((name, split, streaming))
+        return iter([{"prompt": "a", "completion": "b", "extra": None}])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    recipe = make_recipe({"name": "x", "data": {"train": {"path": "owner/name", "split": "test"}, "eval_fraction": 0}})
+
+    assert len(load_dataset_rows(recipe, encoder)) == 1
+    assert asked == [("owner/name", "test", True)]
+
+
+def test_without_the_package_a_hub_dataset_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, encoder: Encoder
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+
+    with pytest.raises(DatasetError, match="pip install datasets"):
+        load_dataset_rows(make_recipe({"name": "x", "data": {"train": "owner/name"}}), encoder)

@@ -6,15 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from onebase.base_model import LoadedBase, load_base
+from onebase.base_model import LoadedBase, dequantized, load_base
 from onebase.bases import resolve_base
 from onebase.home import Home
 from onebase_training import attention, lora
 from onebase_training.batches import collate, token_weights
 from onebase_training.config import LoraConfig, TrainConfig
 from onebase_training.fuse import fuse
+from onebase_training.loftq import start_from_rounding_error
 from onebase_training.objective import Objective
 from onebase_training.plan import make_plan
 from onebase_training.rows import Row
@@ -54,7 +56,8 @@ def objective(home: Home, *, fused: bool = True, held: bool = True, seed: int = 
 def loss_and_gradients(target: Objective, batches: Sequence[Any]) -> tuple[float, dict[str, Tensor]]:
     target.zero_grad(set_to_none=True)
     losses = [target(batch).loss for batch in batches]
-    torch.stack(losses).sum().backward()
+    total: Any = torch.stack(losses).sum()
+    total.backward()
     gradients = {name: p.grad.clone() for name, p in target.named_parameters() if p.grad is not None}
     return sum(loss.item() for loss in losses), gradients
 
@@ -87,7 +90,8 @@ def test_pitfall_9_another_row_in_the_pack_moves_no_logit(base_home: Home) -> No
         batch = collate([first, rows[1]], [1.0, 1.0], packing=True, pad_id=0)
         decoder = target.model.get_base_model().model
         out = decoder(input_ids=batch.ids, position_ids=batch.positions, use_cache=False, borders=batch.borders)
-        return out.last_hidden_state[0, 9:]
+        behind: Tensor = out.last_hidden_state[0, 9:]
+        return behind
 
     with torch.no_grad():
         assert torch.equal(hidden(rows[0]), hidden(other))
@@ -183,6 +187,21 @@ def test_pitfall_11_lora_is_fp32_on_a_bf16_base(base_home: Home) -> None:
 
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert base.model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_loftq_starts_from_the_best_low_rank_image_of_what_nf4_rounded_away(base_home: Home) -> None:
+    spec = resolve_base(base_home, NAME)
+    base = load_base(spec, compute_dtype="float32")
+    model = lora.attach_adapter(base, LoraConfig(r=4, alpha=8))
+    original = load_file(spec.path / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].float()
+    layer = model.get_base_model().model.layers[1].mlp.down_proj
+    lost = original - dequantized(layer.base_layer, torch.float32)
+
+    assert start_from_rounding_error(model, base) == 14
+
+    correction = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    smallest_possible = torch.linalg.svdvals(lost)[4:].square().sum().sqrt()
+    torch.testing.assert_close(torch.linalg.norm(lost - correction), smallest_possible, rtol=1e-4, atol=1e-6)
 
 
 def test_held_weights_are_the_values_that_bitsandbytes_multiplies_by(base_home: Home) -> None:

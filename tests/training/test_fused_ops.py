@@ -15,6 +15,13 @@ from onebase_training.packed_cpu import PackedCausalAttention
 
 pytestmark = pytest.mark.slow
 
+lora_linear: Any = LoraLinear.apply
+rms_norm: Any = RmsNorm.apply
+rotary: Any = Rotary.apply
+swiglu: Any = SwiGlu.apply
+packed: Any = PackedCausalAttention.apply
+Dispatch: Any = torch.utils._python_dispatch.TorchDispatchMode
+
 
 def values(*shape: int, grad: bool = True, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed + sum(shape))
@@ -39,7 +46,7 @@ def test_lora_linear() -> None:
     x, a, b = values(2, 3, 6), values(2, 6), values(5, 2)
 
     same_with_gradients(
-        lambda x, a, b: LoraLinear.apply(x, lambda: weight, bias, a, b, 1.5),
+        lambda x, a, b: lora_linear(x, lambda: weight, bias, a, b, 1.5),
         lambda x, a, b: F.linear(x, weight, bias) + 1.5 * F.linear(F.linear(x, a), b),
         x,
         a,
@@ -51,12 +58,12 @@ def test_rms_norm() -> None:
     weight = values(6, grad=False)
 
     same_with_gradients(
-        lambda x: RmsNorm.apply(x, weight, 1e-5), lambda x: F.rms_norm(x, (6,), weight, 1e-5), values(2, 3, 6)
+        lambda x: rms_norm(x, weight, 1e-5), lambda x: F.rms_norm(x, (6,), weight, 1e-5), values(2, 3, 6)
     )
 
 
 def test_swiglu() -> None:
-    same_with_gradients(SwiGlu.apply, lambda gate, up: F.silu(gate) * up, values(3, 5), values(3, 5, seed=1))
+    same_with_gradients(swiglu, lambda gate, up: F.silu(gate) * up, values(3, 5), values(3, 5, seed=1))
 
 
 def test_rotary() -> None:
@@ -69,7 +76,7 @@ def test_rotary() -> None:
         rotated: Tensor = apply_rotary_pos_emb(x.transpose(1, 2), x.transpose(1, 2), cos, sin)[0]
         return rotated.transpose(1, 2)
 
-    same_with_gradients(lambda x: Rotary.apply(x, cos, sin), plain, values(1, 4, 2, 6))
+    same_with_gradients(lambda x: rotary(x, cos, sin), plain, values(1, 4, 2, 6))
 
 
 def one_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -88,9 +95,7 @@ def test_packed_attention_is_attention_of_each_row_alone(kv_heads: int) -> None:
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.cat([one_row(q[a:b], k[a:b], v[a:b]) for a, b in pairwise(borders)])
 
-    same_with_gradients(
-        lambda q, k, v: PackedCausalAttention.apply(q, k, v, borders, 6**-0.5), plain, query, key, value
-    )
+    same_with_gradients(lambda q, k, v: packed(q, k, v, borders, 6**-0.5), plain, query, key, value)
 
 
 def test_long_rows_go_through_torchs_attention_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,13 +137,15 @@ def test_logits_never_stand_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     head, hidden = values(1000, 4, grad=False), values(64, 4)
     sizes: list[int] = []
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(Dispatch):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
             sizes.extend(t.numel() for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor))
             return out
 
-    with Watch():
-        cross_entropy(hidden, head, torch.zeros(64, dtype=torch.int64), torch.ones(64)).loss.backward()
+    watch: Any = Watch
+    with watch():
+        loss: Any = cross_entropy(hidden, head, torch.zeros(64, dtype=torch.int64), torch.ones(64)).loss
+        loss.backward()
 
     assert max(sizes) == 4 * 1000

@@ -158,7 +158,7 @@ def test_export_never_writes_over_something(trained: tuple[Home, Recipe], tmp_pa
     (tmp_path / "there/file").touch()
     for form in ("peft", "merged"):
         with pytest.raises(Conflict):
-            export("tiny", tmp_path / "there", trained[0], form=form)  # type: ignore[arg-type]
+            export("tiny", tmp_path / "there", trained[0], form=form)
 
 
 def test_dora_trains_but_is_neither_published_nor_merged(trained: tuple[Home, Recipe], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from onebase_training import attention, lora
 from onebase_training.config import Recipe
 from onebase_training.dataset import Dataset, load_dataset
 from onebase_training.fuse import fuse
+from onebase_training.loftq import start_from_rounding_error
 from onebase_training.objective import Objective
 from onebase_training.plan import Plan
 from onebase_training.progress import RunCallback
@@ -45,6 +46,8 @@ def prepare(base: LoadedBase, recipe: Recipe) -> Objective:
     lora.checkpoint_activations(base, recipe.compute.gradient_checkpointing)
     lora.keep_dequantized(base, recipe.compute.keep_dequantized)
     model = lora.attach_adapter(base, recipe.lora)
+    if recipe.lora.init == "loftq":
+        start_from_rounding_error(model, base)
     fuse(model, base.compute_dtype)
     return Objective(model)
 

@@ -127,7 +127,8 @@ def _carry_out(run: Run) -> RunResult:
 
 def _measure_base(run: Run, trainer: PlanTrainer) -> dict[str, float]:
     """The untrained adapter is the base: its held-out loss is what training is measured against."""
-    if not trainer.eval_batches or run.recipe.train.eval_every == "never" or run.recipe.resume_from is not None:
+    starts_as_base = run.recipe.resume_from is None and run.recipe.lora.init != "loftq"
+    if not trainer.eval_batches or run.recipe.train.eval_every == "never" or not starts_as_base:
         return {}
     metrics = held_out_metrics(trainer.model, trainer.eval_batches, trainer.args.device, "base_")
     run.console.print(
