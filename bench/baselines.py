@@ -3,7 +3,6 @@
 Decoding only: the time of a generation with more tokens minus that of one with a single token.
 """
 
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +14,12 @@ import torch
 class Baselines:
     """Wraps the model with PEFT when the first adapter case runs; the model must not serve anything else."""
 
-    def __init__(self, model: Any, adapters: list[Path], prompt: int, steps: int) -> None:
+    def __init__(self, model: Any, adapters: list[Path], prompt: int, steps: int, clock: Callable[[], float]) -> None:
         self.model = model
         self.names = [path.name for path in adapters]
         self.prompt = prompt
         self.steps = steps
+        self.clock = clock
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import peft
@@ -48,7 +48,7 @@ class Baselines:
         more = {} if names is None else {"adapter_names": names}
         times = []
         for tokens in (1, 1 + self.steps):
-            began = time.perf_counter()
+            began = self.clock()
             with torch.inference_mode():
                 self.peft.generate(
                     input_ids=ids,
@@ -59,5 +59,5 @@ class Baselines:
                     pad_token_id=0,
                     **more,
                 )
-            times.append(time.perf_counter() - began)
+            times.append(self.clock() - began)
         return batch * self.steps, times[1] - times[0]

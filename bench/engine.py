@@ -2,7 +2,8 @@
 it what users would otherwise run on the very same NF4 base: transformers' generate, PEFT's generate and mixed batch.
 
 Cases take turns, round after round, so that whatever else the machine does hits all alike; the median and the best
-round are reported. One JSON line a case goes to stdout and, with --out, to a file.
+round are reported. On a machine that others use too, `--clock cpu --threads 1` counts processor time instead.
+One JSON line a case goes to the file given by --out.
 
     PYTHONPATH=core:server:tests:bench python bench/engine.py --base SmolLM2-135M-Instruct --baselines
 """
@@ -34,6 +35,7 @@ from onebase_server.kernels.ops import Kernels
 from onebase_server.kernels.torch_ops import TorchKernels
 from step_driver import Driver, Sequence
 
+Clock = Callable[[], float]
 Case = Callable[[], tuple[int, float]]
 """Runs once; returns tokens and seconds."""
 
@@ -41,15 +43,16 @@ Case = Callable[[], tuple[int, float]]
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
     home = Home(Path(options.home) if options.home else default_home(os.environ))
     warnings.simplefilter("ignore")  # PEFT looks for its base on the hub
     base = load_base(resolve_base(home, options.base), "cpu")
     with tempfile.TemporaryDirectory() as folder:
         adapters = write_adapters(base.model, Path(folder), max(options.adapters), options.rank, options.modules)
         runner = load_runner(base, home, adapters, options)
-        cases = engine_cases(runner, options)
+        cases = engine_cases(runner, options, clock)
         if options.baselines:
-            cases |= Baselines(base.model, adapters, options.prompt, options.steps).cases()
+            cases |= Baselines(base.model, adapters, options.prompt, options.steps, clock).cases()
         report(run_in_turns(cases, options.rounds), options)
 
 
@@ -66,6 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=32, help="decoding steps a round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--torch-kernels", action="store_true", help="the plain torch twin instead of C++")
     parser.add_argument("--baselines", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -91,19 +95,19 @@ def load_runner(base: Any, home: Home, adapters: list[Path], options: argparse.N
     return runner
 
 
-def engine_cases(runner: TorchRunner, options: argparse.Namespace) -> dict[str, Case]:
+def engine_cases(runner: TorchRunner, options: argparse.Namespace, clock: Clock) -> dict[str, Case]:
     cases: dict[str, Case] = {}
     for batch in options.batches:
         for adapters in options.adapters:
             if adapters <= batch:
                 slots = [i % adapters if adapters else -1 for i in range(batch)]
-                cases[f"onebase decode batch={batch} adapters={adapters}"] = decode_case(runner, slots, options)
+                cases[f"onebase decode batch={batch} adapters={adapters}"] = decode_case(runner, slots, options, clock)
     for length in options.prefill:
-        cases[f"onebase prefill tokens={length}"] = prefill_case(runner, length)
+        cases[f"onebase prefill tokens={length}"] = prefill_case(runner, length, clock)
     return cases
 
 
-def decode_case(runner: TorchRunner, slots: list[int], options: argparse.Namespace) -> Case:
+def decode_case(runner: TorchRunner, slots: list[int], options: argparse.Namespace, clock: Clock) -> Case:
     """Greedy decoding of one sequence a slot after a prompt, prefill not counted."""
 
     def run() -> tuple[int, float]:
@@ -111,21 +115,21 @@ def decode_case(runner: TorchRunner, slots: list[int], options: argparse.Namespa
         sequences = [driver.add(Sequence(prompt(i, options.prompt), slot=slot)) for i, slot in enumerate(slots)]
         for sequence in sequences:
             driver.step([(sequence, options.prompt)])
-        began = time.perf_counter()
+        began = clock()
         for _ in range(options.steps):
             driver.step([(sequence, 1) for sequence in sequences])
-        return options.steps * len(slots), time.perf_counter() - began
+        return options.steps * len(slots), clock() - began
 
     return run
 
 
-def prefill_case(runner: TorchRunner, length: int) -> Case:
+def prefill_case(runner: TorchRunner, length: int, clock: Clock) -> Case:
     def run() -> tuple[int, float]:
         driver = Driver(runner)
         sequence = driver.add(Sequence(prompt(0, length)))
-        began = time.perf_counter()
+        began = clock()
         driver.step([(sequence, length)])
-        return length, time.perf_counter() - began
+        return length, clock() - began
 
     return run
 
@@ -154,6 +158,7 @@ def report(rates: dict[str, list[float]], options: argparse.Namespace) -> None:
         "steps": options.steps,
         "rounds": options.rounds,
         "threads": options.threads,
+        "clock": options.clock,
         "kernels": "torch" if options.torch_kernels else "c++",
         "cpu": platform.processor() or platform.machine(),
         "load_average": round(os.getloadavg()[0], 1),
