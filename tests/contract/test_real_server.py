@@ -1,12 +1,7 @@
 """The real thing: the server's own process, real weights (SmolLM2 in NF4), the official client, signals."""
 
 import json
-import os
-import re
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,32 +15,12 @@ from pydantic import BaseModel
 from safetensors.numpy import save_file
 
 from onebase.bases import EMBEDDED_ID, BaseSpec, resolve_base
-from onebase.home import Home
 from onebase.store import AdapterStore
+from real_process import Process
 
 pytestmark = pytest.mark.slow
 
 HI: Any = [{"role": "user", "content": "Name three colours."}]
-
-
-class Process:
-    """`python -m onebase_server` on a free port."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = Home(home)
-        env = {**os.environ, "ONEBASE_HOME": str(home), "ONEBASE_PORT": "0", "ONEBASE_KV_TOKENS": "8192"}
-        self.log = home.with_suffix(".log")
-        with self.log.open("wb") as log:
-            self.child = subprocess.Popen([sys.executable, "-m", "onebase_server"], env=env, stderr=log)
-        self.url = self.wait_for(r"listening at (\S+?);")
-
-    def wait_for(self, pattern: str) -> str:
-        while True:
-            found = re.search(pattern, self.log.read_text("utf-8"))
-            if found:
-                return found[1] if found.groups() else found[0]
-            assert self.child.poll() is None, self.log.read_text("utf-8")
-            time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
