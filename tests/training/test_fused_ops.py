@@ -137,7 +137,7 @@ def test_logits_never_stand_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     head, hidden = values(1000, 4, grad=False), values(64, 4)
     sizes: list[int] = []
 
-    class Watch(Dispatch):
+    class Watch(Dispatch):  # type: ignore[misc]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
             sizes.extend(t.numel() for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor))
