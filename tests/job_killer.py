@@ -136,7 +136,7 @@ class Killer:
         self.wait_until_ready()
         while sum(self.kills.values()) < kills:
             open_orders = [order for order in self.orders if order.job_id is None]
-            if not open_orders and self.rng.random() < 0.4:
+            if not open_orders and self.rng.random() < 0.25:
                 self.orders.append(Order(f"order-{len(self.orders)}"))
                 open_orders = self.orders[-1:]
             senders = [threading.Thread(target=self.send, args=(order,)) for order in open_orders]
