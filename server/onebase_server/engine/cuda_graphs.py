@@ -7,7 +7,9 @@ Nothing here knows requests or sampling parameters beyond the greedy choice.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from onebase_server.engine.model_forward import ModelForward
@@ -28,6 +30,8 @@ class GraphKey:
     """Projections with LoRA work."""
     max_rank: int
     max_context: int
+    draws: bool
+    """Some row has a temperature; else all take the most likely token."""
 
 
 class StepBuffers:
@@ -35,24 +39,32 @@ class StepBuffers:
 
     def __init__(self, batch: int, width: int, device: torch.device) -> None:
         self.batch = batch
-        count = 2 * batch + 5 * batch + batch * width
+        count = 6 * batch + 5 * batch + batch * width
         self._host = torch.zeros(count, dtype=torch.int32, pin_memory=True)
         self._device = torch.zeros(count, dtype=torch.int32, device=device)
         host, on_device = self._split(self._host, width), self._split(self._device, width)
-        self.kv_slots, self.tokens, self.positions, self.context_lens, self.starts, self.ranks, self.tables = (
-            part.numpy() for part in host
-        )
+        self.kv_slots, self.temperatures, self.uniforms, *ints = (part.numpy() for part in host)
+        self.tokens, self.positions, self.context_lens, self.starts, self.ranks, self.tables = ints
         self.device_parts = on_device
+        self._next_uniforms = [torch.zeros(batch, dtype=torch.float64, pin_memory=True) for _ in range(2)]
         self.query_starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
 
     def _split(self, flat: Tensor, width: int) -> tuple[Tensor, ...]:
         n = self.batch
-        ints = flat[2 * n :]
+        slots, temperatures, uniforms, ints = flat[: 2 * n], flat[2 * n : 4 * n], flat[4 * n : 6 * n], flat[6 * n :]
         parts = [ints[i * n : (i + 1) * n] for i in range(5)]
-        return (flat[: 2 * n].view(torch.int64), *parts, ints[5 * n :].view(n, width))
+        doubles = temperatures.view(torch.float64), uniforms.view(torch.float64)
+        return (slots.view(torch.int64), *doubles, *parts, ints[5 * n :].view(n, width))
 
     def send(self) -> None:
         self._device.copy_(self._host, non_blocking=True)
+
+    def send_uniforms(self, values: NDArray[np.float64]) -> None:
+        """Of the step after the one under way: two pinned buffers in turn, since the last copy may be waiting."""
+        self._next_uniforms.reverse()
+        pinned = self._next_uniforms[0]
+        pinned.numpy()[: len(values)] = values
+        self.device_parts[2].copy_(pinned, non_blocking=True)
 
     def blank(self) -> None:
         """A step of no sequences, on the device."""
@@ -60,7 +72,7 @@ class StepBuffers:
         self.device_parts[0].fill_(-1)
 
     def meta(self, key: GraphKey) -> StepMeta:
-        kv_slots, _, positions, context_lens, starts, ranks, tables = self.device_parts
+        kv_slots, _, _, _, positions, context_lens, starts, ranks, tables = self.device_parts
         return StepMeta(
             positions=positions,
             kv_slots=kv_slots,
@@ -99,15 +111,30 @@ class DecodeGraphs:
         self._graphs: dict[GraphKey, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
+    def check_draws(self) -> bool:
+        """Whether the kernel draws what the sampler's own formula draws, on random logits."""
+        rows, vocab = 16, self.logits.shape[1]
+        device = self.logits.device
+        logits = (torch.randn(rows, vocab, device=device) * 3).to(self.logits.dtype)
+        temperatures = torch.linspace(0.2, 2, rows, dtype=torch.float64, device=device)
+        uniforms = torch.rand(rows, dtype=torch.float64, device=device)
+        chosen = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._kernels.draw_tokens(logits, temperatures, uniforms, chosen)
+        wide = logits.double()
+        running = ((wide - wide.amax(-1, keepdim=True)) / temperatures[:, None]).exp().cumsum(-1)
+        expected = torch.searchsorted(running, uniforms[:, None] * running[:, -1:], right=True)[:, 0]
+        return bool((chosen == expected).sum() >= rows - 1)
+
     @property
     def largest(self) -> int:
         return self._batches[-1]
 
-    def warm_up(self) -> None:
+    def warm_up(self, draws: tuple[bool, ...]) -> None:
         """Capture the bare base's graphs, the largest first (its memory then serves the others)."""
         for batch in reversed(self._batches):
             for context in sorted({min(SHORT_CONTEXT, self._limit), self._limit}, reverse=True):
-                self._graph(GraphKey(batch, frozenset(), 0, context))
+                for kind in draws:
+                    self._graph(GraphKey(batch, frozenset(), 0, context, kind))
 
     def buffers(self, batch: int) -> StepBuffers:
         """Where the next step of that many sequences is to be written."""
@@ -116,12 +143,14 @@ class DecodeGraphs:
             self._buffers[bucket] = StepBuffers(bucket, self._width, self.logits.device)
         return self._buffers[bucket]
 
-    def launch(self, buffers: StepBuffers, active: frozenset[str], max_rank: int, max_context: int) -> None:
+    def launch(
+        self, buffers: StepBuffers, active: frozenset[str], max_rank: int, max_context: int, *, draws: bool
+    ) -> None:
         """Replay the step that lies in `buffers`. Returns at once; `logits` and the choices follow on the stream."""
         short = min(SHORT_CONTEXT, self._limit)
         rank = next((r for r in RANKS if r >= max_rank), max_rank) if active else 0
         context = short if max_context <= short else self._limit
-        key = GraphKey(buffers.batch, active, rank, context)
+        key = GraphKey(buffers.batch, active, rank, context, draws)
         graph = self._graph(key)
         buffers.send()
         graph.replay()
@@ -131,12 +160,15 @@ class DecodeGraphs:
         """Whether the last graph covers contexts of that length."""
         return self._last is not None and context <= self._last[1].max_context
 
-    def launch_next(self) -> None:
-        """Replay the last step once more, moved on by one token: its choices are the inputs. Pages must suffice."""
+    def launch_next(self, uniforms: NDArray[np.float64]) -> None:
+        """Replay the last step once more, moved on by one token: its choices are the inputs. Pages must suffice.
+        `uniforms`: that step's, unused if nothing is drawn."""
         assert self._last is not None
         buffers, key = self._last
+        if key.draws:
+            buffers.send_uniforms(uniforms)
         chosen = self._chosen[: key.batch]
-        self._kernels.advance_step(buffers.device_parts[1], chosen, buffers.meta(key))
+        self._kernels.advance_step(buffers.device_parts[3], chosen, buffers.meta(key))
         self._graphs[key].replay()
 
     def start_fetch(self) -> Tensor:
@@ -154,17 +186,20 @@ class DecodeGraphs:
     def _capture(self, key: GraphKey) -> torch.cuda.CUDAGraph:
         buffers = self.buffers(key.batch)
         meta = buffers.meta(key)
-        tokens = buffers.device_parts[1]
         buffers.blank()  # the run below must not write to pages in use
-        self._step(tokens, meta, key)  # compiles and allocates what is not there yet
+        self._step(buffers, meta, key)  # compiles and allocates what is not there yet
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._step(tokens, meta, key)
+            self._step(buffers, meta, key)
         return graph
 
-    def _step(self, tokens: Tensor, meta: StepMeta, key: GraphKey) -> None:
+    def _step(self, buffers: StepBuffers, meta: StepMeta, key: GraphKey) -> None:
+        _, temperatures, uniforms, tokens, *_ = buffers.device_parts
         logits, chosen = self.logits[: key.batch], self._chosen[: key.batch]
         hidden = self._forward.hidden_states(tokens, meta, key.active)
         torch.mm(hidden, self._forward.weights.lm_head.T, out=logits)
-        torch.argmax(logits, -1, out=chosen)
+        if key.draws:
+            self._kernels.draw_tokens(logits, temperatures, uniforms, chosen)
+        else:
+            torch.argmax(logits, -1, out=chosen)

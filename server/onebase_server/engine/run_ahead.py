@@ -1,4 +1,4 @@
-"""A greedy decode step started before the engine has asked for it, so that the device never waits for Python.
+"""A decode step started before the engine has asked for it, so that the device never waits for Python.
 
 While nothing changes, the next step is this one moved on by one token, and the device has all it needs. The engine's
 next batch is then compared with what was foreseen; a sequence that has ended is left out, anything else new throws the
@@ -59,13 +59,14 @@ class RunAhead:
         started.places = places
         return started
 
-    def may_start(self, batch: StepBatch, greedy: bool, taken: Started | None) -> bool:
+    def may_start(self, batch: StepBatch, plain: bool, taken: Started | None) -> bool:
         """Whether the step after `batch` can and should be started now. `taken`: what `take` returned for `batch`."""
         states = [row.state_id for row in batch.rows]
         self._steady = self._steady + 1 if states == self._states else 0
         self._states = states
-        whole = taken is None or len(taken.batch.rows) == len(states)
-        if not greedy or not whole or self._steady < _STEADY or len(states) != len(batch.slots):
+        # The device goes on in the order of the step before: only an unchanged batch may follow a step that was taken.
+        whole = taken is None or np.array_equal(taken.places, np.arange(len(taken.batch.slots)))
+        if not plain or not whole or self._steady < _STEADY or len(states) != len(batch.slots):
             return False
         following = batch.positions + 1
         return bool((following % self._page_size).all()) and int(following.max()) < self._max_context

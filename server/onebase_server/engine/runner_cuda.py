@@ -13,17 +13,18 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from onebase.adapter import BaseIdentity
 from onebase_server.engine.cuda_forward import CudaForward, covers
-from onebase_server.engine.cuda_graphs import DecodeGraphs
+from onebase_server.engine.cuda_graphs import DecodeGraphs, StepBuffers
 from onebase_server.engine.logit_edits import has_edits
 from onebase_server.engine.model_forward import ModelForward
 from onebase_server.engine.run_ahead import RunAhead
-from onebase_server.engine.runner import DeviceLost, HostAdapter, Int32, SampleRow, StepBatch, StepResult
+from onebase_server.engine.runner import DeviceLost, HostAdapter, Int32, StepBatch, StepResult
 from onebase_server.engine.runner_torch import RunnerConfig, TorchRunner, build_runner
-from onebase_server.engine.sampler import is_greedy
+from onebase_server.engine.sampler import is_greedy, is_truncated, uniforms
 from onebase_server.engine.weights import ModelWeights, read_weights
 from onebase_server.kernels.cuda_build import CudaBuildError, available
 from onebase_server.kernels.cuda_ops import CudaKernels
@@ -65,7 +66,10 @@ class CudaRunner(TorchRunner):
         width = -(-weights.geometry.max_context // config.page_size)
         with torch.inference_mode():
             self._graphs = DecodeGraphs(self.forward, config.max_batch_sequences, width)
-            self._graphs.warm_up()
+            self._draws_in_graph = self._graphs.check_draws()
+            self._graphs.warm_up((False, True) if self._draws_in_graph else (False,))
+        if not self._draws_in_graph:
+            logger.warning("the kernel that draws tokens disagrees with torch here; tokens are drawn by torch")
         self._ahead = RunAhead(config.page_size, weights.geometry.max_context)
 
     def load_slot(self, slot: int, adapter: HostAdapter) -> None:
@@ -89,17 +93,15 @@ class CudaRunner(TorchRunner):
             if not decodes:
                 self._ahead.forget()
                 return Ticket(batch, logits=self._launch_chunks(batch), done=_record())
-            greedy = all(_is_plain(row) for row in batch.rows)
-            started = self._ahead.take(batch) if greedy else None
+            plain = self._is_plain(batch)
+            started = self._ahead.take(batch) if plain else None
             if started is None:
-                logits = self._launch_decode(batch, greedy)
-                ticket = Ticket(batch, logits=logits, fetched=self._fetch(greedy), done=_record())
+                logits = self._launch_decode(batch, plain)
+                ticket = Ticket(batch, logits=logits, fetched=self._fetch(plain), done=_record())
             else:
                 ticket = Ticket(batch, fetched=started.fetched, places=started.places, done=started.done)
-            if self._ahead.may_start(batch, greedy, started) and self._graphs.reaches(
-                int(batch.context_lens.max()) + 1
-            ):
-                self._graphs.launch_next()
+            if self._ahead.may_start(batch, plain, started) and self._graphs.reaches(int(batch.context_lens.max()) + 1):
+                self._graphs.launch_next(_uniforms(batch, ahead=1))
                 self._ahead.put(batch, self._graphs.start_fetch(), _record())
             return ticket
 
@@ -119,10 +121,22 @@ class CudaRunner(TorchRunner):
             nothing: list[None] = [None] * len(rows)
             return StepResult(chosen, np.zeros(len(rows), dtype=np.float32), [*nothing], [*nothing])
 
-    def _fetch(self, greedy: bool) -> Tensor | None:
-        return self._graphs.start_fetch() if greedy else None
+    def _fetch(self, plain: bool) -> Tensor | None:
+        return self._graphs.start_fetch() if plain else None
 
-    def _launch_decode(self, batch: StepBatch, greedy: bool) -> Tensor | None:
+    def _is_plain(self, batch: StepBatch) -> bool:
+        """The graph chooses every token: the most likely one or, with a temperature alone, a drawn one. One row a
+        sequence, unless all are greedy: answers that fork from one prompt draw apart from the same logits."""
+        rows = batch.rows
+        if any(row.sampling.top_logprobs is not None or has_edits(row) for row in rows):
+            return False
+        drawn = [row for row in rows if not is_greedy(row.sampling)]
+        if not drawn:
+            return True
+        apart = len(set(batch.sample_seqs.tolist())) == len(rows)
+        return self._draws_in_graph and apart and not any(is_truncated(row.sampling) for row in drawn)
+
+    def _launch_decode(self, batch: StepBatch, plain: bool) -> Tensor | None:
         count, page = len(batch.slots), self.config.page_size
         buffers = self._graphs.buffers(count)
         starts, ranks = self._slot_rows(batch.slots)
@@ -137,9 +151,11 @@ class CudaRunner(TorchRunner):
         buffers.kv_slots[count:] = -1
         for padded in (buffers.tokens, buffers.positions, buffers.context_lens, buffers.ranks):
             padded[count:] = 0
+        draws = plain and _write_draws(buffers, batch)
         active = self.slots.active(set(batch.slots.tolist()))
-        self._graphs.launch(buffers, active, int(ranks.max(initial=0)), int(batch.context_lens.max()))
-        if greedy:
+        longest = int(batch.context_lens.max())
+        self._graphs.launch(buffers, active, int(ranks.max(initial=0)), longest, draws=draws)
+        if plain:
             return None
         return self._graphs.logits[torch.from_numpy(batch.sample_seqs.astype(np.int64)).to(self.device)]
 
@@ -149,13 +165,26 @@ class CudaRunner(TorchRunner):
         return self.forward(self._put(batch.token_ids), meta, active, self._put(last.astype(np.int64)))
 
 
+def _write_draws(buffers: StepBuffers, batch: StepBatch) -> bool:
+    """Temperatures (0: the most likely) and uniforms in the order of the sequences; False if all are 0."""
+    drawn = [0.0 if is_greedy(row.sampling) else row.sampling.temperature for row in batch.rows]
+    if not any(drawn):
+        return False
+    buffers.temperatures[:] = 0
+    buffers.temperatures[batch.sample_seqs] = drawn
+    buffers.uniforms[: len(batch.slots)] = _uniforms(batch, 0)
+    return True
+
+
+def _uniforms(batch: StepBatch, ahead: int) -> NDArray[np.float64]:
+    """Of each sequence, for the step that many after this one."""
+    values = np.zeros(len(batch.slots))
+    values[batch.sample_seqs] = uniforms(batch.rows, ahead)
+    return values
+
+
 def _record() -> torch.cuda.Event:
     return cast(torch.cuda.Event, torch.cuda.current_stream().record_event())
-
-
-def _is_plain(row: SampleRow) -> bool:
-    """The most likely token, and nothing else asked."""
-    return is_greedy(row.sampling) and row.sampling.top_logprobs is None and not has_edits(row)
 
 
 @contextmanager

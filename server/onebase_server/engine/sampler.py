@@ -94,10 +94,11 @@ def is_truncated(sampling: SamplingParams) -> bool:
     return sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
 
 
-def uniforms(rows: list[SampleRow]) -> NDArray[np.float64]:
-    """One number in (0, 1) a row from (seed, step): two rounds of splitmix64's finaliser, 53 bits."""
+def uniforms(rows: list[SampleRow], ahead: int = 0) -> NDArray[np.float64]:
+    """One number in (0, 1) a row from (seed, step): two rounds of splitmix64's finaliser, 53 bits. `ahead`: of a later
+    step."""
     seeds = np.array([row.seed & 0xFFFFFFFFFFFFFFFF for row in rows], dtype=np.uint64)
-    steps = np.array([len(row.output_ids) for row in rows], dtype=np.uint64)
+    steps = np.array([len(row.output_ids) + ahead for row in rows], dtype=np.uint64)
     with np.errstate(over="ignore"):
         mixed = _splitmix(_splitmix(seeds) ^ (steps * np.uint64(0xD1342543DE82EF95) + np.uint64(1)))
     return (np.asarray(mixed >> np.uint64(11), dtype=np.float64) + 0.5) * 2.0**-53

@@ -189,8 +189,9 @@ class NF4Matmul:
         assert isinstance(tiles, Tiles)
         n, k = weight.shape
         dense = torch.empty(n, k, dtype=torch.bfloat16, device=tiles.data.device) if out is None else out
-        grid = min(self._processors * 8, tiles.row_tiles * -(-tiles.blocks // 8))
+        padded = tiles.data.shape[0] * 4
+        grid = min(self._processors * 8, -(-padded * tiles.blocks // 8))
         tensors = map(pointer, (tiles.data, dense, tiles.exact_code))
-        arguments = [*tensors, n, k, tiles.blocks, tiles.row_tiles]
+        arguments = [*tensors, n, k, tiles.blocks, padded]
         self._module.function("nf4_dequantise").launch((grid, 1, 1), 256, arguments, stream=stream)
         return dense

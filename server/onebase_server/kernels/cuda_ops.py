@@ -39,6 +39,7 @@ class CudaKernels:
         self.nf4 = NF4Matmul(cache_dir)
         self._lora = CudaModule(read_source("lora.cu"), cache_dir=cache_dir)
         self._elementwise = CudaModule(read_source("elementwise.cu"), cache_dir=cache_dir)
+        self._sample = CudaModule(read_source("sample.cu"), cache_dir=cache_dir)
         self._decode: dict[tuple[int, int], DecodeAttention] = {}
         self._varlen = VarlenAttention()
 
@@ -197,6 +198,13 @@ class CudaKernels:
         tensors = (tokens, chosen, meta.positions, meta.context_lens, meta.kv_slots)
         arguments = [*map(pointer, tensors), len(tokens)]
         self._elementwise.function("advance_step").launch((1, 1, 1), 256, arguments)
+
+    def draw_tokens(self, logits: Tensor, temperatures: Tensor, uniforms: Tensor, out: Tensor) -> None:
+        """One token a row of logits [R, V] bf16: the likeliest where the fp64 temperature is 0, else by inverse CDF."""
+        tensors = (logits, temperatures, uniforms, out)
+        self._sample.function("draw_tokens").launch(
+            (len(logits), 1, 1), 1024, [*map(pointer, tensors), logits.shape[1]]
+        )
 
     def silu_mul(self, gate_up: Tensor, *, folded: bool = False) -> Tensor:
         tokens, inner = gate_up.shape[0], gate_up.shape[1] // 2

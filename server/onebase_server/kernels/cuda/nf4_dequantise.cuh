@@ -8,13 +8,11 @@ extern "C" __global__ void __launch_bounds__(256)
   launch_dependents();
   wait_for_previous();
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  // A CTA takes eight neighbouring blocks of a row tile: 1 KB of each of its 16 rows is written together.
-  const int warp = threadIdx.x >> 5, octets = (KB + 7) / 8;
-  for (int unit = blockIdx.x; unit < tiles * octets; unit += gridDim.x) {
-    const int row_tile = unit / octets, block = (unit - row_tile * octets) * 8 + warp;
-    if (block >= KB) continue;
-    const u8* tile = weight + tile_offset(row_tile, block, KB);
-    const int column = block * 64 + t * 8;
+  const int total = tiles * KB, stride = gridDim.x * 8;
+  for (int i = blockIdx.x * 8 + (threadIdx.x >> 5); i < total; i += stride) {
+    const u8* tile = weight + (u64)i * TILE;
+    const int quad = i >> 2, row_group = quad / KB, row_tile = row_group * 4 + (i & 3);
+    const int column = (quad - row_group * KB) * 64 + t * 8;
     float2 absmax = *(const float2*)(tile + 512 + g * 8);
     if (column >= K) continue;  // K is a multiple of 64: a block is inside or padding
 #pragma unroll
