@@ -267,3 +267,24 @@ def test_the_seed_preset_trains_all_tokens_with_the_seeds_lora(home: Home, data:
     config = AdapterFiles.read(result.version.path).config
     assert sorted(config.target_modules or ()) == ["k_proj", "q_proj", "v_proj"]
     assert list((home.root.parent / "run").rglob("events.out.tfevents*")), "tensorboard is on, as in the seed"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit", "sgd"])
+def test_optimisers_are_chosen_by_trainers_names(home: Home, data: Path, optimizer: str) -> None:
+    result = train(home, data, train={"optimizer": optimizer, "max_steps": 4, "learning_rate": 1e-2})
+
+    assert float(result.metrics["eval_loss"] or 9) < float(result.metrics["base_loss"] or 0)
+
+
+def test_an_optimiser_that_does_not_exist_is_told(home: Home, data: Path) -> None:
+    with pytest.raises(RecipeError, match=r"train\.optimizer.*adamw_8bit"):
+        train(home, data, train={"optimizer": "adamw9"})
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "constant_with_warmup"])
+def test_a_schedule_warms_up_and_ends_as_it_should(home: Home, data: Path, schedule: str) -> None:
+    train(home, data, train={"schedule": schedule, "max_steps": 8, "warmup": 4, "eval_every": "never"})
+
+    rates = [event["learning_rate"] for event in events(home) if event["type"] == "metrics"]
+    assert rates[0] < rates[3]
+    assert (rates[-1] < rates[4]) == (schedule in ("linear", "cosine"))

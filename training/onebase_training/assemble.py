@@ -1,5 +1,6 @@
 """The parts of a run, each made from the recipe: base, rows, model to train, Trainer's arguments. No run logic."""
 
+import difflib
 import hashlib
 import importlib.util
 import json
@@ -12,6 +13,7 @@ import transformers
 
 from onebase.base_model import LoadedBase
 from onebase.bases import BaseSpec
+from onebase.errors import RecipeError
 from onebase.prompt import PromptRenderer, get_renderer
 from onebase.tokenizer import TextTokenizer
 from onebase_training import attention, lora
@@ -52,6 +54,19 @@ def prepare(base: LoadedBase, recipe: Recipe) -> Objective:
     return Objective(model)
 
 
+def optimizer_name(recipe: Recipe, device: torch.device) -> str:
+    """Trainer's name of the optimiser. Paging is CUDA's; on CPU the same optimiser runs without it."""
+    known = [str(name.value) for name in transformers.training_args.OptimizerNames]
+    name = recipe.train.optimizer
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        raise RecipeError(
+            f"train.optimizer: {name!r} is none of Trainer's; did you mean {' or '.join(near or known[:2])}?",
+            param="train.optimizer",
+        )
+    return name.removeprefix("paged_") if device.type == "cpu" else name
+
+
 def training_arguments(recipe: Recipe, run_dir: Path, steps: int, device: torch.device) -> Any:
     """The recipe in Trainer's words. Evaluation, saving and accumulation are ours (progress.py, trainer.py)."""
     config = recipe.train
@@ -66,7 +81,7 @@ def training_arguments(recipe: Recipe, run_dir: Path, steps: int, device: torch.
         warmup_steps=warmup,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        optim=config.optimizer,
+        optim=optimizer_name(recipe, device),
         adam_beta2=config.adam_beta2,
         seed=config.seed,
         data_seed=config.seed,

@@ -19,7 +19,7 @@ from onebase.home import Home
 from onebase.store import AdapterStore, Version
 from onebase.tokenizer import TextTokenizer
 from onebase_training import checkpoint, lora, preflight
-from onebase_training.assemble import build_trainer, has_tensorboard, prepare, read_data
+from onebase_training.assemble import build_trainer, has_tensorboard, optimizer_name, prepare, read_data
 from onebase_training.config import Recipe
 from onebase_training.plan import make_plan
 from onebase_training.progress import RunCallback
@@ -95,6 +95,7 @@ def _carry_out(run: Run) -> RunResult:
     run.status.enter("validating", "loading the base", total_steps=len(plan))
 
     device = lora.compute_settings(recipe.compute)
+    optimizer_name(recipe, device)
     torch.manual_seed(recipe.train.seed)
     base = load_base(spec, device, compute_dtype=recipe.compute.dtype, tokenizer=tokenizer)
     objective = prepare(base, recipe)
