@@ -33,6 +33,8 @@ from onebase_server.kernels.torch_ops import TorchKernels
 
 logger = logging.getLogger(__name__)
 
+_CUDA_ERROR: type[Exception] = getattr(torch, "AcceleratorError", RuntimeError)  # older torch has no class for it
+
 
 @dataclass(slots=True)
 class Ticket:
@@ -194,7 +196,7 @@ def _device_errors() -> Iterator[None]:
         yield
     except torch.cuda.OutOfMemoryError:
         raise
-    except (torch.AcceleratorError, CudaBuildError) as error:
+    except (_CUDA_ERROR, CudaBuildError) as error:
         raise DeviceLost(str(error)) from error
 
 
