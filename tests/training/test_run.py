@@ -16,6 +16,7 @@ from onebase.errors import AdapterInvalid, DatasetError, RecipeError, TrainingEr
 from onebase.home import Home
 from onebase.store import AdapterStore
 from onebase_training import checkpoint
+from onebase_training.assemble import training_arguments
 from onebase_training.config import make_recipe
 from onebase_training.publish import write_checked
 from onebase_training.status import StatusWriter
@@ -288,3 +289,17 @@ def test_a_schedule_warms_up_and_ends_as_it_should(home: Home, data: Path, sched
     rates = [event["learning_rate"] for event in events(home) if event["type"] == "metrics"]
     assert rates[0] < rates[3]
     assert (rates[-1] < rates[4]) == (schedule in ("linear", "cosine"))
+
+
+def test_the_seed_presets_trainer_arguments_are_the_seeds(tmp_path: Path) -> None:
+    """QloraTrainer.py of georgesung/llm_qlora, cc6683e; accumulation and evaluation are made in our step."""
+    seed = make_recipe({"name": "x", "preset": "seed", "data": {"train": "d.jsonl"}})
+
+    args = training_arguments(seed, tmp_path, 8750, torch.device("cpu"))
+
+    assert (args.learning_rate, args.warmup_steps, str(args.lr_scheduler_type.value)) == (2e-4, 100, "linear")
+    assert (args.max_grad_norm, args.weight_decay, args.seed) == (1.0, 0.0, 42)
+    assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon) == (0.9, 0.999, 1e-8)
+    assert str(args.optim.value if hasattr(args.optim, "value") else args.optim) == "adamw_torch"
+    assert args.report_to == ["tensorboard"]
+    assert args.logging_nan_inf_filter is False
