@@ -117,6 +117,25 @@ inline v16f vexp(v16f x) {
     return under ? v16f{} : scaled;
 }
 
+// Memory that a later phase will read, fetched a few lines at a time while the tile unit is busy.
+struct Ahead {
+    struct Span {
+        const char *at, *end;
+    } spans[16];
+    int count = 0, now = 0;
+    void add(const void* from, size_t bytes) {
+        if (count < 16) spans[count++] = {(const char*)from, (const char*)from + bytes};
+    }
+    void tick() {
+        for (int line = 0; line < 8 && now < count; line++) {
+            Span& span = spans[now];
+            __builtin_prefetch(span.at, 0, 2);
+            span.at += 64;
+            now += span.at >= span.end;
+        }
+    }
+};
+
 struct Range {
     int begin, end;
 };

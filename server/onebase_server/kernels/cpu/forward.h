@@ -74,11 +74,11 @@ template <typename T, bool AMX> struct Forward {
     }
 
     // y = x . W, and A . x for the adapters of the step.
-    void project(const Linear& w, int which, int thread, int& phase) {
+    void project(const Linear& w, int which, const Linear* next, int thread, int& phase) {
         const int strips = padded(w.n) / STRIP;
-        const int items = step.active >> which & 1 ? tokens * w.slices * lora.max_rank : 0;
+        const int items = step.active >> which & 1 ? tokens * w.slices : 0;
         const int group = strips < 64 * threads ? 2 : 4, pieces = (strips + group - 1) / group;
-        const int each = larger(8, items / (8 * threads)), shrinks = (items + each - 1) / each;
+        const int each = larger(1, items / (8 * threads)), shrinks = (items + each - 1) / each;
         schedule.run(phase, shrinks + pieces, 1, [&](int piece, int) {
             if (piece < shrinks) {
                 const int end = (piece + 1) * each;
@@ -86,16 +86,30 @@ template <typename T, bool AMX> struct Forward {
                 return;
             }
             const int first = (piece - shrinks) * group;
-            multiply(w, {first, first + group < strips ? first + group : strips}, thread);
+            multiply(w, {first, first + group < strips ? first + group : strips}, thread, ahead_of(next, which, piece - shrinks, pieces));
         });
     }
 
-    void multiply(const Linear& w, Range strips, int thread) {
+    // A piece's share of the next projection's A: each adapter's rows lie elsewhere, and few tokens wait for them.
+    Ahead ahead_of(const Linear* next, int which, int piece, int pieces) const {
+        Ahead ahead;
+        if (!next || tokens > 16 || !(step.active >> (which + 1) % 4 & 1)) return ahead;
+        for (int item = piece; item < tokens * next->slices; item += pieces) {
+            const int token = item / next->slices, slice = item % next->slices, start = lora.starts[token];
+            const int rank = lora.rank(token, next->module + slice);
+            if (!rank || (token && lora.starts[token - 1] == start)) continue;
+            ahead.add((const T*)next->lora_a + (size_t(slice) * m.lora_rows + start) * next->k, sizeof(T) * rank * next->k);
+        }
+        return ahead;
+    }
+
+    void multiply(const Linear& w, Range strips, int thread, const Ahead& ahead) {
+        (void)ahead;
         uint8_t* scratch = work.scratch_of(thread);
 #ifdef ONEBASE_AMX
         if constexpr (AMX) {
             const Tokens x{(const uint32_t*)work.inputs, tokens, columns_of(tokens), w.k};
-            nf4_matmul_amx(w, m.code, x, strips, (bf16*)scratch, work.y);
+            nf4_matmul_amx(w, m.code, x, strips, (bf16*)scratch, work.y, ahead);
         }
 #endif
         if constexpr (!AMX)
@@ -264,14 +278,14 @@ template <typename T, bool AMX> struct Forward {
                 for (int i = begin; i < end; i++) body(i);
             });
         };
-        project(w[QKV], QKV, thread, phase);
+        project(w[QKV], QKV, &w[OUT], thread, phase);
         each(tokens * m.groups, [&](int item) { rope(l, item); });
         schedule.run(phase, units, 1, [&](int unit, int) { attention(l, unit, thread); });
-        project(w[OUT], OUT, thread, phase);
+        project(w[OUT], OUT, &w[GATE_UP], thread, phase);
         each(tokens, [&](int t) { residual(w[OUT], OUT, l.post_norm, t, thread); });
-        project(w[GATE_UP], GATE_UP, thread, phase);
+        project(w[GATE_UP], GATE_UP, &w[DOWN], thread, phase);
         each((tokens + 15) / 16 * (m.inner / BLOCK), [&](int item) { silu(w[GATE_UP], item); });
-        project(w[DOWN], DOWN, thread, phase);
+        project(w[DOWN], DOWN, index + 1 < m.num_layers ? &m.layers[index + 1].projections[QKV] : nullptr, thread, phase);
         each(tokens, [&](int t) { residual(w[DOWN], DOWN, next_norm, t, thread); });
     }
 

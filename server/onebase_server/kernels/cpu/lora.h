@@ -40,15 +40,20 @@ struct LoraStep {
     }
 };
 
-// down[token][slice][max_rank] = A . x for the (token, slice, rank row) items in `items`; x [T][k].
+// down[token][slice][max_rank] = A . x for the (token, slice) items in `items`; x [T][k]. The same rows of B are fetched
+// on the way: they are needed one phase later, and each adapter's lie elsewhere.
 template <typename T>
 void shrink(const Linear& w, int lora_rows, const T* x, const LoraStep& lora, Range items, float* down) {
     for (int item = items.begin; item < items.end; item++) {
-        const int r = item % lora.max_rank, slice = item / lora.max_rank % w.slices;
-        const int token = item / lora.max_rank / w.slices;
-        if (r >= lora.rank(token, w.module + slice)) continue;
-        const T* a = (const T*)w.lora_a + (size_t(slice) * lora_rows + lora.starts[token] + r) * w.k;
-        down[item] = dot(a, x + size_t(token) * w.k, w.k);
+        const int token = item / w.slices, slice = item % w.slices;
+        const int rank = lora.rank(token, w.module + slice), start = lora.starts[token];
+        const T* a = (const T*)w.lora_a + (size_t(slice) * lora_rows + start) * w.k;
+        const T* b = (const T*)w.lora_b + size_t(start) * w.n + w.offsets[slice];
+        const int width = w.offsets[slice + 1] - w.offsets[slice];
+        for (int r = 0; r < rank; r++) {
+            for (int i = 0; i < width; i += 64 / int(sizeof(T))) __builtin_prefetch(b + size_t(r) * w.n + i, 0, 2);
+            down[size_t(item) * lora.max_rank + r] = dot(a + size_t(r) * w.k, x + size_t(token) * w.k, w.k);
+        }
     }
 }
 

@@ -91,13 +91,14 @@ inline void store_accumulators(const Tokens& x, int block, int strips, int block
 
 // S strips x B blocks of tokens (S * B <= 4: independent chains hide the tile unit's latency), decoded a block ahead.
 template <int S, int B>
-inline void strips_few(const uint8_t* data, int blocks, const Tokens& x, __m512 code, bf16* scratch, float* y, int ldy) {
+inline void strips_few(const uint8_t* data, int blocks, const Tokens& x, __m512 code, bf16* scratch, float* y, int ldy, Ahead& ahead) {
     const size_t strip_bytes = size_t(blocks) * BLOCK_BYTES;
     TILE_ZERO(0); TILE_ZERO(1); TILE_ZERO(2); TILE_ZERO(3);
     for (int s = 0; s < S; s++) decode_block(data + s * strip_bytes, scratch + s * 2 * TILE, code);
     for (int kb = 0; kb < blocks; kb++) {
         const bf16* now = scratch + (kb & 1) * 8 * TILE;
         bf16* next = scratch + (~kb & 1) * 8 * TILE;
+        ahead.tick();
         if (kb + 1 < blocks)
             for (int s = 0; s < S; s++)
                 decode_block(data + s * strip_bytes + (kb + 1) * BLOCK_BYTES, next + s * 2 * TILE, code);
@@ -163,7 +164,7 @@ inline void all_blocks(const TileSource& w, int steps, const Tokens& x, float* y
 }
 
 // y[token][feature] for strips [range): this thread's share. `scratch` holds 2 decoded strips or 16 tiles.
-inline void nf4_matmul_amx(const Linear& w, const float* code16, const Tokens& x, Range range, bf16* scratch, float* y) {
+inline void nf4_matmul_amx(const Linear& w, const float* code16, const Tokens& x, Range range, bf16* scratch, float* y, Ahead ahead = {}) {
     const int blocks = w.k / BLOCK, ldy = row_stride(w.n);
     const size_t strip_bytes = size_t(blocks) * BLOCK_BYTES;
     const __m512 code = _mm512_loadu_ps(code16);
@@ -175,15 +176,15 @@ inline void nf4_matmul_amx(const Linear& w, const float* code16, const Tokens& x
             float* out = y + s * STRIP;
             const int left = range.end - s;
             if (x.blocks() == 2) {
-                if (left > 1) strips_few<2, 2>(data, blocks, x, code, scratch, out, ldy);
-                else strips_few<1, 2>(data, blocks, x, code, scratch, out, ldy);
+                if (left > 1) strips_few<2, 2>(data, blocks, x, code, scratch, out, ldy, ahead);
+                else strips_few<1, 2>(data, blocks, x, code, scratch, out, ldy, ahead);
                 s += 2;
             } else if (left >= 4) {
-                strips_few<4, 1>(data, blocks, x, code, scratch, out, ldy);
+                strips_few<4, 1>(data, blocks, x, code, scratch, out, ldy, ahead);
                 s += 4;
             } else {
-                if (left > 1) strips_few<2, 1>(data, blocks, x, code, scratch, out, ldy);
-                else strips_few<1, 1>(data, blocks, x, code, scratch, out, ldy);
+                if (left > 1) strips_few<2, 1>(data, blocks, x, code, scratch, out, ldy, ahead);
+                else strips_few<1, 1>(data, blocks, x, code, scratch, out, ldy, ahead);
                 s += 2;
             }
         }
