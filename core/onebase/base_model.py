@@ -66,7 +66,7 @@ def load_base(
     copy = quantized_copy(spec) if quantize else None
     with offline(), quiet():
         model = _build(spec, copy, torch.device(device), dtype, quantize, attn_implementation)
-        if quantize and copy is None and dtype == torch.bfloat16:
+        if quantize and copy is None:
             write_quantized_copy(spec, model)
     # Adapters and messages must name the base, not a place on this disk.
     model.name_or_path = model.config._name_or_path = spec.id

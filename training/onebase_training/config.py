@@ -167,7 +167,8 @@ class TrainConfig(Section):
 class ComputeConfig(Section):
     device: str = "auto"
     """auto: CUDA if there is one, else CPU."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of activations and unpacked weights. auto: bfloat16, but float32 on a CPU without bf16 instructions."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Saves memory, costs a third of the speed. auto: on CUDA from 1 billion parameters, never on CPU."""
     keep_dequantized: bool | Literal["auto"] = "auto"

@@ -69,7 +69,8 @@ def evaluate(
     if not rows:
         raise InvalidInput("nothing is held out: give data.eval, or data.eval_fraction above 0", param="data.eval")
     device = lora.compute_settings(recipe.compute)
-    base = load_base(spec, device, compute_dtype=recipe.compute.dtype, tokenizer=tokenizer)
+    dtype = lora.compute_dtype(recipe.compute.dtype, device)
+    base = load_base(spec, device, compute_dtype=dtype, tokenizer=tokenizer)
     base.model.config._attn_implementation = attention.register()
     lora.keep_dequantized(base, recipe.compute.keep_dequantized)
     results = []

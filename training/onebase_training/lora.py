@@ -5,12 +5,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import nn
 
-from onebase.base_model import LoadedBase, dequantized, linear4bit_modules
+from onebase.base_model import ComputeDtype, LoadedBase, dequantized, linear4bit_modules
 from onebase.errors import RecipeError
 from onebase_training.config import ComputeConfig, LoraConfig
 
@@ -132,6 +132,15 @@ def compute_settings(compute: ComputeConfig) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError("compute.device: cuda asked for, but torch sees no CUDA device", param="compute.device")
     return device
+
+
+def compute_dtype(setting: Literal["auto", "bfloat16", "float32"], device: torch.device) -> ComputeDtype:
+    """`auto` decided for this machine."""
+    if setting != "auto":
+        return setting
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    has_bf16 = device.type == "cuda" or (asked is not None and bool(asked()))
+    return "bfloat16" if has_bf16 else "float32"
 
 
 def _check_layers(lora: LoraConfig, layers: int) -> None:

@@ -97,7 +97,8 @@ def _carry_out(run: Run) -> RunResult:
     device = lora.compute_settings(recipe.compute)
     optimizer_name(recipe, device)
     torch.manual_seed(recipe.train.seed)
-    base = load_base(spec, device, compute_dtype=recipe.compute.dtype, tokenizer=tokenizer)
+    dtype = lora.compute_dtype(recipe.compute.dtype, device)
+    base = load_base(spec, device, compute_dtype=dtype, tokenizer=tokenizer)
     objective = prepare(base, recipe)
     if recipe.resume_from is not None:
         start = AdapterStore(run.home.adapters).resolve(recipe.resume_from)
