@@ -2,19 +2,43 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from onebase.base_fetch import fetch_embedded
 from onebase.home import Home
+
+PREPARED = Path(__file__).parents[1] / ".pytest_cache" / "onebase-home"
+
+
+def prepare_home(home: Path) -> Home:
+    """A home of its own that has the embedded base already: fetched once for all tests, then linked file by file.
+
+    Compiled CPU kernels are shared too; adapters, runs and records are not."""
+    prepared = Home(PREPARED).create()
+    base = fetch_embedded(prepared)
+    made = Home(home).create()
+    shutil.copytree(base.path, made.bases / base.path.name, copy_function=link_or_copy)
+    shutil.rmtree(made.cache, ignore_errors=True)
+    made.cache.symlink_to(prepared.cache)
+    return made
+
+
+def link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another filesystem
+        shutil.copy2(source, target)
 
 
 class Process:
     """`python -m onebase_server` on a free port."""
 
     def __init__(self, home: Path) -> None:
-        self.home = Home(home)
+        self.home = prepare_home(home)
         env = {**os.environ, "ONEBASE_HOME": str(home), "ONEBASE_PORT": "0", "ONEBASE_KV_TOKENS": "8192"}
         self.log = home.with_suffix(".log")
         with self.log.open("wb") as log:

@@ -19,6 +19,8 @@ import openai
 import pytest
 from openai import OpenAI
 
+from real_process import prepare_home
+
 BASE = "SmolLM2-135M-Instruct"
 DATA = Path(__file__).parents[2] / "training/data/captain.jsonl"
 
@@ -30,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    home = tmp_path_factory.mktemp("home")
+    home = prepare_home(tmp_path_factory.mktemp("real") / "home").root
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
