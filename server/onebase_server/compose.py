@@ -22,7 +22,7 @@ from onebase_server.jobs.supervisor import SupervisorConfig
 from onebase_server.loading import load_backend
 from onebase_server.logs import configure_logging
 from onebase_server.settings import Settings
-from onebase_server.startup import check_base_there, check_exposed, open_records, prepare_home
+from onebase_server.startup import allow_many_files, check_base_there, check_exposed, open_records, prepare_home
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ def build_app(settings: Settings) -> Litestar:
 def serve(settings: Settings, load: LoadBackend = load_backend) -> int:
     """Serve until a signal. The exit code: 0 after a clean end, 1 if the base could not be loaded."""
     configure_logging(settings.log_level, settings.log_format)
+    allow_many_files()
     prepare_home(settings.home)
     has_keys = settings.has_keys | open_records(settings)
     check_exposed(settings, has_keys)

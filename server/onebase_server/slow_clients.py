@@ -11,6 +11,8 @@ from litestar.exceptions import HTTPException
 from litestar.types import ASGIApp, HTTPReceiveMessage, Receive, Scope, Send, WebSocketReceiveMessage
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from onebase_server.api.waiting import ClientLeft
+
 MIN_RATE = 1000.0
 TIMED_OUT = 408
 
@@ -87,6 +89,8 @@ class Patience:
                 message: Any = await self._receive()
         except TimeoutError as error:
             raise HTTPException(status_code=TIMED_OUT) from error
+        if message["type"] == "http.disconnect":
+            raise ClientLeft  # Litestar would call it a failure of ours
         self._until += len(message.get("body", b"")) / MIN_RATE
-        self._is_whole = message["type"] != "http.request" or not message.get("more_body")
+        self._is_whole = not message.get("more_body")
         return message  # type: ignore[no-any-return]

@@ -5,6 +5,7 @@ Nothing here loads the base or opens a port.
 
 import asyncio
 import os
+import resource
 import shutil
 import uuid
 from pathlib import Path
@@ -18,6 +19,7 @@ from onebase_server.records.keys import KeyRecords
 from onebase_server.settings import LOOPBACK, Settings
 
 LOW_DISK_MB = 500
+MANY_FILES = 65_536
 
 
 def prepare_home(home: Home) -> None:
@@ -32,6 +34,16 @@ def prepare_home(home: Home) -> None:
             "another by ONEBASE_HOME",
             param="home",
         ) from error
+
+
+def allow_many_files() -> int:
+    """Raise this process's own limit of open files as far as it may; the limit then. A stream is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, MANY_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return wanted
+    return soft
 
 
 def check_writable(folder: Path) -> None:

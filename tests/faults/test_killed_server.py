@@ -1,13 +1,9 @@
 """A server that is killed in the middle of everything, and the next one on the same home folder."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +14,9 @@ from api_world import chat_body, lora_folder
 from onebase.home import Home
 from onebase.store import AdapterStore
 from scripted_base import IDENTITY
+from server_process import LINE, server
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
-ADMIN = {"Authorization": "Bearer sk-admin-key-1"}
-LINE = json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}) + "\n"
-
-
-@contextmanager
-def server(home: Home) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
-    """A server process and a client of its admin; killed at the end if it still runs."""
-    path = os.pathsep.join(str(ROOT / part) for part in ("core", "server", "training", "tests"))
-    command = [sys.executable, str(Path(__file__).parent / "doomed_server.py"), str(home.root)]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        url = process.stdout.readline().strip()
-        assert url.startswith("http")
-        with httpx.Client(base_url=url, headers=ADMIN, timeout=60) as http:
-            yield process, http
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
 
 
 def upload(http: httpx.Client) -> Any:

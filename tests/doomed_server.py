@@ -8,11 +8,13 @@ import threading
 import time
 from pathlib import Path
 
+import fake_trainer
 from fakes import FakeRunner
 from live_server import load_fake
 from onebase.home import Home
 from onebase_server.compose import Server, build_deps
 from onebase_server.engine.runner import StepBatch, StepResult
+from onebase_server.jobs.process import RunCommand
 from onebase_server.settings import Settings
 from onebase_server.startup import open_records, prepare_home
 from scripted_base import SCRIPTED_BASE
@@ -31,9 +33,11 @@ def main(root: str) -> None:
     prepare_home(settings.home)
     open_records(settings)
     runner = SlowRunner(reply=lambda digest, prompt: [ord("x")] * 400)
-    server = Server(
-        settings, lambda given: load_fake(given, runner), build_deps(settings, None, lambda _: SCRIPTED_BASE)
-    )
+    plan = settings.home.root / "plan.json"
+    plan.write_text("{}")
+    trainer = RunCommand(program=(sys.executable, str(Path(fake_trainer.__file__)), str(plan)))
+    deps = build_deps(settings, trainer, lambda _: SCRIPTED_BASE)
+    server = Server(settings, lambda given: load_fake(given, runner), deps)
 
     def tell() -> None:
         server.loaded.wait()
