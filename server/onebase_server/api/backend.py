@@ -83,7 +83,7 @@ class BackendSlot:
         """Raises NotReady while there is nothing to serve with, or the reason why there never will be."""
         with self._lock:
             if self._error is not None:
-                raise self._error
+                raise self._error.with_traceback(None)
             if self._draining:
                 raise NotReady("The server is shutting down.", retry_after_s=5)
             if self._backend is None:

@@ -20,7 +20,8 @@ async def complete(handle: Handle) -> list[Completion]:
 def raise_if_failed(event: TokenEvent) -> None:
     """An ERROR or CANCELLED end, as the exception that the client is answered with."""
     if event.finish_reason is FinishReason.ERROR:
-        raise event.error or EngineError("the engine gave no reason")
+        # Many requests may end with one error object: none may grow the others' traceback.
+        raise (event.error or EngineError("the engine gave no reason")).with_traceback(None)
     if event.finish_reason is FinishReason.CANCELLED:
         raise event.error or shutting_down()
 

@@ -172,7 +172,7 @@ def gather_choices(events: Iterable[TokenEvent], n: int) -> list[Completion]:
     for index, pieces in enumerate(choices):
         whole = merge(pieces)
         if whole.error is not None:
-            raise whole.error
+            raise whole.error.with_traceback(None)  # shared by all requests that it ended
         assert whole.finish_reason is not None
         assert whole.usage is not None
         completions.append(
