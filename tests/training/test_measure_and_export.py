@@ -12,14 +12,14 @@ from typer.testing import CliRunner
 
 from onebase.base_model import load_base
 from onebase.bases import read_base, resolve_base
-from onebase.errors import AdapterInvalid, Conflict, InvalidInput
+from onebase.errors import AdapterInvalid, Conflict, InvalidInput, OnebaseError
 from onebase.home import Home
 from onebase.store import AdapterStore
 from onebase_training import lora
 from onebase_training.__main__ import app
 from onebase_training.config import Recipe, make_recipe
 from onebase_training.evaluate import as_table, evaluate, write_json
-from onebase_training.export import export
+from onebase_training.export import export, push
 from onebase_training.generate import greedy_answers
 from onebase_training.merge import nf4_values
 from onebase_training.train import Run, carry_out
@@ -225,3 +225,10 @@ def test_a_users_mistake_is_one_line_and_no_traceback(
     assert done.exit_code in (1, 2)
     assert word in done.output
     assert "Traceback" not in done.output
+
+
+def test_a_push_that_the_hub_does_not_take_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    with pytest.raises(OnebaseError, match="could not be pushed to me/captain"):
+        push(tmp_path, "me/captain")

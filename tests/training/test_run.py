@@ -86,7 +86,8 @@ def test_the_status_file_and_the_events_tell_the_run(home: Home, data: Path) -> 
     assert (kinds.count("metrics"), kinds.count("eval"), kinds.count("checkpoint")) == (3, 2, 1)
 
 
-def test_the_result_file_has_openais_columns(home: Home, data: Path) -> None:
+def test_the_result_file_has_openais_columns_and_the_curves_are_drawn(home: Home, data: Path) -> None:
+    pytest.importorskip("matplotlib")
     train(home, data, train={"max_steps": 3, "eval_every": 2})
 
     with (home.root.parent / "run/results.csv").open() as file:
@@ -94,6 +95,7 @@ def test_the_result_file_has_openais_columns(home: Home, data: Path) -> None:
     assert list(rows[0]) == ["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"]
     assert [bool(row["valid_loss"]) for row in rows] == [False, True, True]
     assert "tiny@1" in (home.root.parent / "run/README.md").read_text()
+    assert (home.root.parent / "run/loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_going_on_from_a_version_starts_where_it_ended(home: Home, data: Path) -> None:
