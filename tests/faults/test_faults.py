@@ -23,6 +23,7 @@ from onebase_server.jobs.assembly import DurableConfig, assemble
 from onebase_server.jobs.process import RunCommand
 from postgres_server import postgres
 
+pytestmark = pytest.mark.slow
 LINE = json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}).encode()
 
 
@@ -217,7 +218,6 @@ class Wire:
             target.shutdown(socket.SHUT_RDWR)
 
 
-@pytest.mark.slow
 def test_postgresql_that_goes_and_comes_back_is_missed_only_while_it_is_away(loop: Any) -> None:
     import tempfile
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from api_world import BASE, World, chat_body, error_of
 
+pytestmark = pytest.mark.slow
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
 FEW = settings(
     max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=EXAMPLES < 100

@@ -13,6 +13,7 @@ import pytest
 from api_world import chat_body
 from live_server import Live, live_server
 
+pytestmark = pytest.mark.slow
 LIMIT_S = 0.4
 
 

@@ -31,6 +31,7 @@ from onebase_server.records.keys import KeyRecords
 from onebase_server.settings import Settings, load_settings
 from scripted_base import IDENTITY
 
+pytestmark = pytest.mark.slow  # seconds: each test makes a database
 Usage = namedtuple("Usage", "total used free")
 
 

@@ -245,6 +245,11 @@ def test_an_admin_key_can_be_made_from_the_table_alone(tmp_path: Path, loop: Any
         assert locked.get("/admin/keys", headers=bearer(key)).status_code == 200
 
 
+@pytest.fixture(scope="module")
+def near(shared_world: World) -> World:
+    return with_settings(shared_world, cors_origins=("https://ours.example",))
+
+
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
@@ -260,8 +265,7 @@ def test_an_admin_key_can_be_made_from_the_table_alone(tmp_path: Path, loop: Any
     ],
     ids=str,
 )
-def test_without_keys_a_web_page_of_others_can_not_call(world: World, headers: dict[str, str], status: int) -> None:
-    near = with_settings(world, cors_origins=("https://ours.example",))
+def test_without_keys_a_web_page_of_others_can_not_call(near: World, headers: dict[str, str], status: int) -> None:
     assert near.get("/admin/adapters", headers=headers).status_code == status
 
 

@@ -34,9 +34,8 @@ def bearer(key: str) -> dict[str, str]:
 def limited(world: World, **limits: int) -> tuple[World, Clock]:
     """The server with limits for both keys, and the limiter's clock."""
     clock = Clock()
-    changed = with_settings(world, api_keys=(API, OTHER), **limits)
-    changed = replace(changed, deps=replace(changed.deps, limiter=Limiter(clock)))
-    return with_settings(changed), clock
+    timed = replace(world, deps=replace(world.deps, limiter=Limiter(clock)))
+    return with_settings(timed, api_keys=(API, OTHER), **limits), clock
 
 
 def test_requests_a_minute_refill_evenly_and_are_told(world: World) -> None:

@@ -1,0 +1,80 @@
+"""What one key may fill and hold: files, adapters, and a generation's time."""
+
+import json
+import time
+from typing import Any
+
+import pytest
+
+from api_world import World, chat_body, error_of, lora_folder, open_world, with_settings
+from onebase_server.engine.runner import StepBatch, StepResult
+from scripted_base import IDENTITY
+
+KEYS = ("sk-inference-1", "sk-inference-2")
+LINES = "".join(
+    json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}) + "\n"
+    for _ in range(10)
+)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, loop: Any) -> Any:
+    with open_world(tmp_path_factory.mktemp("quota"), loop) as world:
+        yield world
+
+
+def keyed(world: World, **settings: Any) -> World:
+    return with_settings(world, api_keys=KEYS, **settings)
+
+
+def upload(world: World, size: int, key: str = KEYS[0]) -> Any:
+    content = LINES.encode() + b"\n" * max(0, size - len(LINES))
+    headers = {"Authorization": f"Bearer {key}"}
+    files = {"file": ("t.jsonl", content)}
+    return world.request("POST", "/v1/files", files=files, data={"purpose": "fine-tune"}, headers=headers)
+
+
+def test_files_of_a_key_fit_into_its_quota_and_deleting_makes_room(shared: World) -> None:
+    world = keyed(shared, file_quota_mb=1)
+    first = upload(world, 600_000)
+    assert first.status_code == 200
+    before = set(world.home.files.iterdir())
+    refused = upload(world, 600_000)
+    assert refused.status_code == 403
+    assert error_of(refused)["code"] == "storage_quota_exceeded"
+    assert set(world.home.files.iterdir()) == before
+    assert upload(world, 600_000, KEYS[1]).status_code == 200, "another's files don't count"
+    headers = {"Authorization": f"Bearer {KEYS[0]}"}
+    world.request("DELETE", f"/v1/files/{first.json()['id']}", headers=headers)
+    assert upload(world, 600_000).status_code == 200
+
+
+def test_a_key_whose_adapters_fill_its_quota_makes_no_further_job(shared: World) -> None:
+    world = keyed(shared, adapter_quota_mb=1)
+    headers = {"Authorization": f"Bearer {KEYS[0]}"}
+    body = {"model": "tiny/base", "training_file": upload(world, 1000).json()["id"]}
+    made = world.post("/v1/fine_tuning/jobs", body, headers=headers)
+    assert made.status_code == 200
+    row = world.loop.run_until_complete(world.deps.jobs.get(made.json()["id"], None))
+    version = world.store.publish(lora_folder(world.home.root / "peft"), row.adapter, base=IDENTITY)
+    (version.path / "filler").write_bytes(b"\0" * 1_000_000)
+    refused = world.post("/v1/fine_tuning/jobs", body, headers=headers)
+    assert (refused.status_code, error_of(refused)["code"]) == (403, "storage_quota_exceeded")
+    other = {"Authorization": f"Bearer {KEYS[1]}"}
+    body = {"model": "tiny/base", "training_file": upload(world, 1000, KEYS[1]).json()["id"]}
+    assert world.post("/v1/fine_tuning/jobs", body, headers=other).status_code == 200
+
+
+def test_a_generation_ends_at_its_deadline(shared: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = with_settings(shared, max_request_s=0.05)
+    real = world.runner.run
+
+    def slow(batch: StepBatch) -> StepResult:
+        time.sleep(0.02)
+        return real(batch)
+
+    monkeypatch.setattr(world.runner, "run", slow)
+    shared.says = "x" * 300
+    reply = world.post("/v1/chat/completions", chat_body())
+    assert (reply.status_code, error_of(reply)["code"]) == (503, "deadline_exceeded")
+    assert world.deps.backend.get().engine.stats().num_running == 0
