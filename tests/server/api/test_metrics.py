@@ -10,10 +10,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from api_world import BASE, World, chat_body, with_settings
+from onebase_server.api.caller import LOCAL, KeyLimits
 from onebase_server.api.metrics import IDLE_S, OTHER, Metrics
+from onebase_server.api.running import Generation
 from onebase_server.api.running import logger as generations
 from onebase_server.api.tracing import OtelTracer, Trace, steps_of
-from onebase_server.engine.types import AdapterRef
+from onebase_server.engine.handle import RequestHandle
+from onebase_server.engine.types import AdapterRef, FinishReason, GenerationRequest, SamplingParams, TokenEvent, Usage
 from onebase_server.logs import JsonFormatter, LineFormatter
 
 SECRET = "the treasure is under the palm"
@@ -57,9 +60,43 @@ def test_a_generation_is_counted_by_its_version(world: World) -> None:
     assert value(found, "onebase_version_prompt_tokens_total", **pirate) > 0
     for name in ("onebase_time_to_first_token_seconds", "onebase_queue_seconds", "onebase_request_seconds"):
         assert value(found, f"{name}_count", **pirate) == 1
-    assert value(found, "onebase_inter_token_seconds_count", **pirate) >= 1
     assert value(found, "onebase_adapter_misses_total", **pirate) >= 1
     assert value(found, "onebase_adapter_place", **pirate) >= 2
+
+
+def test_the_time_between_tokens_is_that_between_what_the_reader_gets(world: World) -> None:
+    server = fresh(world)
+    handle = RequestHandle(GenerationRequest("chatcmpl-1", (1, 2), SamplingParams(max_tokens=9)), lambda _: None)
+    generation = Generation(handle, LOCAL, server.deps, "req_1", None)
+
+    async def read() -> None:
+        events = generation.events()
+        for tokens in ((5,), (6, 7), (8,)):
+            handle.push(TokenEvent(0, "x", tokens))
+            await anext(events)
+        handle.push(TokenEvent(0, "", (), (), FinishReason.STOP, Usage(2, 5)))
+        assert [event.finish_reason async for event in events] == [FinishReason.STOP]
+
+    server.loop.run_until_complete(read())
+    generation.cancel()
+    found = samples(server)
+    base = {"adapter": "base", "version": ""}
+    assert value(found, "onebase_inter_token_seconds_count", **base) == 2
+    assert value(found, "onebase_version_generated_tokens_total", **base) == 5
+    assert value(found, "onebase_requests_total", **base, outcome="stop") == 1, "closed once"
+
+
+def test_a_generation_that_is_left_is_counted_as_cancelled_and_gives_its_place_back(world: World) -> None:
+    server = fresh(world)
+    caller = replace(LOCAL, limits=KeyLimits(parallel=1))
+    server.deps.limiter.begin(caller, 2)
+    handle = RequestHandle(GenerationRequest("chatcmpl-1", (1, 2), SamplingParams(max_tokens=9), n=2), lambda _: None)
+    generation = Generation(handle, caller, server.deps, "req_1", None)
+    for _ in range(2):
+        generation.cancel()
+    assert server.deps.limiter.running(caller) == 0
+    outcome = {"adapter": "base", "version": "", "outcome": "cancelled"}
+    assert value(samples(server), "onebase_requests_total", **outcome) == 1
 
 
 def test_the_engine_and_the_tables_are_told(world: World) -> None:
