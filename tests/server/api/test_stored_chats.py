@@ -25,12 +25,11 @@ def without(value: dict[str, Any], *names: str) -> dict[str, Any]:
 OURS = ("metadata", "rating", "better_answer", "version")
 
 
-def test_a_stored_answer_is_the_answer_that_was_given(own_world: World) -> None:
-    own_world.publish("pirate")
-    reply = own_world.chat(model="pirate", store=True, temperature=0.5, metadata={"team": "blue"}).json()
-    found = kept(own_world, reply["id"])
+def test_a_stored_answer_is_the_answer_that_was_given(world: World) -> None:
+    reply = world.chat(model="pirate", store=True, temperature=0.5, metadata={"team": "blue"}).json()
+    found = kept(world, reply["id"])
     assert without(found, *OURS, "temperature") == reply
-    assert (found["metadata"], found["version"], found["temperature"]) == ({"team": "blue"}, "pirate@1", 0.5)
+    assert (found["metadata"], found["version"], found["temperature"]) == ({"team": "blue"}, "pirate@2", 0.5)
 
 
 def test_nothing_is_kept_unless_it_is_asked_for(own_world: World) -> None:
@@ -41,10 +40,10 @@ def test_nothing_is_kept_unless_it_is_asked_for(own_world: World) -> None:
 
 
 @pytest.mark.parametrize("fields", [{}, {"tools": [LOOK], "n": 2}, {"logprobs": True}], ids=str)
-def test_a_streamed_answer_is_put_together_as_the_client_saw_it(own_world: World, fields: dict[str, Any]) -> None:
-    own_world.says = CALL if "tools" in fields else "Hello there."
-    chunks = own_world.chunks(store=True, stream_options={"include_usage": True}, **fields)
-    found = kept(own_world, chunks[0]["id"])
+def test_a_streamed_answer_is_put_together_as_the_client_saw_it(world: World, fields: dict[str, Any]) -> None:
+    world.says = CALL if "tools" in fields else "Hello there."
+    chunks = world.chunks(store=True, stream_options={"include_usage": True}, **fields)
+    found = kept(world, chunks[0]["id"])
     assert found["object"] == "chat.completion"
     assert found["usage"] == chunks[-1]["usage"]
     for index, choice in enumerate(found["choices"]):
@@ -86,16 +85,16 @@ def test_chats_are_listed_filtered_paged_changed_and_deleted(own_world: World) -
     assert listed() == [ids[0], ids[2]]
 
 
-def test_feedback_marks_a_chat_and_the_newest_counts(own_world: World) -> None:
-    chat_id = own_world.chat(store=True).json()["id"]
+def test_feedback_marks_a_chat_and_the_newest_counts(world: World) -> None:
+    chat_id = world.chat(store=True).json()["id"]
 
     def judge(**fields: Any) -> Any:
-        return own_world.post("/v1/feedback", {"completion_id": chat_id, **fields})
+        return world.post("/v1/feedback", {"completion_id": chat_id, **fields})
 
     assert judge(rating="good").json()["object"] == "feedback"
-    assert kept(own_world, chat_id)["rating"] == "good"
+    assert kept(world, chat_id)["rating"] == "good"
     assert judge(rating="bad", better_answer="Arr!", comment="too dry").status_code == 200
-    found = kept(own_world, chat_id)
+    found = kept(world, chat_id)
     assert (found["rating"], found["better_answer"]) == ("bad", "Arr!")
     assert error_of(judge())["param"] == "rating"
     assert error_of(judge(rating="fine"))["param"] == "rating"

@@ -27,6 +27,7 @@ async def training(world: JobsWorld, job: JobRow, step: int = 1) -> JobRow:
     return await world.until(job, lambda row: row.state == "running" and row.step >= step)
 
 
+@pytest.mark.slow
 async def test_a_crashed_trainer_goes_on_from_its_checkpoint(world: JobsWorld) -> None:
     world.script(steps=4, every=1, ends=["crash", "succeed"])
     job = await world.ended(await world.fine_tune())

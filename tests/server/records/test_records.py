@@ -13,7 +13,7 @@ from onebase.errors import InvalidInput
 from onebase_server.records.chats import ChatRecords
 from onebase_server.records.database import Database
 from onebase_server.records.files import FileRecords
-from onebase_server.records.jobs import JobRecords, NewCheckpoint, NewEvent
+from onebase_server.records.jobs import LOOKED_UP, JobRecords, NewCheckpoint, NewEvent
 from onebase_server.records.tables import Base, ChatRow, FeedbackRow, FileRow, JobRow
 
 pytestmark = pytest.mark.anyio
@@ -159,10 +159,10 @@ async def test_an_event_or_checkpoint_that_is_told_again_adds_nothing(database: 
 async def test_a_long_story_can_be_told_again_at_once(database: Database) -> None:
     jobs = JobRecords(database)
     await jobs.add(a_job(1), [], event_ids=[])
-    story = [NewEvent(f"step:{number}", "x", type="metrics") for number in range(1300)]
+    story = [NewEvent(f"step:{number}", "x", type="metrics") for number in range(LOOKED_UP + 100)]
     for attempt in range(2):
         events = [(f"e{attempt}-{number}", event) for number, event in enumerate(story)]
-        await jobs.change("ftjob-1", {}, when=["queued"], now=5, events=events[: 1000 + 300 * attempt])
+        await jobs.change("ftjob-1", {}, when=["queued"], now=5, events=events[: LOOKED_UP + 100 * attempt])
     told = await jobs.events_since("ftjob-1", 0)
     assert [event.key for event in told] == [event.key for event in story]
 
