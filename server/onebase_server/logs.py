@@ -48,6 +48,7 @@ def configure_logging(level: str, log_format: str = "line") -> None:
                 "onebase": {"level": level.upper()},
                 "onebase_server": {"level": level.upper()},
                 "uvicorn.error": {"level": "WARNING"},
+                "asyncio": {"level": "ERROR"},  # it warns of every write to a client that has left
             },
         }
     )
