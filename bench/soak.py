@@ -130,10 +130,10 @@ class Soak:
             name = next(iter(self.adapters))
             body = {"adapter": name, "dataset": self.dataset, "hyperparameters": {"max_steps": 5}}
             run = (await self.call("POST", "/admin/retrain", json=body)).json()
-            while time.monotonic() < self.until and run.get("status") not in ("succeeded", "failed", "cancelled"):
+            while time.monotonic() < self.until and run.get("state") not in ("succeeded", "failed", "cancelled"):
                 await asyncio.sleep(1)
                 run = (await self.call("GET", f"/admin/retrain/{run['id']}")).json()
-            self.done[f"retrain {run.get('status')}"] += 1
+            self.done[f"retrain {run.get('state')}"] += 1
 
 
 @dataclass(frozen=True)

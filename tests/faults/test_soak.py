@@ -45,7 +45,7 @@ def test_a_mixed_load_leaves_nothing_behind(home: Home) -> None:
     broken = [promise for promise, holds in report["promises"].items() if not holds]
     # so short a run has not warmed up: memory is judged by the long one
     assert [promise for promise in broken if not promise.startswith("memory")] == [], report
-    assert report["done"]["retrain succeeded"] >= 1
+    assert report["done"].get("retrain succeeded", 0) >= 1, report
 
 
 def test_a_crowd_of_open_streams_is_served_to_the_last_one(home: Home) -> None:
