@@ -1,6 +1,7 @@
 """The composition root: settings -> app, with the base loaded behind it -> HTTP server. Everything meets here only."""
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 
@@ -66,6 +67,10 @@ def serve(settings: Settings, load: LoadBackend = load_backend) -> int:
     check_base_there(settings)
     server = Server(settings, load)
     server.run()
+    if not server.loaded.is_set():
+        # The thread that loads the base is inside torch: to end the interpreter beneath it would abort the process.
+        logging.shutdown()
+        os._exit(0)
     return 1 if server.failed else 0
 
 
