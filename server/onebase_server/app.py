@@ -41,8 +41,7 @@ def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
     `openapi` is for the command that writes openapi.yaml; a server needs none.
     """
     kept = ResponseStore()
-    ring = KeyRing(deps.settings, deps.keys)
-    guard = require(ring, deps.limiter, deps.settings)
+    guard = require(KeyRing(deps.settings, deps.keys), deps.limiter, deps.settings)
     inference = Router(
         "/v1",
         guards=[guard],
