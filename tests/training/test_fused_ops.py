@@ -54,11 +54,37 @@ def test_lora_linear() -> None:
     )
 
 
+def test_a_young_adapters_small_share_is_not_rounded_away_in_bf16() -> None:
+    """Added behind a rounded W x, more than half of it would be lost (bf16 has 8 bits)."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(256, 96, generator=generator), 0.05 * torch.randn(80, 96, generator=generator)
+    a, b = torch.randn(8, 96, generator=generator) / 96**0.5, 1e-4 * torch.randn(80, 8, generator=generator)
+    x, weight = x.bfloat16(), weight.bfloat16()
+    share = (x.double() @ a.double().T) @ b.double().T
+
+    out = lora_linear(x, lambda: weight, None, a, b, 1.0).double() - x.double() @ weight.double().T
+
+    kept = (out * share).sum() / share.square().sum()
+    assert 0.9 < kept.item() < 1.1
+    rounded_first = ((x @ weight.T) + share.bfloat16()).double() - x.double() @ weight.double().T
+    assert (rounded_first * share).sum() / share.square().sum() < 0.8
+
+
+def test_rms_norm_keeps_a_wide_stream_and_narrows_its_result() -> None:
+    x = torch.randn(3, 6, requires_grad=True)
+
+    out = rms_norm(x, torch.ones(6, dtype=torch.bfloat16), 1e-5, torch.bfloat16)
+    (gradient,) = torch.autograd.grad(out.float().square().sum(), x)
+
+    assert (out.dtype, gradient.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(out.float(), F.rms_norm(x, (6,), None, 1e-5), rtol=1e-2, atol=1e-2)
+
+
 def test_rms_norm() -> None:
     weight = values(6, grad=False)
 
     same_with_gradients(
-        lambda x: rms_norm(x, weight, 1e-5), lambda x: F.rms_norm(x, (6,), weight, 1e-5), values(2, 3, 6)
+        lambda x: rms_norm(x, weight, 1e-5, torch.float64), lambda x: F.rms_norm(x, (6,), weight, 1e-5), values(2, 3, 6)
     )
 
 

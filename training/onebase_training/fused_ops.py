@@ -28,8 +28,12 @@ class LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         low = rows @ a.to(x.dtype).T
-        y = torch.nn.functional.linear(rows, weight(), bias)
-        y.addmm_(low, b.to(x.dtype).T, alpha=scaling)
+        # The small term first: the product with W is added to it in fp32 and rounded once. The other way round, W x
+        # would already lie on bf16's grid and a young adapter's whole share would be rounded away.
+        y = (low @ b.to(x.dtype).T).mul_(scaling)
+        y.addmm_(rows, weight().T)
+        if bias is not None:
+            y += bias
         ctx.save_for_backward(rows, low, a, b)
         ctx.weight, ctx.scaling, ctx.shape = weight, scaling, x.shape
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -43,30 +47,33 @@ class LoraLinear(torch.autograd.Function):
         grad_b = (grad.T @ low).to(b.dtype).mul_(ctx.scaling)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ ctx.weight()
-            grad_x.addmm_(grad_low, a.to(grad.dtype), alpha=ctx.scaling)
-            grad_x = grad_x.view(ctx.shape)
+            grad_x = (grad_low @ a.to(grad.dtype)).mul_(ctx.scaling)
+            grad_x = grad_x.addmm_(grad, ctx.weight()).view(ctx.shape)
         return grad_x, None, None, grad_a, grad_b, None
 
 
 class RmsNorm(torch.autograd.Function):
-    """x / rms(x) * w over the last dimension, statistics in fp32, w frozen."""
+    """x / rms(x) * w over the last dimension, w frozen. Statistics in fp32 at least; the result in `dtype`.
+
+    x is the residual stream, which may be wider than `dtype`; so is its gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-        scale = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps)).to(x.dtype)
-        normed = x * scale
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        scale = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
+        normed = (x * scale).to(dtype)
         ctx.save_for_backward(normed, scale, weight)
-        return normed * weight
+        ctx.of = x.dtype
+        return normed * weight.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         normed, scale, weight = ctx.saved_tensors
-        grad = grad * weight
+        grad = grad * weight.to(grad.dtype)
         along = torch.linalg.vecdot(grad, normed).div_(normed.shape[-1]).unsqueeze(-1)
-        return grad.addcmul_(normed, along, value=-1).mul_(scale), None, None
+        return grad.addcmul_(normed, along, value=-1).to(ctx.of).mul_(scale), None, None, None
 
 
 class SwiGlu(torch.autograd.Function):
