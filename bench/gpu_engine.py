@@ -1,7 +1,8 @@
 """Whole decode steps at OpenLLaMA-7B's shape on this GPU, as the runner captures them: one JSON line a set-up.
 
 Random weights in NF4 (speed does not depend on their values), every token with its own position, pages and adapter;
-greedy choice on the device; median over graph replays. Run with PYTHONPATH=core:server:tests; `--profile`: by kernel.
+greedy choice on the device; median over graph replays. Run with PYTHONPATH=core:server:tests.
+`--profile`: by kernel; `--prefill`: only that.
 """
 
 import json
@@ -170,7 +171,7 @@ def prefill(model: ModelWeights, kernels: CudaKernels, cache: KVCache, pools: li
 
 
 @torch.inference_mode()
-def main(profile: bool) -> None:
+def main(profile: bool, only_prefill: bool) -> None:
     kernels = CudaKernels()
     model = random_model(OPENLLAMA, kernels)
     page = 16
@@ -179,6 +180,8 @@ def main(profile: bool) -> None:
     for pool in (*slots.a.values(), *slots.b.values()):
         pool.normal_(std=0.02)
     forward = prefill(model, kernels, cache, [slots.layer(i) for i in range(OPENLLAMA.layers)])
+    if only_prefill:
+        return
     qkv, everything = frozenset({"qkv"}), frozenset(model.layers[0].projections)
     base: dict[int, float] = {}
     for batch in (1, 8, 32, 64, 128):
@@ -207,4 +210,4 @@ def main(profile: bool) -> None:
 
 
 if __name__ == "__main__":
-    main("--profile" in sys.argv)
+    main("--profile" in sys.argv, "--prefill" in sys.argv)

@@ -1,7 +1,8 @@
 """Decode through the real `Engine` at OpenLLaMA-7B's shape on this GPU: 128 prompt and 128 output tokens a request.
 
-Random NF4 weights and adapters; greedy; all requests at once. The rate is taken over the window in which every request
-decodes (from the last first token to the first end). One JSON line a set-up. PYTHONPATH=core:server:tests:bench.
+Random NF4 weights and adapters; all requests at once; greedy, then the bare base at a temperature. The rate is taken
+over the window in which every request decodes (from the last first token to the first end). One JSON line a set-up.
+PYTHONPATH=core:server:tests:bench.
 """
 
 import argparse
@@ -82,7 +83,11 @@ async def _measure(
     }
 
 
-def main(batches: list[int], temperature: float, base_only: bool) -> None:
+SETUPS = {"base": ("base", 0), "1": ("a", 1), "8": ("a", 8), "32": ("a", 32), "all": ("all", 32)}
+"""Name -> first letters of its adapters (see `BenchRunner`), and how many."""
+
+
+def main(batches: list[int], temperature: float, sampled: list[int], setups: list[str]) -> None:
     kernels = CudaKernels(Path("/tmp/onebase-cubins"))
     config = RunnerConfig(
         num_pages=128 * 17, num_slots=32, max_lora_rank=16, max_batch_tokens=2048, max_batch_sequences=128
@@ -94,32 +99,33 @@ def main(batches: list[int], temperature: float, base_only: bool) -> None:
     print(json.dumps({"what": "start", "s": round(time.perf_counter() - begin, 1)}), flush=True)
     engine = Engine(runner, Words())
     engine.start()
-    for batch in batches:
-        for name, count in (("base", 0), ("a", 1), ("a", 8), ("a", 32), ("all", 32))[: 1 if base_only else 5]:
-            adapters = min(count, batch)
-            if count > 1 and adapters < count and not (count == 8 and batch == 8):
-                continue
-            refs = [AdapterRef(f"{name}{i}", 1, f"{name}{i}", Path("/")) for i in range(adapters)]
-            for ref in refs:
-                engine.preload(ref).result()
-            best = max(
-                (asyncio.run(_measure(engine, batch, refs, i, temperature)) for i in range(2)),
-                key=lambda r: r["decode_tok_s"],
-            )
-            line = {
-                "gpu": torch.cuda.get_device_name(),
-                "what": "engine, 128 + 128 tokens",
-                "batch": batch,
-                "adapters": adapters,
-                "rank": 0 if not adapters else 16 if name == "all" else 8,
-                "temperature": temperature,
-                "modules": "all linear" if name == "all" else "q,k,v",
-                **{key: round(value, 1) for key, value in best.items()},
-                "ms_per_step": round(batch / best["decode_tok_s"] * 1e3, 3),
-            }
-            print(json.dumps(line), flush=True)
-            for ref in refs:
-                engine.unload(ref).result()
+    plan = [(batch, 0.0, SETUPS[setup]) for batch in batches for setup in setups]
+    plan += [(batch, temperature, SETUPS["base"]) for batch in sampled]
+    for batch, heat, (name, count) in plan:
+        adapters = min(count, batch)
+        if count > 1 and adapters < count and not (count == 8 and batch == 8):
+            continue
+        refs = [AdapterRef(f"{name}{i}", 1, f"{name}{i}", Path("/")) for i in range(adapters)]
+        for ref in refs:
+            engine.preload(ref).result()
+        best = max(
+            (asyncio.run(_measure(engine, batch, refs, i, heat)) for i in range(2)),
+            key=lambda r: r["decode_tok_s"],
+        )
+        line = {
+            "gpu": torch.cuda.get_device_name(),
+            "what": "engine, 128 + 128 tokens",
+            "batch": batch,
+            "adapters": adapters,
+            "rank": 0 if not adapters else 16 if name == "all" else 8,
+            "temperature": heat,
+            "modules": "all linear" if name == "all" else "q,k,v",
+            **{key: round(value, 1) for key, value in best.items()},
+            "ms_per_step": round(batch / best["decode_tok_s"] * 1e3, 3),
+        }
+        print(json.dumps(line), flush=True)
+        for ref in refs:
+            engine.unload(ref).result()
     ahead = runner._ahead
     print(json.dumps({"what": "steps started ahead", "started": ahead.num_started, "used": ahead.num_used}), flush=True)
     engine.stop(1.0)
@@ -128,7 +134,8 @@ def main(batches: list[int], temperature: float, base_only: bool) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("batches", nargs="*", type=int, default=[1, 8, 32, 64, 128])
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--base-only", action="store_true")
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--sampled", nargs="*", type=int, default=[1, 32, 128], help="batches at that temperature")
+    parser.add_argument("--setups", nargs="*", default=list(SETUPS), choices=list(SETUPS))
     options = parser.parse_args()
-    main(options.batches, options.temperature, options.base_only)
+    main(options.batches, options.temperature, options.sampled, options.setups)

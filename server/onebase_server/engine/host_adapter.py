@@ -4,6 +4,7 @@
 adapter's largest rank; smaller modules fill their first rows. Nothing here touches the device or the slots.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +26,13 @@ class TorchHostAdapter:
     """Implements `HostAdapter`."""
 
     rank: int
-    a: dict[str, Tensor]  # projection -> [layers, I, rank, K]
+    a: dict[str, Tensor]  # projection -> [layers, I, rank, K]; an expanded zero where no module is targeted
     b: dict[str, Tensor]  # projection -> [layers, rank, N], scaling folded in
     module_ranks: dict[str, tuple[int, ...]]  # projection -> one rank a module, 0 where not targeted
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.a.values(), *self.b.values()))
+        return sum(t.untyped_storage().nbytes() for t in (*self.a.values(), *self.b.values()))
 
 
 def read_host_adapter(
@@ -41,13 +42,16 @@ def read_host_adapter(
     files = AdapterFiles.read(path)
     validate_adapter(files, _module_shapes(weights), identity)
     tensors = _read_tensors(path)
-    problems = [f"{name} holds values that are not finite" for name, t in tensors.items() if not t.isfinite().all()]
     rank = max(t.shape[0] for name, t in tensors.items() if _A in name)
-    if rank > max_rank:
-        problems.append(f"rank {rank} is above the server's limit of {max_rank} (max_lora_rank)")
-    if problems:
+    problems = [f"rank {rank} is above the server's limit of {max_rank} (max_lora_rank)"] if rank > max_rank else []
+    host = lay_out(tensors, files.config.scaling, weights, rank) if not problems else None
+    if host is None or not _is_finite(host):
+        problems += [
+            f"{name} holds values that are not finite" for name, t in tensors.items() if not t.isfinite().all()
+        ]
+    if host is None or problems:
         raise AdapterInvalid(str(path), problems)
-    return lay_out(tensors, files.config.scaling, weights, rank)
+    return host
 
 
 def lay_out(
@@ -61,22 +65,32 @@ def lay_out(
     for projection, modules in PROJECTIONS.items():
         n, k = first[projection].weight.shape
         offsets = first[projection].offsets
-        a[projection] = torch.zeros(layers, len(modules), rank, k, dtype=dtype, pin_memory=pin)
-        b[projection] = torch.zeros(layers, rank, n, dtype=dtype, pin_memory=pin)
+        paths = [(layer, i, f"model.layers.{layer}.{m}") for layer in range(layers) for i, m in enumerate(modules)]
+        present = [(layer, i, path) for layer, i, path in paths if path in pairs]
         own = [0] * len(modules)
-        for layer in range(layers):
-            for i, module in enumerate(modules):
-                path = f"model.layers.{layer}.{module}"
-                if path not in pairs:
-                    continue
-                down = tensors[pairs[path]].float()
-                up = tensors[pairs[path].replace(_A, _B)].float() * scaling(path)
-                r = down.shape[0]
-                own[i] = max(own[i], r)
-                a[projection][layer, i, :r] = down
-                b[projection][layer, :r, offsets[i] : offsets[i + 1]] = up.T
+        for _, i, path in present:
+            own[i] = max(own[i], tensors[pairs[path]].shape[0])
         ranks[projection] = tuple(own)
+        shapes = (layers, len(modules), rank, k), (layers, rank, n)
+        if not present:  # slots clear these rows themselves: no memory for zeros
+            a[projection], b[projection] = (torch.zeros((), dtype=dtype).expand(shape) for shape in shapes)
+            continue
+        is_full = len(present) == len(paths) and all(tensors[pairs[path]].shape[0] == rank for _, _, path in present)
+        make = torch.empty if is_full else torch.zeros
+        down, up = a[projection], b[projection] = [make(shape, dtype=dtype, pin_memory=pin) for shape in shapes]
+        for layer, i, path in present:
+            source = tensors[pairs[path]]
+            r = source.shape[0]
+            down[layer, i, :r] = source
+            whole = tensors[pairs[path].replace(_A, _B)].float()  # the product is fp32, rounded once on its way out
+            torch.mul(whole.T, scaling(path), out=up[layer, :r, offsets[i] : offsets[i + 1]])
     return TorchHostAdapter(rank=rank, a=a, b=b, module_ranks=ranks)
+
+
+def _is_finite(host: TorchHostAdapter) -> bool:
+    """Few large sums instead of a look at each of hundreds of tensors: one that is not finite asks for that look."""
+    used = [name for name, ranks in host.module_ranks.items() if any(ranks)]
+    return all(math.isfinite(float(t[name].sum(dtype=torch.float32))) for name in used for t in (host.a, host.b))
 
 
 def _module_of(tensor_name: str) -> str:
