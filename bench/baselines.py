@@ -28,6 +28,7 @@ class Baselines:
             for path in adapters[1:]:
                 self.peft.load_adapter(path, adapter_name=path.name)
             self.peft.eval()
+        let_bitsandbytes_repack(model)
 
     def cases(self) -> dict[str, Callable[[], tuple[int, float]]]:
         count = len(self.names)
@@ -61,3 +62,12 @@ class Baselines:
                 )
             times.append(self.clock() - began)
         return batch * self.steps, times[1] - times[0]
+
+
+def let_bitsandbytes_repack(model: Any) -> None:
+    """Undo `load_base`'s refusal of bitsandbytes' own CPU layout: a user of plain transformers has its fast path."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = has_avx512bf16()

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from sample_adapters import BASE, SHAPES, tensors, write_adapter
 from typer.testing import CliRunner
 
 from onebase.errors import OnebaseError
 from onebase.store import AdapterStore
 from onebase_server.cli.main import app
+from sample_adapters import BASE, SHAPES, tensors, write_adapter
 
 runner = CliRunner()
 
