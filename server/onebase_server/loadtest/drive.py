@@ -87,6 +87,8 @@ async def measure(
                     measured.gaps_s.append(now - last)
                 last = now
         measured.finished_s = time.perf_counter() - begin
+        if not measured.completion_tokens and measured.ttft_s is not None:
+            measured.completion_tokens = 1 + len(measured.gaps_s)  # no usage in the stream: a chunk is a token
     except (httpx.HTTPError, RuntimeError, KeyError, ValueError) as error:
         measured.error = f"{type(error).__name__}: {error}"
     return measured
