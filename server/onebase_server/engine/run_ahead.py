@@ -65,7 +65,8 @@ class RunAhead:
         self._steady = self._steady + 1 if states == self._states else 0
         self._states = states
         # The device goes on in the order of the step before: only an unchanged batch may follow a step that was taken.
-        whole = taken is None or np.array_equal(taken.places, np.arange(len(taken.batch.slots)))
+        places = None if taken is None else taken.places
+        whole = taken is None or (places is not None and np.array_equal(places, np.arange(len(taken.batch.slots))))
         if not plain or not whole or self._steady < _STEADY or len(states) != len(batch.slots):
             return False
         following = batch.positions + 1

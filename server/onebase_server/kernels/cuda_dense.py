@@ -19,10 +19,9 @@ class DensePipeline:
         self._nf4 = nf4
         self._order = order
         self._index = {id(weight): i for i, weight in enumerate(order)}
-        self._side = torch.cuda.Stream()
+        self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._views: list[Tensor] = []
-        self._used = [torch.cuda.Event(), torch.cuda.Event()]
-        self._ready = [torch.cuda.Event(), torch.cuda.Event()]
+        self._used, self._ready = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))  # type: ignore[no-untyped-call]
         self._started = -1
 
     def __call__(self, x: Tensor, weight: NF4Weight) -> Tensor:
