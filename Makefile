@@ -49,7 +49,7 @@ lint: setup  ## style, types, import contracts, openapi.yaml drift
 
 test-fast: setup  ## the tests that need no torch (seconds)
 	$(SAY) "fast tests (no torch)"
-	@$(PY) -m pytest -q -m "not slow and not gpu"
+	@$(PY) -m pytest -q -n 2 -m "not slow and not gpu"
 
 test-slow: setup $(CLIENTS)/.set-up  ## real models, real servers, real clients (minutes)
 	$(SAY) "slow tests (real weights)"

@@ -40,7 +40,7 @@ def first_sentence(path: Path) -> str:
     else:
         lines = (re.match(r"\s*(?:#|//|--|/?\*+)\s*(?!!)(\S.*)", line) for line in text.splitlines()[:5])
         text = next((line[1] for line in lines if line), "")
-    sentence = re.split(r"(?<=\.)\s|\n\n", " ".join(text.split("\n\n")[0].split()), maxsplit=1)[0]
+    sentence = re.split(r"(?<=[a-z`)]\.)\s|\n\n", " ".join(text.split("\n\n")[0].split()), maxsplit=1)[0]
     return sentence.rstrip(".:")
 
 

@@ -90,7 +90,7 @@ def decision_of(route: Route) -> str | None:
 
 
 def routes_with(*decisions: str) -> pytest.MarkDecorator:
-    chosen = [route for route in ROUTES if decision_of(route) in decisions]
+    chosen = sorted((route for route in ROUTES if decision_of(route) in decisions), key=lambda route: route.operation)
     return pytest.mark.parametrize("route", chosen, ids=lambda route: route.operation)
 
 
