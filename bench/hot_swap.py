@@ -1,8 +1,15 @@
-"""Publishes new versions of one adapter again and again, for a load test to run beside: `hot_swap.py HOME NAME TIMES`."""
+"""Publishes new versions of one adapter, for a load test to run beside: `hot_swap.py HOME NAME TIMES`.
 
+Each version has other weights: the same content would have the same identity, and nothing would be loaded.
+"""
+
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
+
+from safetensors.numpy import load_file, save_file
 
 from onebase.home import Home
 from onebase.store import AdapterStore
@@ -13,7 +20,12 @@ def main(home: Path, name: str, times: int, pause_s: float = 1.0) -> None:
     for _ in range(times):
         time.sleep(pause_s)
         current = store.resolve(name)
-        store.publish(current.path, name, base=current.manifest.base, same_base=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "adapter"
+            shutil.copytree(current.path, folder, ignore=shutil.ignore_patterns("onebase.json"))
+            weights = load_file(folder / "adapter_model.safetensors")
+            save_file({key: tensor * 0.99 for key, tensor in weights.items()}, folder / "adapter_model.safetensors")
+            store.publish(folder, name, base=current.manifest.base, same_base=True)
 
 
 if __name__ == "__main__":
