@@ -16,6 +16,13 @@ import psutil
 from onebase_server.jobs.run_folder import RunFolder
 
 
+class _Child(subprocess.Popen[bytes]):
+    """A run outlives its server by design: a living one that is dropped, at whatever moment, is no leak to warn of."""
+
+    def __del__(self) -> None:
+        super().__del__(_warn=lambda *_args, **_named: None)  # type: ignore[call-arg]
+
+
 @dataclass(frozen=True, slots=True)
 class RunCommand:
     """How runs are carried out. Tests put a script of their own in `program`."""
@@ -32,7 +39,7 @@ class RunCommand:
                 return None
             folder.status.unlink(missing_ok=True)  # an earlier process' last word is not this one's
             with folder.log.open("ab") as output:
-                child = subprocess.Popen(
+                child = _Child(
                     [*self.program, *arguments],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
