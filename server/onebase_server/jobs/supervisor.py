@@ -82,7 +82,9 @@ class Supervisor:
     async def stop(self) -> None:
         self._stopping = True
         self._ledger.news.tell()
-        await asyncio.gather(*filter(None, [self._loop, *self._tasks.values()]))
+        if self._loop is not None:
+            await self._loop  # first: its last round may still begin a task
+        await asyncio.gather(*self._tasks.values())
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

@@ -1,7 +1,9 @@
 """Trainers that crash, hang, are cancelled or paused, and servers that go away: no job is lost, and none runs twice."""
 
+import asyncio
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from jobs_world import FAST, JobsWorld, jobs_world
 from onebase.errors import InvalidInput, ModelNotFound
 from onebase_server.jobs.process import holders
 from onebase_server.jobs.run_life import RunTimes
+from onebase_server.jobs.supervisor import Supervisor
+from onebase_server.records.jobs import JobRecords
 from onebase_server.records.tables import JobRow
 
 pytestmark = pytest.mark.anyio
@@ -169,3 +173,28 @@ async def test_of_two_servers_on_one_home_one_supervises(tmp_path: Path) -> None
         for job in jobs:
             ended = await second.ended(job)
             assert (ended.state, second.starts(ended)) == ("succeeded", ["train"])
+
+
+async def test_a_server_that_stops_in_the_middle_of_a_round_leaves_no_task_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One begun after the count would go on over a database that is being closed."""
+    async with jobs_world(tmp_path, start=False) as world:
+        await world.fine_tune()
+        in_states, looked = JobRecords.in_states, asyncio.Event()
+
+        async def slowly(records: JobRecords, states: tuple[str, ...]) -> Sequence[JobRow]:
+            rows = await in_states(records, states)
+            looked.set()
+            await asyncio.sleep(0.02)
+            return rows
+
+        async def validate(_supervisor: Supervisor, _job: JobRow) -> None:
+            await asyncio.sleep(0.2)
+
+        monkeypatch.setattr(JobRecords, "in_states", slowly)
+        monkeypatch.setattr(Supervisor, "_validate", validate)
+        await world.supervisor.start()
+        await looked.wait()
+        await world.supervisor.stop()
+        assert [task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith("job ")] == []
