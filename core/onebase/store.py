@@ -20,8 +20,8 @@ from onebase.durable import Staging, clear_temporaries, copy_file, fsync_folder,
 from onebase.errors import AdapterInvalid, Conflict, InvalidInput, ModelNotFound
 from onebase.manifest import BaseIdentity, Manifest, training_hash
 from onebase.prompt_types import PromptFormat
-from onebase.store_pointer import POINTER, Pointer
-from onebase.store_read import Entry, StoreReader, Version, is_alias
+from onebase.store_pointer import POINTER, Pointer, read_pointer
+from onebase.store_read import MAX_REMEMBERED, Entry, StoreReader, Version, is_alias
 
 __all__ = ["AdapterStore", "Entry", "Version"]
 
@@ -31,8 +31,8 @@ Shapes = Mapping[str, tuple[int, int]]
 class AdapterStore(StoreReader):
     """One folder of adapters. Cheap to make; safe to use from many threads and processes at once."""
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
+    def __init__(self, root: Path, remembered: int = MAX_REMEMBERED) -> None:
+        super().__init__(root, remembered)
         self._gate = root / ".lock"
         self._staging = Staging(root / ".staging", self._gate)
 
@@ -82,7 +82,7 @@ class AdapterStore(StoreReader):
     def _commit(self, staged: Path, fields: Mapping[str, Any], make_current: bool) -> Version:
         """Under the lock: give a number, move the folder in, and replace the pointer, which is the commit."""
         name = str(fields["name"])
-        pointer = self._pointer(name) or Pointer()
+        pointer = read_pointer(self._folder(name) / POINTER) or Pointer()
         number = pointer.last + 1
         aliases = list(fields["aliases"])
         for alias in aliases:
@@ -189,7 +189,7 @@ class AdapterStore(StoreReader):
                 pointer = Pointer(last=pointer.last)
             self._write(name, pointer)
         for number in doomed:
-            self._versions.pop((name, number), None)
+            self._versions.forget((name, number))
             self._discard(self._folder(name) / "versions" / str(number))
 
     def export(self, model: str, dest: Path) -> Path:
@@ -231,7 +231,9 @@ class AdapterStore(StoreReader):
         return entry
 
     def _require(self, name: str) -> Pointer:
-        pointer = self._pointer(name)
+        """The whole pointer, to be changed. Under the lock. Raises ModelNotFound."""
+        known = self._pointer(name)  # of a name that can be none it is None
+        pointer = known and read_pointer(self._folder(name) / POINTER)
         if pointer is None or not pointer.versions:
             raise ModelNotFound(name, self._near(name))
         return pointer

@@ -14,6 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from onebase.errors import Conflict, InvalidInput, OnebaseError
+from onebase.lru import Lru
 
 POINTER = "current.json"
 MAX_HISTORY = 100
@@ -116,33 +117,40 @@ def sticky_draw(key: str) -> float:
 
 
 class PointerReader:
-    """Reads pointers, from memory while the file has not changed. Sees another process's commit at once."""
+    """Reads pointers, from memory while the file has not changed. Sees another process's commit at once.
 
-    def __init__(self) -> None:
-        self._known: dict[Path, tuple[tuple[int, int, int], Pointer]] = {}
+    What it gives lacks `history`, most of a pointer's size, which only those need who write: they take `read_pointer`.
+    """
 
-    def read(self, path: Path) -> Pointer | None:
+    def __init__(self, limit: int) -> None:
+        self._known: Lru[Path, tuple[tuple[int, int, int], Pointer]] = Lru(limit)
+
+    def read(self, path: Path, *, push_out: bool = True) -> Pointer | None:
         """None if there is no such file. Raises OnebaseError if it is damaged."""
         try:
             found = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
-            self._known.pop(path, None)
+            self._known.forget(path)
             return None
         stamp = (found.st_mtime_ns, found.st_ino, found.st_size)
         known = self._known.get(path)
         if known is not None and known[0] == stamp:
             return known[1]
-        pointer = _read(path)
+        whole = read_pointer(path)
+        if whole is None:
+            return None
+        pointer = whole.model_copy(update={"history": ()})
         # A file this young could be replaced again within one tick of the file system's clock, on the same inode.
-        if pointer is not None and abs(time.time() - found.st_mtime) > _SETTLED_S:
-            self._known[path] = (stamp, pointer)
+        if abs(time.time() - found.st_mtime) > _SETTLED_S:
+            self._known.keep(path, (stamp, pointer), push_out=push_out)
         return pointer
 
 
-def _read(path: Path) -> Pointer | None:
+def read_pointer(path: Path) -> Pointer | None:
+    """The whole of it as it is now; None if there is no such file. Raises OnebaseError if it is damaged."""
     try:
         return Pointer.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValidationError as error:
         raise OnebaseError(

@@ -1,7 +1,7 @@
 """Reading the adapter store: names to versions. Writes nothing, takes no lock, loads no torch.
 
-Every answer comes from the pointers on the disk as they are now (store_pointer.py); only what never changes, a
-version's manifest, is kept in memory.
+Every answer comes from the pointers on the disk as they are now (store_pointer.py). What never changes, what a version
+says about itself, is kept in memory for those asked for last: a server publishes for years.
 """
 
 import builtins
@@ -10,18 +10,20 @@ import logging
 import os
 import random
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from onebase.adapter import MANIFEST, content_digest
 from onebase.errors import AdapterInvalid, InvalidInput, ModelNotFound
-from onebase.manifest import Manifest
+from onebase.lru import Lru
 from onebase.store_pointer import POINTER, Pointer, PointerReader, sticky_draw
+from onebase.store_version import Entry, Version
+
+__all__ = ["Entry", "StoreReader", "Version", "is_alias"]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _ALIAS = re.compile(r"ft:[!-~]{1,250}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
+MAX_REMEMBERED = 4096
+"""Versions, names and aliases each. Some 6 MB when all are full; what does not fit is read again."""
 
 logger = logging.getLogger(__name__)
 
@@ -31,46 +33,15 @@ def is_alias(model: str) -> bool:
     return _ALIAS.fullmatch(model) is not None
 
 
-@dataclass(frozen=True, slots=True)
-class Version:
-    """One immutable version. `digest` names its content: caches are keyed by it, never by the name."""
-
-    name: str
-    version: int
-    path: Path
-    digest: str
-    manifest: Manifest
-
-    @property
-    def id(self) -> str:
-        return f"{self.name}@{self.version}"
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One adapter as `list` shows it. `weights`: served version -> share of the traffic."""
-
-    name: str
-    versions: tuple[Version, ...]
-    weights: Mapping[int, float]
-    aliases: Mapping[str, int]
-
-    @property
-    def current(self) -> Version | None:
-        """The version with the largest share, the newer of equals; None if nothing is served."""
-        served = [v for v in self.versions if v.version in self.weights]
-        return max(served, key=lambda v: (self.weights[v.version], v.version), default=None)
-
-
 class StoreReader:
     """The reading half of `AdapterStore`."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, remembered: int = MAX_REMEMBERED) -> None:
         self.root = root
-        self._pointers = PointerReader()
-        self._versions: dict[tuple[str, int], Version] = {}
-        self._alias_names: dict[str, str] = {}
-        self._warned: set[str] = set()
+        self._pointers = PointerReader(remembered)
+        self._versions: Lru[tuple[str, int], Version] = Lru(remembered)
+        self._alias_names: Lru[str, str] = Lru(remembered)
+        self._warned: Lru[str, bool] = Lru(remembered)
 
     def resolve(self, model: str, *, draw: float | None = None, sticky: str | None = None) -> Version:
         """The version that `name`, `name@3` or an alias (`ft:...`) means now. Raises ModelNotFound with near names.
@@ -104,7 +75,7 @@ class StoreReader:
     def get(self, name: str) -> Entry | None:
         """One adapter with its versions; None if there is none of that name. A damaged version is left out: naming it
         says what is wrong, and the others must not suffer for it."""
-        pointer = self._pointer(name)
+        pointer = self._pointer(name, push_out=False)
         if pointer is None or not pointer.versions:
             return None
         versions = tuple(version for number in pointer.versions if (version := self._readable(name, number)))
@@ -114,15 +85,15 @@ class StoreReader:
 
     def _readable(self, name: str, number: int) -> Version | None:
         try:
-            return self._version(name, number)
+            return self._version(name, number, push_out=False)
         except AdapterInvalid as error:
             self._warn(f"{name}@{number}", error)
             return None
 
     def _warn(self, what: str, error: Exception) -> None:
         """Once each: lists are read all the time."""
-        if what not in self._warned:
-            self._warned.add(what)
+        if self._warned.get(what) is None:
+            self._warned.keep(what, True)
             logger.warning("%s is left out of the list: %s", what, error)
 
     def _exact(self, name: str, number: str) -> Version | None:
@@ -148,28 +119,25 @@ class StoreReader:
             if pointer is not None and alias in pointer.aliases:
                 return self._version(name, pointer.aliases[alias])
         for name in self._names():
-            pointer = self._pointer(name)
+            pointer = self._pointer(name, push_out=False)
             if pointer is not None and alias in pointer.aliases:
-                self._alias_names[alias] = name
+                self._alias_names.keep(alias, name)
                 return self._version(name, pointer.aliases[alias])
         return None
 
-    def _version(self, name: str, number: int) -> Version:
-        """Read once: a version never changes, and its number is never given again."""
+    def _version(self, name: str, number: int, *, push_out: bool = True) -> Version:
+        """A version never changes, and its number is never given again."""
         known = self._versions.get((name, number))
         if known is None:
-            path = self._folder(name) / "versions" / str(number)
-            try:
-                manifest = Manifest.read(path / MANIFEST)
-            except (OSError, InvalidInput) as error:
-                raise AdapterInvalid(str(path), [f"its manifest can't be read: {error}"]) from error
-            content = content_digest(manifest.weights_sha256, manifest.config_sha256)
-            known = Version(name, number, path, content, manifest)
-            self._versions[name, number] = known
+            known = Version.read(self._folder(name), name, number)
+            self._versions.keep((name, number), known, push_out=push_out)
         return known
 
-    def _pointer(self, name: str) -> Pointer | None:
-        return self._pointers.read(self._folder(name) / POINTER) if _NAME.fullmatch(name) else None
+    def _pointer(self, name: str, *, push_out: bool = True) -> Pointer | None:
+        """Without its history. `push_out`: see `Lru.keep`; who walks through all names says no."""
+        if not _NAME.fullmatch(name):
+            return None
+        return self._pointers.read(self._folder(name) / POINTER, push_out=push_out)
 
     def _folder(self, name: str) -> Path:
         """The only way from a name to a path."""
@@ -190,7 +158,7 @@ class StoreReader:
         """Names, aliases, and for `name@9` the versions that there are."""
         candidates: builtins.list[str] = []
         for name in self._names():
-            pointer = self._pointer(name)
+            pointer = self._pointer(name, push_out=False)
             if pointer is not None and pointer.versions:
                 candidates += [name, *pointer.aliases]
                 if model.startswith(f"{name}@"):

@@ -10,6 +10,7 @@ from onebase.errors import InvalidInput, ModelNotFound
 from onebase.store import AdapterStore, Entry, Version
 from onebase_server.api.deps import AppDeps, Deps
 from onebase_server.api.models_lookup import to_ref
+from onebase_server.api.preload import bring_near
 from onebase_server.api.schemas_admin import (
     AdapterCard,
     AdapterList,
@@ -39,16 +40,19 @@ async def get_adapter(name: FromPath[str], deps: Deps) -> AdapterCard:
 @post("/adapters/{name:str}/rollback", operation_id="rollbackAdapter", status_code=200, tags=["Admin"])
 async def rollback(name: FromPath[str], deps: Deps, data: JSONBody[VersionChoice] = NO_CHOICE) -> AdapterCard:
     """Serve what was served before, or the version given. Running requests finish on theirs."""
-    entry_of(name, deps.store)
-    deps.store.rollback(name, data.version)
+    entry = entry_of(name, deps.store)
+    await bring_near([version for version in entry.versions if version.version == data.version], deps)
+    await asyncio.to_thread(deps.store.rollback, name, data.version)
     return await show(name, deps)
 
 
 @post("/adapters/{name:str}/publish", operation_id="publishVersion", status_code=200, tags=["Admin"])
 async def publish(name: FromPath[str], deps: Deps, data: JSONBody[PublishRequest]) -> AdapterCard:
-    """Serve one version under the name, or split its traffic between several."""
-    entry_of(name, deps.store)
-    deps.store.set_current(name, shares_of(data))
+    """Serve one version under the name, or split its traffic between several. They are loaded first."""
+    entry = entry_of(name, deps.store)
+    shares = shares_of(data)
+    await bring_near([version for version in entry.versions if version.version in shares], deps)
+    await asyncio.to_thread(deps.store.set_current, name, shares)
     return await show(name, deps)
 
 
@@ -131,8 +135,8 @@ def version_card(version: Version, status: AdapterStatus | None) -> VersionCard:
     return VersionCard(
         id=version.id,
         version=version.version,
-        created_at=version.manifest.created_at,
-        prompt_format=version.manifest.prompt_format,
+        created_at=version.created_at,
+        prompt_format=version.prompt_format,
         digest=version.digest,
         place=status.place.value if status else "disk",
         leases=status.leases if status else 0,
@@ -145,5 +149,5 @@ def version_card(version: Version, status: AdapterStatus | None) -> VersionCard:
         load_s=status.load_s if status else None,
         last_used=status.last_used if status else None,
         error=status.error if status else None,
-        metrics=dict(version.manifest.metrics),
+        metrics=dict(version.metrics),
     )

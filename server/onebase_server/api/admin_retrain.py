@@ -79,7 +79,7 @@ def to_order(data: RetrainRequest, owner: str, deps: AppDeps) -> RetrainOrder:
         stored_chats=bool(data.stored_chats),
         preset=data.preset,
         hyperparameters={name: value for name, value in hyperparameters.items() if name != "seed"},
-        prompt_format=data.prompt_format or (current.manifest.prompt_format if current else None),
+        prompt_format=data.prompt_format or (current.prompt_format if current else None),
         start_from=start_of(data, current.id if current else None, deps),
         seed=hyperparameters.get("seed"),
         gate=gate_of(data),

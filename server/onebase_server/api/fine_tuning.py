@@ -159,7 +159,7 @@ async def starting_point(model: str, caller: Caller, backend: Backend, deps: App
         await visible_model(model, caller, backend, deps)
         return None, None
     version = await visible_version(model, caller, backend, deps)
-    return version.id, version.manifest.prompt_format
+    return version.id, version.prompt_format
 
 
 def refuse_other_methods(method: Method | None) -> None:

@@ -149,6 +149,8 @@ class KeyRing:
         """Write the last use down, once a minute at most, without making the request wait."""
         if self._clock() - self._noted.get(row.id, float("-inf")) < NOTE_USE_S:
             return
+        if len(self._noted) >= MAX_CACHED:
+            self._noted.clear()  # then some are written down more often than they need be
         self._noted[row.id] = self._clock()
         self._records.note_use(row.id, int(self._now()))
 

@@ -15,6 +15,8 @@ from onebase.errors import RateLimited
 from onebase_server.api.caller import STATE_KEY, Caller
 
 MINUTE = 60.0
+MANY_BUCKETS = 1024
+"""Past so many, full ones are dropped: a bucket that is made anew is full."""
 LIMIT_HEADERS = tuple(
     f"x-ratelimit-{what}-{word}" for word in ("requests", "tokens") for what in ("limit", "remaining", "reset")
 )
@@ -49,6 +51,7 @@ class Limiter:
         self._requests: dict[str, Bucket] = {}
         self._tokens: dict[str, Bucket] = {}
         self._running: dict[str, int] = {}
+        self._look_at = MANY_BUCKETS
 
     def take_request(self, caller: Caller) -> None:
         """Raises RateLimited."""
@@ -120,9 +123,21 @@ class Limiter:
         now = self._clock()
         bucket = buckets.get(caller.id)
         if bucket is None:
+            self._drop_full(now)
             bucket = buckets[caller.id] = Bucket(limit, float(limit), now)
         bucket.fill(limit, now)
         return bucket
+
+    def _drop_full(self, now: float) -> None:
+        """Keys come and go: those that have been quiet leave nothing behind."""
+        if len(self._requests) + len(self._tokens) < self._look_at:
+            return
+        for buckets in (self._requests, self._tokens):
+            for key, bucket in list(buckets.items()):
+                bucket.fill(bucket.capacity, now)
+                if bucket.level >= bucket.capacity:
+                    del buckets[key]
+        self._look_at = max(MANY_BUCKETS, 2 * (len(self._requests) + len(self._tokens)))
 
 
 def send_limits(limiter: Limiter) -> Callable[[Message, Scope], Awaitable[None]]:

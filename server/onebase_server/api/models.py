@@ -73,7 +73,7 @@ def adapter_card(name: str, version: Version, backend: Backend) -> ModelCard:
     return ModelCard(
         id=name,
         object="model",
-        created=version.manifest.created_at,
+        created=version.created_at,
         owned_by="onebase",
         root=base,
         parent=base,

@@ -25,7 +25,7 @@ def look_up(model: str, backend: Backend, store: AdapterStore) -> ServedModel:
     if model == backend.base.id:
         return ServedModel(model, None, backend.base_format, backend.renderer(backend.base_format))
     version = find_version(model, backend, store)
-    prompt_format = version.manifest.prompt_format
+    prompt_format = version.prompt_format
     return ServedModel(model, to_ref(version), prompt_format, backend.renderer(prompt_format))
 
 

@@ -62,5 +62,5 @@ async def may_use(name: str, versions: Iterable[Version], caller: Caller, deps: 
         return maker[1] == caller.owner
     if caller.models is not None:
         return name in caller.models
-    is_lost = maker is None and any(alias.startswith(TUNED) for each in versions for alias in each.manifest.aliases)
+    is_lost = maker is None and any(alias.startswith(TUNED) for each in versions for alias in each.aliases)
     return not is_lost

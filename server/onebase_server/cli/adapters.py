@@ -44,8 +44,8 @@ def row(entry: Entry) -> tuple[str, ...]:
     shares = ", ".join(
         f"@{version}" if share == 1 else f"@{version} {share:.0%}" for version, share in entry.weights.items()
     )
-    loss = shown.manifest.metrics.get("eval_loss")
-    created = time.strftime("%Y-%m-%d %H:%M", time.localtime(shown.manifest.created_at))
+    loss = shown.metrics.get("eval_loss")
+    created = time.strftime("%Y-%m-%d %H:%M", time.localtime(shown.created_at))
     numbers = " ".join(str(version.version) for version in entry.versions)
     return entry.name, shares or "nothing", numbers, shown.manifest.base.id, str(loss or "-"), created
 

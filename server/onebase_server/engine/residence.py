@@ -105,3 +105,13 @@ def status_of(entry: Residence) -> AdapterStatus:
         load_s=entry.load_s,
         error=str(entry.error) if entry.error is not None else None,
     )
+
+
+def without_frames(error: BaseException) -> None:
+    """Let go of what the error's frames held (half a file of weights): it will be remembered for long."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__

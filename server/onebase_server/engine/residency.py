@@ -13,7 +13,7 @@ from concurrent.futures import Executor, Future
 
 from onebase.errors import Conflict, EngineError
 from onebase_server.engine.config import EngineConfig
-from onebase_server.engine.residence import AdapterStatus, Place, Residence, Want, status_of
+from onebase_server.engine.residence import AdapterStatus, Place, Residence, Want, status_of, without_frames
 from onebase_server.engine.runner import HostAdapter, Runner
 from onebase_server.engine.slots import DeviceSlots
 from onebase_server.engine.types import AdapterRef
@@ -250,6 +250,7 @@ class Residency:
 
     def _fail(self, entry: Residence, error: Exception) -> None:
         logger.warning("adapter %s can't be served: %s", entry.ref.id, error)
+        without_frames(error)
         entry.error, entry.failed_at = error, self._clock()
         self._failed.append((entry, error))
         _resolve(entry.preloads, error)

@@ -12,6 +12,10 @@ from collections.abc import Iterator
 from onebase_server.engine.sequence import Sequence, SequenceStatus
 
 
+MAX_PAST_TAGS = 256
+"""Tags of adapters with nothing left to wait for are looked through when so many have gathered."""
+
+
 def _turn(sequence: Sequence) -> tuple[int, float, int, int]:
     return sequence.turn
 
@@ -23,6 +27,8 @@ class WaitingQueue:
         self._items: list[Sequence] = []
         self._virtual_time = 0.0
         self._next_tag: dict[str | None, float] = {}
+        self._look_at = MAX_PAST_TAGS
+        """How many tags there may be before the past ones are dropped."""
 
     def __len__(self) -> int:
         return len(self._items)
@@ -36,6 +42,7 @@ class WaitingQueue:
         key = None if adapter is None else adapter.digest
         tag = max(self._virtual_time, self._next_tag.get(key, 0.0))
         self._next_tag[key] = tag + 1.0
+        self._drop_past_tags()
         priority, arrival, index = sequence.order
         sequence.turn = (priority, tag, arrival, index)
         insort(self._items, sequence, key=_turn)
@@ -58,6 +65,13 @@ class WaitingQueue:
         """Drop what is no longer WAITING."""
         self._items = [sequence for sequence in self._items if sequence.status is SequenceStatus.WAITING]
         self._forget_if_idle()
+
+    def _drop_past_tags(self) -> None:
+        """Under a load that never lets up the queue is never empty, and every version leaves a tag behind. One that
+        the virtual time has passed says nothing that a missing one does not."""
+        if len(self._next_tag) > self._look_at:
+            self._next_tag = {key: tag for key, tag in self._next_tag.items() if tag > self._virtual_time}
+            self._look_at = max(MAX_PAST_TAGS, 2 * len(self._next_tag))
 
     def _forget_if_idle(self) -> None:
         if not self._items:

@@ -93,15 +93,20 @@ class Settler:
 
     async def discard(self, job: JobRow, folder: RunFolder) -> None:
         """A cancelled job's run is over: what it published at the last moment is taken back."""
-        version = self.published(job)
-        if version is not None:
-            try:
-                await asyncio.to_thread(self._store.remove, version.id)
-            except (ModelNotFound, Conflict):  # gone already, or an admin serves it on purpose
-                logger.info("version %s of the cancelled job %s stays", version.id, job.id)
+        await self.take_back(job)
         await asyncio.to_thread(folder.remove_checkpoints)
         await self._ledger.change(job.id, {"run_open": False}, when=(job.state,))
         await asyncio.to_thread(folder.remove_data)
+
+    async def take_back(self, job: JobRow) -> None:
+        """The version that the job's training has put into the store, and its name."""
+        version = self.published(job)
+        if version is None:
+            return
+        try:
+            await asyncio.to_thread(self._store.remove, version.id)
+        except (ModelNotFound, Conflict):  # gone already, or an admin serves it on purpose
+            logger.info("version %s of the job %s stays", version.id, job.id)
 
     async def requeue(self, job: JobRow, reason: str, *, saved_step: int, losses: int) -> None:
         """Its process was lost: it goes on from its last checkpoint when its turn comes."""
@@ -123,5 +128,5 @@ class Settler:
 
 def _trained_tokens(job: JobRow, version: Version) -> int | None:
     """The trainer's own count, from its last status or from the version's manifest."""
-    found = version.manifest.metrics.get("trained_tokens")
+    found = version.metrics.get("trained_tokens")
     return int(found) if isinstance(found, int | float) else job.trained_tokens
