@@ -114,6 +114,7 @@ class FakeRunner:
         self.rows = rows if rows is not None else 64 * num_slots
         self.copy_polls = copy_polls
         self.reply = reply
+        self.logprob_of: Callable[[int], float] = lambda token: -0.5
         self.broken: set[str] = set()
         self.fail_next: Exception | None = None
         self.num_failed = 0
@@ -185,7 +186,7 @@ class FakeRunner:
         top = [self._top(row, token) for row, token in zip(batch.rows, tokens, strict=True)]
         return StepResult(
             token_ids=np.array(tokens, dtype=np.int32),
-            logprobs=np.full(len(tokens), -0.5, dtype=np.float32),
+            logprobs=np.array([self.logprob_of(token) for token in tokens], dtype=np.float32),
             top_ids=[None if ids is None else ids for ids in top],
             top_logprobs=[None if ids is None else np.full(len(ids), -0.5, dtype=np.float32) for ids in top],
         )

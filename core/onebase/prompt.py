@@ -55,7 +55,7 @@ class HumanResponseRenderer:
     """
 
     format: PromptFormat = "human_response"
-    call_layout = CallLayout(CALL + "\n", "\n", "")
+    call_layout = CallLayout(CALL + "\n", "\n", "", own_paragraph=True)
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self.tokenizer = tokenizer

@@ -34,6 +34,8 @@ class CallLayout(NamedTuple):
     before: str
     between: str
     after: str
+    own_paragraph: bool = False
+    """The opening is one only at the answer's start and behind an empty line."""
 
 
 class PromptRenderer(Protocol):

@@ -108,6 +108,7 @@ class Settings:
     drain_s: float = setting(30.0, seconds, "seconds that running requests get at shutdown")
     log_level: str = setting("info", one_of("debug", "info", "warning", "error"), "logging")
     log_format: str = setting("line", one_of("line", "json"), "logs for people or for machines")
+    response_memory_mb: int = setting(256, integer(1, 10**6), "memory for responses to go on from, in MB")
     metrics_versions: int = setting(50, integer(1, 10_000), "adapter versions with metrics of their own")
     otlp_endpoint: str | None = setting(None, text, "OpenTelemetry collector (http://host:4318); none: no traces")
     # What it keeps

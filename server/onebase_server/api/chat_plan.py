@@ -18,7 +18,7 @@ from onebase_server.api.convert_sampling import (
 )
 from onebase_server.api.models_lookup import ServedModel
 from onebase_server.api.schemas_chat import ChatRequest, NamedTool
-from onebase_server.api.structured import grammar_of, takes_long
+from onebase_server.api.structured import constraint_of, takes_long
 from onebase_server.engine.types import GenerationRequest
 
 
@@ -98,12 +98,13 @@ def plan_chat(body: ChatRequest, given: ChatInput, model: ServedModel, backend: 
     tools = () if body.tool_choice == "none" else given.tools
     prompt = model.renderer.render_prompt(given.messages, given.tools)
     asked = body.max_completion_tokens or body.max_tokens
-    grammar = grammar_of(body, given.tools, model.renderer.call_layout)
+    constraint = constraint_of(body, given.tools, model.renderer.call_layout)
     extras = Extras(
         max_tokens=answer_limit(asked, len(prompt), backend.max_context, param="messages"),
-        # a grammar ends by itself, and a header inside one of its strings is text
-        stop=() if grammar else model.renderer.stop_sequences(),
-        grammar=grammar,
+        # a grammar that rules from the start ends by itself, and a header inside one of its strings is text
+        stop=() if constraint.grammar and not constraint.trigger else model.renderer.stop_sequences(),
+        grammar=constraint.grammar,
+        trigger=constraint.trigger,
         stop_token_ids=model.renderer.stop_token_ids(),
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )

@@ -32,6 +32,8 @@ class CompletionPlan:
     echoes: tuple[str, ...]
     """Text in front of each prompt's choices: the prompt with `echo`, else ""."""
     n: int
+    """Choices a prompt that are returned; `best_of` of them are generated."""
+    best_of: int
     wants_logprobs: bool
     include_usage: bool
 
@@ -47,10 +49,25 @@ def check_completion(body: CompletionRequest, max_choices: int) -> int:
             "Invalid 'best_of': it must be at least 'n'.", param="best_of", code="integer_below_min_value"
         )
     if body.best_of is not None and body.best_of > n:
-        raise unsupported("best_of", "'best_of' above 'n' is not supported: ask for more choices by 'n'.")
+        check_best_of(body, body.best_of, max_choices)
     if body.echo and body.logprobs is not None:
         raise unsupported("echo", "'echo' together with 'logprobs' is not supported.")
     return n
+
+
+def check_best_of(body: CompletionRequest, best_of: int, max_choices: int) -> None:
+    if body.stream:
+        raise InvalidInput(
+            "Invalid 'best_of': the best can't be streamed before all are there. Leave 'stream' out.",
+            param="best_of",
+            code="invalid_value",
+        )
+    if best_of > max_choices:
+        raise InvalidInput(
+            f"Invalid 'best_of': integer above max value. Expected a value <= {max_choices}.",
+            param="best_of",
+            code="integer_above_max_value",
+        )
 
 
 def unsupported(param: str, message: str) -> InvalidInput:
@@ -61,13 +78,14 @@ def plan_completion(body: CompletionRequest, n: int, model: ServedModel, backend
     """Tokenise and size. Raises ContextLengthExceeded, or InvalidInput for a token id that the base has not."""
     plan_id = f"cmpl-{secrets.token_hex(12)}"
     prompts = to_ids(body, backend)
+    best_of = max(n, body.best_of or n)
     requests = tuple(
         GenerationRequest(
             id=f"{plan_id}-{i}" if len(prompts) > 1 else plan_id,
             prompt_ids=tuple(ids),
-            sampling=to_sampling(body, _extras(body, ids, backend), backend.tokenizer.vocab_size),
+            sampling=to_sampling(body, _extras(body, ids, backend, ranks=best_of > n), backend.tokenizer.vocab_size),
             adapter=model.adapter,
-            n=n,
+            n=best_of,
         )
         for i, ids in enumerate(prompts)
     )
@@ -79,6 +97,7 @@ def plan_completion(body: CompletionRequest, n: int, model: ServedModel, backend
         requests=requests,
         echoes=tuple(echoes),
         n=n,
+        best_of=best_of,
         wants_logprobs=body.logprobs is not None,
         include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
     )
@@ -122,8 +141,10 @@ def _echo(prompt: object, i: int, ids: Sequence[int], backend: Backend) -> str:
     return backend.tokenizer.decode(ids)
 
 
-def _extras(body: CompletionRequest, ids: Sequence[int], backend: Backend) -> Extras:
+def _extras(body: CompletionRequest, ids: Sequence[int], backend: Backend, *, ranks: bool) -> Extras:
+    """`ranks`: the choices will be compared by their logprobs, asked for or not."""
     asked = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     return Extras(
-        max_tokens=answer_limit(asked, len(ids), backend.max_context, param="prompt"), top_logprobs=body.logprobs
+        max_tokens=answer_limit(asked, len(ids), backend.max_context, param="prompt"),
+        top_logprobs=0 if ranks and body.logprobs is None else body.logprobs,
     )

@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from math import inf
+from statistics import fmean
 from typing import Literal
 
 from onebase.tokenizer import TextTokenizer
@@ -30,15 +32,29 @@ async def complete_all(handles: Sequence[Handle]) -> list[Completion]:
 def text_completion(
     plan: CompletionPlan, choices: Sequence[Completion], tokenizer: TextTokenizer, fingerprint: str
 ) -> CompletionBody:
+    """`choices`: `best_of` for each prompt. What was generated counts in the usage, returned or not."""
+    best = [each for start in range(0, len(choices), plan.best_of) for each in best_of(plan, choices[start:])]
     return CompletionBody(
         id=plan.id,
         object="text_completion",
         created=plan.created,
         model=plan.model.id,
-        choices=[_choice(plan, i, choice, tokenizer) for i, choice in enumerate(choices)],
+        choices=[_choice(plan, i, choice, tokenizer) for i, choice in enumerate(best)],
         usage=sum_usage([choice.usage for choice in choices], len(plan.requests)),
         system_fingerprint=fingerprint,
     )
+
+
+def best_of(plan: CompletionPlan, choices: Sequence[Completion]) -> Sequence[Completion]:
+    """The first prompt's choices to return: those with the highest log probability a token, the best first."""
+    if plan.best_of == plan.n:
+        return choices[: plan.n]
+    return sorted(choices[: plan.best_of], key=mean_logprob, reverse=True)[: plan.n]
+
+
+def mean_logprob(choice: Completion) -> float:
+    """An empty answer comes last: there is no token to judge it by."""
+    return fmean(each.logprob for each in choice.logprobs) if choice.logprobs else -inf
 
 
 def _choice(plan: CompletionPlan, index: int, choice: Completion, tokenizer: TextTokenizer) -> CompletionChoice:

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from onebase.errors import ContextLengthExceeded, InvalidInput
 from onebase_server.api.schemas_common import SamplingBody
-from onebase_server.engine.types import SamplingParams
+from onebase_server.engine.types import GrammarTrigger, SamplingParams
 
 T = TypeVar("T")
 
@@ -21,6 +21,7 @@ class Extras:
     """The prompt format's own end tokens."""
     top_logprobs: int | None = None
     grammar: str | None = None
+    trigger: GrammarTrigger | None = None
 
 
 def to_sampling(body: SamplingBody, extras: Extras, vocab_size: int) -> SamplingParams:
@@ -42,6 +43,7 @@ def to_sampling(body: SamplingBody, extras: Extras, vocab_size: int) -> Sampling
         stop_token_ids=_stop_token_ids(body, vocab_size) | (frozenset() if body.ignore_eos else extras.stop_token_ids),
         ignore_eos=bool(body.ignore_eos),
         grammar=extras.grammar,
+        trigger=extras.trigger,
     )
 
 

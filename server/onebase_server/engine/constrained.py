@@ -65,7 +65,7 @@ class ConstrainedDecoding:
         """On a loader thread."""
         assert self._backend is not None
         try:
-            matcher = self._backend.compile(grammar)
+            matcher = self._backend.compile(grammar, group.request.sampling.trigger)
         except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to the request
             self._inbox.put(commands.GrammarCompiled(group, None, error))
         else:

@@ -25,6 +25,7 @@ class Emitter:
             if sequence.finish is not FinishReason.STOP:
                 logprob = None if sampling.top_logprobs is None else _logprob(result, row, token)
                 check = len(sequence.row.output_ids) > sampling.min_tokens
+                check = check and (sequence.matcher is None or sequence.matcher.heeds_stops)
                 if detokenizer.push(token, logprob, check_stops=check):
                     sequence.finish = FinishReason.STOP
                 elif sequence.finish is not None:

@@ -8,16 +8,26 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from onebase_server.engine.types import GrammarTrigger
+
+Mask = NDArray[np.int32]
+
 
 class GrammarMatcher(Protocol):
     """Where one sequence stands in its grammar. Used by one thread at a time."""
+
+    @property
+    def heeds_stops(self) -> bool:
+        """Whether a stop string ends the answer here."""
+        ...
 
     def fork(self) -> "GrammarMatcher":
         """An independent matcher at the same place (n > 1)."""
         ...
 
-    def fill_mask(self, mask: NDArray[np.int32]) -> None:
-        """The tokens allowed next, word i // 32, bit i % 32; eos is allowed where the grammar may end."""
+    def fill_mask(self, mask: Mask) -> bool:
+        """The tokens allowed next, word i // 32, bit i % 32; eos is allowed where the grammar may end. False: every
+        token is allowed, and `mask` may hold anything."""
         ...
 
     def accept(self, token_id: int) -> None:
@@ -28,6 +38,7 @@ class GrammarMatcher(Protocol):
 class GrammarBackend(Protocol):
     """Compiles grammars for one tokenizer."""
 
-    def compile(self, grammar: str) -> GrammarMatcher:
-        """A matcher at the start. Thread-safe, may take milliseconds. Raises InvalidInput."""
+    def compile(self, grammar: str, trigger: GrammarTrigger | None = None) -> GrammarMatcher:
+        """A matcher at the start; with a trigger, free text comes first. Thread-safe, may take milliseconds. Raises
+        InvalidInput."""
         ...

@@ -11,7 +11,7 @@ from hashlib import blake2b
 import numpy as np
 
 from onebase_server.engine.detokenizer import Detokenizer
-from onebase_server.engine.grammar import GrammarMatcher
+from onebase_server.engine.grammar import GrammarMatcher, Mask
 from onebase_server.engine.handle import RequestHandle
 from onebase_server.engine.prefix_cache import PageKey, extend_keys
 from onebase_server.engine.residence import Residence
@@ -55,6 +55,8 @@ class Sequence:
     cached_tokens: int | None = None
     """Prompt tokens found in the prefix cache at first admission."""
     matcher: GrammarMatcher | None = None
+    mask: Mask | None = None
+    """The matcher's, used again for each token; `row.mask` is it, or None where all is allowed."""
     finish: FinishReason | None = None
     """Set when the last token is known; the last event follows when it is emitted."""
     is_closed: bool = False
@@ -67,15 +69,15 @@ class Sequence:
     def constrain(self, matcher: GrammarMatcher, vocab_size: int) -> None:
         """Only what the grammar allows may be sampled from now on."""
         self.matcher = matcher
-        self.row.mask = np.zeros(-(-vocab_size // 32), dtype=np.int32)
-        matcher.fill_mask(self.row.mask)
+        self.mask = np.zeros(-(-vocab_size // 32), dtype=np.int32)
+        self.row.mask = self.mask if matcher.fill_mask(self.mask) else None
 
     def follow_grammar(self) -> None:
         """The last token of `ids` was sampled: set the mask for the next."""
         assert self.matcher is not None
-        assert self.row.mask is not None
+        assert self.mask is not None
         self.matcher.accept(self.ids[-1])
-        self.matcher.fill_mask(self.row.mask)
+        self.row.mask = self.mask if self.matcher.fill_mask(self.mask) else None
 
     def needed_keys(self, page_size: int) -> list[PageKey]:
         """Keys of all full pages of `ids`."""

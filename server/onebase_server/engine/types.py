@@ -34,6 +34,17 @@ class AdapterRef:
 
 
 @dataclass(frozen=True, slots=True)
+class GrammarTrigger:
+    """Text is free until it holds `opening`; from there on, and with it, the grammar rules."""
+
+    opening: str
+    own_paragraph: bool
+    """It counts only at the answer's start and behind an empty line."""
+    goes_on: str
+    """What the grammar has directly behind the opening, as far as it leaves no choice."""
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """One request's own sampling. Defaults are OpenAI's; `top_k`, `min_p`, `repetition_penalty` are vLLM's."""
 
@@ -58,6 +69,8 @@ class SamplingParams:
     ignore_eos: bool = False
     grammar: str | None = None
     """Constrained decoding: a serialised grammar for the engine's grammar backend, or None."""
+    trigger: GrammarTrigger | None = None
+    """With a grammar: when it begins to rule. None: at once."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from api_world import BASE, World, error_of, events_of
+from api_world import BASE, World, error_of, events_of, with_settings
 from onebase_server.api.schemas_completions import Completion
 
 
@@ -100,7 +100,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"n": 0}, "n", "integer_below_min_value"),
     ({"stop": [1]}, "stop[0]", "invalid_type"),
     ({"suffix": "end"}, "suffix", "unsupported_parameter"),
-    ({"best_of": 3}, "best_of", "unsupported_parameter"),
+    ({"best_of": 3, "stream": True}, "best_of", "invalid_value"),
     ({"best_of": 1, "n": 2}, "best_of", "integer_below_min_value"),
     ({"best_of": 21}, "best_of", "integer_above_max_value"),
     ({"echo": True, "logprobs": 1}, "echo", "unsupported_parameter"),
@@ -132,6 +132,35 @@ def test_a_wrong_field_is_named(world: World, fields: dict[str, Any], param: str
 )
 def test_what_changes_nothing_is_taken(world: World, fields: dict[str, Any]) -> None:
     complete(world, **fields)
+
+
+def test_best_of_returns_the_likeliest_choices_by_token_and_bills_all(own_world: World) -> None:
+    own_world.runner.reply = None  # answers that differ by seed
+    own_world.runner.logprob_of = lambda token: -token / 10
+    fields = {"seed": 3, "max_tokens": 8, "prompt": ["A", "BB"]}
+    every = complete(own_world, n=6, logprobs=0, **fields)
+    best = complete(own_world, n=2, best_of=6, **fields)
+    expected = []
+    for start in (0, 6):
+        rated = [
+            (sum(choice["logprobs"]["token_logprobs"]) / len(choice["logprobs"]["tokens"]), choice["text"])
+            for choice in every["choices"][start : start + 6]
+        ]
+        expected += [text for _, text in sorted(rated, reverse=True)[:2]]
+    assert len(set(expected)) == 4
+    assert [choice["text"] for choice in best["choices"]] == expected
+    assert [choice["index"] for choice in best["choices"]] == [0, 1, 2, 3]
+    assert all(choice["logprobs"] is None for choice in best["choices"]), "they were not asked for"
+    assert best["usage"] == every["usage"]
+
+
+def test_best_of_no_tokens_is_n_empty_choices(world: World) -> None:
+    assert [choice["text"] for choice in complete(world, n=2, best_of=4, max_tokens=0)["choices"]] == ["", ""]
+
+
+def test_best_of_is_bounded_as_n_is(world: World) -> None:
+    reply = with_settings(world, max_choices=2).complete(best_of=3)
+    assert (reply.status_code, error_of(reply)["param"]) == (400, "best_of")
 
 
 def test_logprobs_have_the_older_form_with_equal_lengths(world: World) -> None:

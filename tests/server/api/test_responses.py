@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from api_world import BASE, World, error_of, with_settings
+from onebase.errors import NotFound
 from onebase_server.api.response_store import KEEP_S, ResponseStore
+from onebase_server.api.schemas_chat import ChatMessage
 from onebase_server.api.schemas_responses import ResponseBody, ResponseEvent
 
 TOOL = {"type": "function", "name": "look", "description": "Looks.", "parameters": {"type": "object"}}
@@ -218,10 +220,54 @@ def test_a_kept_response_expires() -> None:
     store.keep("ann", response, [], [])
     assert store.get("resp_1", "ann").response is response
     now[0] = KEEP_S + 1
-    from onebase.errors import NotFound
-
     with pytest.raises(NotFound):
         store.get("resp_1", "ann")
+    assert store.num_bytes == 0
+
+
+def long_response(number: int) -> ResponseBody:
+    return ResponseBody.model_construct(id=f"resp_{number}", model="x" * 10_000)
+
+
+def test_the_least_recently_used_responses_are_forgotten_when_memory_is_short() -> None:
+    store = ResponseStore(max_bytes=50_000)
+    for number in range(4):
+        store.keep("ann", long_response(number), [], [])
+    store.get("resp_0", "ann")
+    store.keep("ann", long_response(4), [], [])
+    assert store.num_bytes <= 50_000
+    for number in (0, 2, 3, 4):
+        assert store.get(f"resp_{number}", "ann").response.id == f"resp_{number}"
+    with pytest.raises(NotFound):
+        store.get("resp_1", "ann")
+
+
+def test_a_response_larger_than_the_memory_for_them_is_not_kept_and_costs_no_other() -> None:
+    store = ResponseStore(max_bytes=50_000)
+    store.keep("ann", long_response(1), [], [])
+    store.keep("ann", long_response(2), [ChatMessage(role="user", content="x" * 50_000)], [])
+    assert store.get("resp_1", "ann")
+    with pytest.raises(NotFound):
+        store.get("resp_2", "ann")
+
+
+def test_a_message_counts_once_in_a_conversation_that_goes_on_and_until_the_last_of_it_is_gone() -> None:
+    store = ResponseStore()
+    said = [ChatMessage(role="user", content="x" * 100_000)]
+    store.keep("ann", long_response(1), said, [])
+    first = store.num_bytes
+    store.keep("ann", long_response(2), [*said, ChatMessage(role="user", content="y")], [])
+    assert store.num_bytes < first + 20_000
+    store.delete("resp_1", "ann")
+    assert store.num_bytes > 100_000
+    store.delete("resp_2", "ann")
+    assert store.num_bytes == 0
+
+
+def test_the_memory_for_responses_is_a_setting(world: World) -> None:
+    small = with_settings(world, response_memory_mb=1)
+    ids = [respond(small, metadata={"a": "b" * 400_000})["id"] for _ in range(3)]
+    assert [small.get(f"/v1/responses/{each}").status_code for each in ids] == [404, 200, 200]
 
 
 def test_logprobs_come_when_they_are_included(world: World) -> None:

@@ -1,14 +1,16 @@
 """Tools: they reach the prompt, calls come back in OpenAI's form, and a stream shows a call only as a call."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from api_world import World, text_of
+from api_world import World, error_of, obey_masks, open_world, text_of
 from onebase.messages import Message, ToolCall
 from onebase.prompt import HumanResponseRenderer
 from onebase_server.api.tool_calls import CallWatch
+from onebase_server.engine.runner import SampleRow
 
 LOOK = {
     "type": "function",
@@ -21,6 +23,20 @@ LOOK = {
 PUT = {"type": "function", "function": {"name": "put"}}
 CALL = '### CALL:\n{"name": "look", "arguments": {"q": "tea"}}'
 TWO = CALL + '\n{"name": "put", "arguments": {}}'
+
+
+@pytest.fixture(scope="module")
+def obedient_world(tmp_path_factory: pytest.TempPathFactory, loop: Any) -> Iterator[World]:
+    with open_world(tmp_path_factory.mktemp("tools"), loop) as world:
+        obey_masks(world.runner)
+        yield world
+
+
+@pytest.fixture
+def world(obedient_world: World) -> World:
+    """Its model obeys the engine's masks, as a real sampler does."""
+    obedient_world.says = "Hello there."
+    return obedient_world
 
 
 def message_of(world: World, **fields: Any) -> tuple[dict[str, Any], str]:
@@ -106,6 +122,9 @@ SAYINGS = {
     "almost a call": "Use ### CALLS, not ### CAL",
     "a broken call": '### CALL:\n{"name": 5}',
     "a header in the text": "Look:\n#### CALL:\nis a header",
+    "a call of no such tool": '### CALL:\n{"name": "steal", "arguments": {}}',
+    "a call in prose": "### CALL: me",
+    "a call behind one line break": 'Well:\n### CALL:\n{"name": 5}',
     "ends by line breaks": "Hello\n\n",
     "hashes": "# A\n\n## B\n\n### C",
     "empty": "",
@@ -123,6 +142,95 @@ def test_a_stream_says_what_the_whole_reply_says(world: World, says: str) -> Non
     assert [(call["name"], call["arguments"]) for call in calls] == [
         (call["function"]["name"], call["function"]["arguments"]) for call in whole.get("tool_calls", [])
     ]
+
+
+MISUSES = {
+    "no such tool": '### CALL:\n{"name": "steal", "arguments": {}}',
+    "no name": '### CALL:\n{"name": 5}',
+    "no JSON": "### CALL:\nlook for tea",
+    "wrong arguments": '### CALL:\n{"name": "look", "arguments": {"q": 5}}',
+    "arguments that are no object": '### CALL:\n{"name": "look", "arguments": "tea"}',
+    "text behind the header": "### CALL: tea",
+    "blank lines": "### CALL:\n\n\n",
+    "text behind a call": CALL + "\n\nThat was it.",
+    "text first": "Let me see.\n\n### CALL:\nlook",
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("says", MISUSES.values(), ids=MISUSES)
+def test_once_a_call_is_opened_it_is_one_whatever_the_model_wants(world: World, says: str, stream: bool) -> None:
+    world.says = says
+    if stream:
+        chunks = world.chunks(tools=[LOOK, PUT])
+        calls, finish, content = calls_of(chunks), chunks[-1]["choices"][0]["finish_reason"], text_of(chunks)
+    else:
+        message, finish = message_of(world)
+        calls, content = [call["function"] for call in message["tool_calls"]], message["content"] or ""
+    assert finish == "tool_calls"
+    assert content == ("Let me see." if says.startswith("Let") else "")
+    for call in calls:
+        assert call["name"] in ("look", "put")
+        arguments = json.loads(call["arguments"])
+        assert isinstance(arguments, dict)
+        assert isinstance(arguments.get("q", ""), str)
+
+
+def test_free_text_has_no_masks(own_world: World) -> None:
+    own_world.says = "### Tea\n\n#### CALL: me\n\nHello"
+    masked: list[bool] = []
+    wants = own_world.runner._next_token
+
+    def watch(row: SampleRow, digest: str | None, summary: int) -> int:
+        masked.append(row.mask is not None)
+        return wants(row, digest, summary)
+
+    own_world.runner._next_token = watch  # type: ignore[method-assign]
+    message, _ = message_of(own_world)
+    assert message["content"] == "### Tea\n\n### CALL: me\n\nHello"
+    assert masked
+    assert not any(masked)
+
+
+def test_a_stop_string_ends_text_but_no_call(world: World) -> None:
+    world.says = '### CALL:\n{"name": "look", "arguments": {"q": "tea ### HUMAN: END"}}'
+    message, finish = message_of(world, stop=["END"])
+    assert finish == "tool_calls"
+    assert json.loads(message["tool_calls"][0]["function"]["arguments"]) == {"q": "tea ### HUMAN: END"}
+    world.says = "Tea. END ### CALL:"
+    message, finish = message_of(world, stop=["END"])
+    assert (message["content"], finish) == ("Tea. ", "stop")
+
+
+UNENFORCEABLE: dict[str, Any] = {"type": "object", "properties": {"q": {"not": {"type": "string"}}}}
+
+
+@pytest.mark.parametrize("strict", [None, False, True])
+def test_a_schema_that_cannot_be_kept_is_refused_if_strict_and_else_any_object_will_do(
+    world: World, strict: bool | None
+) -> None:
+    world.says = '### CALL:\n{"name": "odd", "arguments": {"q": 5}}'
+    odd = {"type": "function", "function": {"name": "odd", "parameters": UNENFORCEABLE, "strict": strict}}
+    reply = world.chat(tools=[LOOK, odd])
+    if strict:
+        assert (reply.status_code, error_of(reply)["param"]) == (400, "tools[1].function.parameters")
+    else:
+        [call] = reply.json()["choices"][0]["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"]) == {"q": 5}
+
+
+def test_with_a_response_format_the_answer_is_json_or_a_call(world: World) -> None:
+    shape = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": shape}}
+    world.says = '{"a": 5}'
+    message, finish = message_of(world, response_format=wanted)
+    assert (json.loads(message["content"]), finish) == ({"a": 5}, "stop")
+    world.says = CALL
+    message, finish = message_of(world, response_format=wanted)
+    assert (message["content"], finish) == (None, "tool_calls")
+    world.says = "Hello"
+    message, _ = message_of(world, response_format=wanted)
+    assert "tool_calls" in message or isinstance(json.loads(message["content"]), dict)
 
 
 def calls_of(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,11 +7,13 @@ from fakes import EOS, FakeRunner, FakeTokenizer, ManualClock, ManualExecutor
 from onebase.errors import EngineError, InvalidInput
 from onebase_server.engine.engine import Engine
 from onebase_server.engine.handle import RequestHandle, gather_choices
-from onebase_server.engine.types import FinishReason, GenerationRequest, SamplingParams
+from onebase_server.engine.types import FinishReason, GenerationRequest, GrammarTrigger, SamplingParams
 
 
 class WordMatcher:
     """Accepts one word, or any of several that share a beginning."""
+
+    heeds_stops = True
 
     def __init__(self, words: list[bytes], said: bytes = b"") -> None:
         self.words = words
@@ -20,10 +22,11 @@ class WordMatcher:
     def fork(self) -> "WordMatcher":
         return WordMatcher(self.words, self.said)
 
-    def fill_mask(self, mask: NDArray[np.int32]) -> None:
+    def fill_mask(self, mask: NDArray[np.int32]) -> bool:
         mask[:] = 0
         for token in self._allowed():
             mask[token // 32] |= np.array(1 << token % 32, dtype=np.uint32).astype(np.int32)
+        return True
 
     def accept(self, token_id: int) -> None:
         if token_id not in self._allowed():
@@ -38,7 +41,7 @@ class WordMatcher:
 class WordBackend:
     """A grammar is its words, separated by `|`."""
 
-    def compile(self, grammar: str) -> WordMatcher:
+    def compile(self, grammar: str, trigger: GrammarTrigger | None = None) -> WordMatcher:
         if not grammar:
             raise InvalidInput("an empty grammar", param="response_format")
         return WordMatcher([word.encode() for word in grammar.split("|")])
