@@ -1,6 +1,7 @@
 """What must not change a run's numbers: packing, accumulation, fusing, held weights, checkpointed activations."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from onebase_training.fuse import fuse
 from onebase_training.loftq import start_from_rounding_error
 from onebase_training.objective import Objective
 from onebase_training.plan import make_plan
+from onebase_training.recompute import Recompute, layers_that_fit
 from onebase_training.rows import Row
 from onebase_training.trainer import StepDataset
 from tiny_base import NAME
@@ -128,6 +130,17 @@ def test_pitfall_10_a_step_is_the_same_however_it_is_cut(base_home: Home, packin
     assert_same(loss_and_gradients(target, whole), loss_and_gradients(target, cut))
 
 
+def test_the_heaviest_micro_batch_of_all_steps_is_found(base_home: Home) -> None:
+    """Not the one with the longest row: three rows of 20 weigh more than one of 30."""
+    rows = make_rows(30, 20, 20, 20, 5)
+    config = TrainConfig(epochs=1, batch_size=3)
+    plan = replace(make_plan([1.0] * 5, config), steps=((0, 4), (1, 2, 3)))
+
+    heaviest = StepDataset(rows, plan, config, tokens_at_once=60, pad_id=0).heaviest()
+
+    assert heaviest.borders == (0, 20, 40, 60)
+
+
 def test_pitfall_10_the_loss_is_the_mean_over_learnt_tokens(base_home: Home) -> None:
     target, rows = objective(base_home), make_rows(30, 5, 12)
     batch = collate(rows, token_weights(rows, "tokens"), packing=True, pad_id=0)
@@ -159,12 +172,56 @@ def test_fusing_changes_no_number(base_home: Home, targets: Any) -> None:
 
 
 def test_what_is_not_known_keeps_its_own_forward(base_home: Home) -> None:
-    """Dropout and DoRA go PEFT's way, and still learn."""
+    """DoRA goes PEFT's way, and still learns."""
     rows = make_rows(7, 20)
     batch = [collate(rows, token_weights(rows, "tokens"), packing=True, pad_id=0)]
-    for settings in ({"dropout": 0.1}, {"use_dora": True}):
-        _, gradients = loss_and_gradients(objective(base_home, **settings), batch)
-        assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
+
+    _, gradients = loss_and_gradients(objective(base_home, use_dora=True), batch)
+
+    assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
+
+
+def test_dropout_is_drawn_anew_each_time_and_left_out_of_evaluation(base_home: Home) -> None:
+    target, rows = objective(base_home, dropout=0.5), make_rows(7, 20)
+    batch = collate(rows, token_weights(rows, "tokens"), packing=True, pad_id=0)
+    without = objective(base_home)(batch).loss.item()
+
+    torch.manual_seed(0)
+    first, second = target(batch).loss.item(), target(batch).loss.item()
+    torch.manual_seed(0)
+
+    assert len({first, second, without}) == 3
+    assert target(batch).loss.item() == first
+    assert target.eval()(batch).loss.item() == pytest.approx(without, rel=1e-6)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_layers_that_keep_their_activations_change_no_number_and_are_not_computed_twice(
+    base_home: Home, kept: int
+) -> None:
+    rows = make_rows(7, 20, 13)
+    batch = [collate(rows, token_weights(rows, "tokens"), packing=True, pad_id=0)]
+    target = objective(base_home, checkpointing=True, dropout=0.2)
+    layers = target.model.get_base_model().model.layers
+    calls: list[int] = []
+    for index, layer in enumerate(layers):
+        layer.input_layernorm.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
+    plain = objective(base_home, dropout=0.2)
+    torch.manual_seed(0)
+    expected = loss_and_gradients(plain, batch)
+
+    Recompute(target.model.get_base_model(), None).keep(kept)
+    torch.manual_seed(0)
+    found = loss_and_gradients(target, batch)
+
+    assert_same(found, expected)
+    assert sorted(calls) == sorted([*range(2), *range(2 - kept)])
+
+
+def test_as_many_layers_keep_their_activations_as_fit_below_the_limit() -> None:
+    assert layers_that_fit(limit=14e9, peak_without=7e9, per_layer=0.35e9, layers=32) == 20
+    assert layers_that_fit(limit=80e9, peak_without=7e9, per_layer=0.35e9, layers=32) == 32
+    assert layers_that_fit(limit=6e9, peak_without=7e9, per_layer=0.35e9, layers=32) == 0
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

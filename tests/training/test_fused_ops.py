@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onebase_training.attention import attend
-from onebase_training.fused_ops import LoraLinear, RmsNorm, Rotary, SwiGlu
+from onebase_training.fused_ops import FrozenLinear, LoraLinear, RmsNorm, Rotary, SwiGlu
 from onebase_training.objective import cross_entropy
 from onebase_training.packed_cpu import PackedCausalAttention
 
 pytestmark = pytest.mark.slow
 
 lora_linear: Any = LoraLinear.apply
+frozen_linear: Any = FrozenLinear.apply
 rms_norm: Any = RmsNorm.apply
 rotary: Any = Rotary.apply
 swiglu: Any = SwiGlu.apply
@@ -51,6 +52,32 @@ def test_lora_linear() -> None:
         x,
         a,
         b,
+    )
+
+
+def test_lora_linear_drops_from_the_adapters_input_alone() -> None:
+    weight, bias = values(5, 6, grad=False), values(5, grad=False)
+    x, a, b = values(2, 3, 6), values(2, 6), values(5, 2)
+
+    def ours(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        out: Tensor = lora_linear(x, lambda: weight, bias, a, b, 1.5, 0.4)
+        return out
+
+    def plain(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        mask = torch.native_dropout(torch.ones(6, 6, dtype=torch.float64), 0.4, True)[0].view(2, 3, 6)
+        assert {0.0} < set(mask.flatten().tolist())
+        return F.linear(x, weight, bias) + 1.5 * F.linear(F.linear(x * mask, a), b)
+
+    same_with_gradients(ours, plain, x, a, b)
+
+
+def test_frozen_linear() -> None:
+    weight, bias = values(5, 6, grad=False), values(5, grad=False)
+
+    same_with_gradients(
+        lambda x: frozen_linear(x, lambda: weight, bias), lambda x: F.linear(x, weight, bias), values(2, 3, 6)
     )
 
 

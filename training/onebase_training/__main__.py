@@ -236,6 +236,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # A thread that waits at a barrier sleeps instead of spinning: training shares its cores with the server.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Micro-batches differ in length: without this, gaps between freed CUDA blocks would take memory of their own.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

@@ -24,6 +24,7 @@ from onebase_training.loftq import start_from_rounding_error
 from onebase_training.objective import Objective
 from onebase_training.plan import Plan
 from onebase_training.progress import RunCallback
+from onebase_training.recompute import Recompute
 from onebase_training.rows import Encoder, Row
 from onebase_training.trainer import PlanTrainer, StepDataset, eval_batches
 
@@ -45,13 +46,15 @@ def read_data(recipe: Recipe, spec: BaseSpec, tokenizer: TextTokenizer) -> Datas
 def prepare(base: LoadedBase, recipe: Recipe) -> Objective:
     """The base with a fresh adapter, in the fastest form that gives the same numbers."""
     base.model.config._attn_implementation = attention.register()
-    lora.checkpoint_activations(base, recipe.compute.gradient_checkpointing)
+    checkpointing = recipe.compute.gradient_checkpointing
+    checkpointed = lora.checkpoint_activations(base, checkpointing)
     lora.keep_dequantized(base, recipe.compute.keep_dequantized)
     model = lora.attach_adapter(base, recipe.lora)
     if recipe.lora.init == "loftq":
         start_from_rounding_error(model, base)
     fuse(model, base.compute_dtype)
-    return Objective(model)
+    found_by_preflight = checkpointed and checkpointing == "auto"
+    return Objective(model, Recompute(base.model, recipe.compute.memory_gb) if found_by_preflight else None)
 
 
 def optimizer_name(recipe: Recipe, device: torch.device) -> str:

@@ -5,6 +5,7 @@ The rows of a packed micro-batch are attended one by one, so packing costs no ma
 dtype, torch's varlen kernel does all rows in one launch.
 """
 
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from onebase_training.packed_cpu import MAX_LENGTH, PackedCausalAttention
 
 NAME: Final = "onebase_packed"
+_FLASH: Final = (torch.bfloat16, torch.float16)
 
 
 def packed_attention(
@@ -45,11 +47,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, borders: t
     longest = max(b - a for a, b in pairwise(rows))
     if query.device.type == "cpu" and batch == 1 and longest <= MAX_LENGTH:
         return PackedCausalAttention.apply(query[0], key[0], value[0], rows, scaling).unsqueeze(0)  # type: ignore[no-untyped-call, no-any-return]
+    if len(rows) > 2 and query.is_cuda and query.dtype in _FLASH and query.shape[-1] % 8 == 0:
+        return _varlen(query, key, value, scaling, rows)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if len(rows) == 2:
         return _causal(query, key, value, scaling).transpose(1, 2)
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(query, key, value, scaling, rows)
     parts = [_causal(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling) for a, b in pairwise(rows)]
     return torch.cat(parts, dim=2).transpose(1, 2)
 
@@ -69,19 +71,20 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, borders: tuple[int, ...]) -> Tensor:
-    """All rows in one launch, through jagged nested tensors (torch >= 2.6; FlashAttention's varlen kernel below)."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    offsets = torch.tensor(borders, device=query.device)
+def _varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float, borders: tuple[int, ...]) -> Tensor:
+    """All rows in one launch of torch's own FlashAttention, which torch.nn.attention.varlen (its form changes from
+    version to version) calls too: this operation's is the same from torch 2.5 to 2.13. -> [1, T, heads, D]."""
+    offsets = _offsets(borders, query.device)
     longest = max(b - a for a, b in pairwise(borders))
-    shortest = min(b - a for a, b in pairwise(borders))
+    out = torch.ops.aten._flash_attention_forward(
+        query[0], key[0], value[0], offsets, offsets, longest, longest, 0.0, True, False, scale=scaling
+    )
+    rows: Tensor = out[0]
+    return rows.unsqueeze(0)
 
-    def jagged(x: Tensor) -> Tensor:
-        rows = x[0].transpose(0, 1).contiguous()  # [T, heads, D]
-        nested = torch.nested.nested_tensor_from_jagged(rows, offsets, min_seqlen=shortest, max_seqlen=longest)
-        return nested.transpose(1, 2)
 
-    out = F.scaled_dot_product_attention(jagged(query), jagged(key), jagged(value), is_causal=True, scale=scaling)
-    return out.transpose(1, 2).values().unsqueeze(0)
+@lru_cache(maxsize=4)
+def _offsets(borders: tuple[int, ...], device: torch.device) -> Tensor:
+    """The borders on the device, int32: copied once a micro-batch, not once a layer, and without waiting."""
+    offsets = torch.tensor(borders, dtype=torch.int32)
+    return offsets.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else offsets.to(device)

@@ -26,8 +26,11 @@ class MicroBatch:
     """Without padding."""
 
     def to(self, device: torch.device) -> "MicroBatch":
-        names = ("ids", "positions", "sources", "targets", "weights")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        """To CUDA by way of pinned memory: the copy waits for nothing that runs there."""
+        tensors = {name: getattr(self, name) for name in ("ids", "positions", "sources", "targets", "weights")}
+        if device.type == "cuda":
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 def token_weights(rows: Sequence[Row], normalize: Literal["tokens", "rows"]) -> list[float]:

@@ -118,7 +118,7 @@ class LoraConfig(Section):
     """Rank. QLoRA's paper saw no visible effect of it once all linear layers are targeted."""
     alpha: float = Field(default=32, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Above 0 it costs time: the fused CPU path needs 0."""
+    """Above 0 it costs a little time."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     layers: tuple[int, ...] | None = None
     """Only these layers (`layers_to_transform`). Fewer and later layers are faster: nothing flows below them."""
@@ -170,7 +170,10 @@ class ComputeConfig(Section):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of activations and unpacked weights. auto: bfloat16, but float32 on a CPU without bf16 instructions."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
-    """Saves memory, costs a third of the speed. auto: on CUDA from 1 billion parameters, never on CPU."""
+    """Compute activations again in the backward pass: saves most of their memory, costs a third of a step. auto: on
+    CUDA for as many layers as it takes to stay below `memory_gb`; never on CPU."""
+    memory_gb: float | None = Field(default=None, gt=0)
+    """With auto: GPU memory, in GB (10^9 bytes), that a step may take. None: most of what is free at the start."""
     keep_dequantized: bool | Literal["auto"] = "auto"
     """Hold each NF4 weight's 16-bit values too, instead of unpacking them at every use: the same numbers, faster,
     4 times the base's memory. auto: on CPU when they fit in a third of the free memory."""

@@ -1,6 +1,6 @@
 """Puts the fused operations into a PEFT model, module by module. transformers' module tree and PEFT's parameters stay.
 
-A module whose form is not known keeps its own forward (dropout, DoRA, another activation), so this can only make
+A module whose form is not known keeps its own forward (DoRA, another activation), so this can only make
 things faster. Generation with a cache goes the original way.
 """
 
@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onebase.base_model import dequantized
+from onebase.base_model import dequantized, linear4bit_modules
 from onebase_training import attention
-from onebase_training.fused_ops import LoraLinear, RmsNorm, Rotary, SwiGlu
+from onebase_training.cuda_choice import triton_for
+from onebase_training.fused_ops import FrozenLinear, LoraLinear, RmsNorm, Rotary, SwiGlu
 
 
 def fuse(model: Any, compute_dtype: torch.dtype) -> int:
     """Replace the forward of every module that is known; how many. `model` is a PeftModel on a Llama-family base."""
     from peft.tuners.lora import LoraLayer
 
-    count = 0
+    count = _fuse_frozen(model, compute_dtype)
     for module in model.modules():
         forward: Any = None
         if isinstance(module, LoraLayer):
@@ -35,6 +36,24 @@ def fuse(model: Any, compute_dtype: torch.dtype) -> int:
             module.forward = forward
             count += 1
     return count
+
+
+def _fuse_frozen(model: Any, dtype: torch.dtype) -> int:
+    """4-bit linears without an adapter, unless their values are held (lora.keep_dequantized gave them a forward)."""
+    count = 0
+    for module in linear4bit_modules(model).values():
+        if getattr(module, "held_weight", None) is None:
+            module.forward = _FrozenForward(module, dtype)
+            count += 1
+    return count
+
+
+class _FrozenForward:
+    def __init__(self, module: Any, dtype: torch.dtype) -> None:
+        self._weight, self._bias, self._dtype = UnpackedWeight(module, dtype), module.bias, dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return FrozenLinear.apply(x.to(self._dtype), self._weight, self._bias).to(x.dtype)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class HeldWeight:
@@ -54,16 +73,20 @@ class UnpackedWeight:
         self._module, self._dtype = module, dtype
 
     def __call__(self) -> Tensor:
+        weight: Any = self._module.weight
+        state = getattr(weight, "quant_state", None)  # none in a server's layout
+        if state is not None and state.blocksize == 64 and (triton := triton_for(state.code)) is not None:
+            return triton.unpack(weight.data, state, self._dtype)  # type: ignore[no-any-return]
         return dequantized(self._module, self._dtype)
 
 
 def _lora_forward(module: Any, dtype: torch.dtype) -> Any:
-    """None unless it is one plain LoRA without dropout on a Linear4bit."""
+    """None unless it is one plain LoRA on a Linear4bit."""
     from bitsandbytes.nn import Linear4bit
 
     plain = (
         list(module.lora_A) == ["default"]
-        and isinstance(module.lora_dropout["default"], nn.Identity)
+        and isinstance(module.lora_dropout["default"], nn.Identity | nn.Dropout)
         and not module.lora_variant
         and isinstance(module.base_layer, Linear4bit)
     )
@@ -77,12 +100,14 @@ class _LoraForward:
         self._bias = module.base_layer.bias
         self._a, self._b = module.lora_A["default"].weight, module.lora_B["default"].weight
         self._scaling = float(module.scaling["default"])
+        self._dropout = float(getattr(module.lora_dropout["default"], "p", 0.0))
         self._module = module
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._module.disable_adapters:
             return self._module.base_layer(x)  # type: ignore[no-any-return]
-        return LoraLinear.apply(x, self._weight, self._bias, self._a, self._b, self._scaling)  # type: ignore[no-untyped-call, no-any-return]
+        dropout = self._dropout if self._module.training else 0.0
+        return LoraLinear.apply(x, self._weight, self._bias, self._a, self._b, self._scaling, dropout)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _NormForward:

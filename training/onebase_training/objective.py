@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from onebase_training.batches import MicroBatch
+from onebase_training.recompute import Recompute
 
 CHUNK_LOGITS: Final = 1 << 24
 """Logits in a chunk: 64 MB in fp32."""
@@ -27,16 +28,18 @@ class Losses(NamedTuple):
 class Objective(nn.Module):
     """Wraps a (PEFT) causal LM of the Llama family: `batch -> Losses`."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, recompute: Recompute | None = None) -> None:
         super().__init__()
         self.model = model
+        self.recompute = recompute
+        """Not None: how many layers keep their activations is still to be found (preflight.py)."""
 
     def forward(self, batch: MicroBatch) -> Losses:
         causal_lm = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         hidden = causal_lm.model(
             input_ids=batch.ids, position_ids=batch.positions, use_cache=False, borders=batch.borders
         ).last_hidden_state
-        learnt = hidden.flatten(0, 1)[batch.sources]
+        learnt = hidden.flatten(0, 1).index_select(0, batch.sources)
         return cross_entropy(learnt, causal_lm.lm_head.weight, batch.targets, batch.weights)
 
 

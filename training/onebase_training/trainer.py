@@ -49,23 +49,31 @@ class StepDataset(Dataset[list[MicroBatch]]):
     def longest_row(self) -> int:
         return max(len(row) for row in self._rows)
 
-    def heaviest_step(self) -> int:
-        """The step that holds the longest row."""
-        longest = max(range(len(self._rows)), key=lambda index: len(self._rows[index]))
-        return next((k for k, step in enumerate(self._plan.steps) if longest in step), 0)
+    def heaviest(self) -> MicroBatch:
+        """The one with the most tokens of all steps, padding counted; of those the one with the longest row."""
+
+        def weight(group: Sequence[Row]) -> tuple[int, int]:
+            longest = max(map(len, group))
+            return (sum(map(len, group)) if self._config.packing else longest * len(group)), longest
+
+        sizes = [max(weight(rows) for rows, _ in self._cut(step)) for step in range(len(self))]
+        heaviest = max(range(len(self)), key=lambda step: sizes[step])
+        return max(self[heaviest], key=lambda batch: batch.ids.numel())
 
     def __getitem__(self, step: int) -> list[MicroBatch]:
+        packing, pad_id = self._config.packing, self._pad_id
+        return [collate(rows, shares, packing=packing, pad_id=pad_id) for rows, shares in self._cut(step)]
+
+    def _cut(self, step: int) -> list[tuple[list[Row], list[float]]]:
+        """The step's micro-batches as rows and the weight of each row's learnt tokens."""
         whole = [self._rows[index] for index in self._plan.steps[step]]
         weights = token_weights(whole, self._config.normalize)
         mine = list(range(self._rank, len(whole), self._world))
         if not mine:  # fewer rows than processes: go through one row with no weight, so that all processes meet
             mine, weights = [0], [0.0] * len(whole)
         rows, shares = [whole[i] for i in mine], [weights[i] for i in mine]
-        packing = self._config.packing
-        return [
-            collate([rows[i] for i in group], [shares[i] for i in group], packing=packing, pad_id=self._pad_id)
-            for group in micro_batches(rows, self._tokens, packing=packing)
-        ]
+        groups = micro_batches(rows, self._tokens, packing=self._config.packing)
+        return [([rows[i] for i in group], [shares[i] for i in group]) for group in groups]
 
 
 class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
@@ -130,13 +138,14 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
             self.state.num_input_tokens_seen += batch.tokens
         if self.args.world_size > 1:
             total = self.accelerator.reduce(total, reduction="sum")
-        if not math.isfinite(total.item()):
+        loss, right = torch.stack((total, correct)).tolist()  # the step's one wait for the device
+        if not math.isfinite(loss):
             raise TrainingError(
-                f"the loss of step {self.state.global_step + 1} is {total.item()}: training stopped, nothing "
+                f"the loss of step {self.state.global_step + 1} is {loss}: training stopped, nothing "
                 "published. A lower learning_rate or max_grad_norm usually helps",
                 code="loss_not_finite",
             )
-        self._last_accuracy = correct.item() / max(1, learnt)
+        self._last_accuracy = right / max(1, learnt)
         return total
 
     def _prepare_inputs(self, inputs: Any) -> Any:
