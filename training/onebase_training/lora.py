@@ -109,10 +109,12 @@ class _DenseForward:
 
 
 def checkpoint_activations(base: LoadedBase, setting: bool | str) -> bool:
-    """Gradient checkpointing, non-reentrant: gradients flow though the base's inputs are frozen (pitfall 13)."""
+    """Gradient checkpointing, non-reentrant: gradients flow though the base's inputs are frozen (pitfall 13).
+
+    `auto`: on CUDA, where preflight then lets as many layers keep their activations as memory allows.
+    """
     if setting == "auto":
-        parameters = sum(out * into for out, into in base.spec.linear_shapes.values())
-        setting = base.device.type == "cuda" and parameters > 1_000_000_000
+        setting = base.device.type == "cuda"
     if not setting:
         return False
     if hasattr(base.model, "activation_checkpointing_enable"):
