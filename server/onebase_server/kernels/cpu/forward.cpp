@@ -1,6 +1,7 @@
 // What Python calls (ctypes, plain C): enabling AMX, sizes, the whole forward, and single operations for the tests.
 #include "forward.h"
 #include "sample.h"
+#include "unpack.h"
 
 #if defined(__linux__) && defined(ONEBASE_AMX)
 #include <sys/syscall.h>
@@ -84,6 +85,20 @@ void onebase_nf4_matmul(const Linear* w, const float* code, const void* x, int c
 #endif
     if (!use_amx && round) nf4_matmul_wide<true>(*w, code, (const float*)x, count, strips, (float*)scratch, y);
     if (!use_amx && !round) nf4_matmul_wide<false>(*w, code, (const float*)x, count, strips, (float*)scratch, y);
+}
+
+// out [count][k] = rows [first, first + count) of a repacked weight, in fp32 or rounded to bf16. For training processes,
+// which map the strips of a server and load this library by its path: the signature is a contract with them.
+void onebase_unpack(const uint8_t* data, const float* code, int first, int count, int k, int amx, int is_bf16, int threads, void* out) {
+    auto schedule = std::make_shared<Schedule>(1);
+    Pool::shared().run(size_t(count) * k >> 18 ? threads : 1, std::make_shared<const Pool::Job>([=](int) {
+        int phase = 0;
+        schedule->run(phase, count, 64, [&](int begin, int end) {
+            const size_t at = size_t(begin) * k;
+            if (is_bf16) unpack_rows(data, code, first + begin, end - begin, k, amx, (bf16*)out + at);
+            else unpack_rows(data, code, first + begin, end - begin, k, amx, (float*)out + at);
+        });
+    }));
 }
 
 }  // extern "C"

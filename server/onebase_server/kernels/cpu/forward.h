@@ -33,11 +33,9 @@ template <typename T, bool AMX> struct Forward {
     // Matmul input of `count` rows: values [column, column + width) of row `row`; rounds to the compute dtype.
     void put(int row, int column, const float* values, int width, int k, int count) {
         const T* own = put_row(row, column, values, width, k);
-        if (!AMX) return;
-        const int columns = columns_of(count);
-        uint32_t* to = (uint32_t*)work.inputs + size_t(row / columns) * columns * (k / 2);
-        to += size_t(column / 2) * columns + row % columns;
-        for (int i = 0; i < width / 2; i++) memcpy(to + size_t(i) * columns, own + 2 * i, 4);
+        if (!AMX || count <= FEW) return;
+        uint32_t* to = (uint32_t*)work.inputs + size_t(row / 16) * 16 * (k / 2) + size_t(column / 2) * 16 + row % 16;
+        for (int i = 0; i < width / 2; i++) memcpy(to + size_t(i) * 16, own + 2 * i, 4);
     }
 
     // The same without packing for AMX: `pack_block` does it for 16 rows at once.
@@ -51,16 +49,22 @@ template <typename T, bool AMX> struct Forward {
         return own;
     }
 
+    // The matmul's input when there are `count` rows; a thread's own copy if they are few.
+    const uint32_t* packed(int count, int k, int thread) {
+        if (count > FEW) return (const uint32_t*)work.inputs;
+        if (count == 1) return (const uint32_t*)work.rows;
+        uint32_t* to = (uint32_t*)work.packed_of(thread);
+#ifdef ONEBASE_AMX
+        for (int block = 0; block * 16 < count; block++)
+            pack_rows((const bf16*)work.rows + size_t(16 * block) * k, k, columns_of(count - 16 * block), columns_of(count), k, to + size_t(block) * 8 * k);
+#endif
+        return to;
+    }
+
     // Rows [16 * block, 16 * block + 16), columns [column, column + BLOCK), when columns_of is 16.
     void pack_block(int block, int column, int k) {
 #ifdef ONEBASE_AMX
-        for (int part = 0; part < BLOCK; part += 32) {
-            __m512 r[16];
-            for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps((const bf16*)work.rows + size_t(16 * block + i) * k + column + part);
-            transpose(r);
-            float* to = (float*)work.inputs + size_t(block) * 16 * (k / 2) + size_t(column + part) / 2 * 16;
-            for (int i = 0; i < 16; i++) _mm512_storeu_ps(to + 16 * i, r[i]);
-        }
+        pack_rows((const bf16*)work.rows + size_t(16 * block) * k + column, k, 16, 16, BLOCK, (uint32_t*)work.inputs + size_t(block) * 8 * k + size_t(column / 2) * 16);
 #else
         (void)block, (void)column, (void)k;
 #endif
@@ -79,6 +83,7 @@ template <typename T, bool AMX> struct Forward {
         const int items = step.active >> which & 1 ? tokens * w.slices : 0;
         const int group = strips < 64 * threads ? 2 : 4, pieces = (strips + group - 1) / group;
         const int each = larger(1, items / (8 * threads)), shrinks = (items + each - 1) / each;
+        const uint32_t* inputs = nullptr;
         schedule.run(phase, shrinks + pieces, 1, [&](int piece, int) {
             if (piece < shrinks) {
                 const int end = (piece + 1) * each;
@@ -86,7 +91,8 @@ template <typename T, bool AMX> struct Forward {
                 return;
             }
             const int first = (piece - shrinks) * group;
-            multiply(w, {first, first + group < strips ? first + group : strips}, thread, ahead_of(next, which, piece - shrinks, pieces));
+            if (AMX && !inputs) inputs = packed(tokens, w.k, thread);
+            multiply(w, {first, first + group < strips ? first + group : strips}, inputs, thread, ahead_of(next, which, piece - shrinks, pieces));
         });
     }
 
@@ -103,12 +109,12 @@ template <typename T, bool AMX> struct Forward {
         return ahead;
     }
 
-    void multiply(const Linear& w, Range strips, int thread, const Ahead& ahead) {
-        (void)ahead;
+    void multiply(const Linear& w, Range strips, const uint32_t* inputs, int thread, const Ahead& ahead) {
+        (void)inputs, (void)ahead;
         uint8_t* scratch = work.scratch_of(thread);
 #ifdef ONEBASE_AMX
         if constexpr (AMX) {
-            const Tokens x{(const uint32_t*)work.inputs, tokens, columns_of(tokens), w.k};
+            const Tokens x{inputs, tokens, columns_of(tokens), w.k};
             nf4_matmul_amx(w, m.code, x, strips, (bf16*)scratch, work.y, ahead);
         }
 #endif
@@ -232,7 +238,7 @@ template <typename T, bool AMX> struct Forward {
     // silu(gate) * up of 64 columns of up to 16 tokens.
     void silu(const Linear& w, int item) {
         const int chunks = m.inner / BLOCK, block = item / chunks, column = item % chunks * BLOCK;
-        const bool whole = AMX && tokens >= 16;
+        const bool whole = AMX && tokens > FEW;
         const int end = tokens < block * 16 + 16 ? tokens : block * 16 + 16;
         for (int t = block * 16; t < end; t++) {
             finish(w, GATE_UP, t, 0, column, BLOCK);
@@ -248,12 +254,13 @@ template <typename T, bool AMX> struct Forward {
         if (whole) pack_block(block, column, m.inner);
     }
 
-    void logits(Range strips) {
+    void logits(Range strips, const uint32_t* inputs) {
+        (void)inputs;
         const int samples = step.num_samples;
         const T* head = (const T*)m.lm_head;
 #ifdef ONEBASE_AMX
         if constexpr (AMX) {
-            const Tokens x{(const uint32_t*)work.inputs, samples, columns_of(samples), m.hidden};
+            const Tokens x{inputs, samples, columns_of(samples), m.hidden};
             bf16_matmul_amx(head, m.hidden, x, strips, step.logits, m.vocab);
         }
 #endif
@@ -300,7 +307,11 @@ template <typename T, bool AMX> struct Forward {
             norm_and_put(int(step.sample_tokens[r]), m.norm, thread, r, step.num_samples);
         });
         const int strips = step.num_samples ? m.vocab / STRIP : 0;
-        schedule.run(phase, strips, 64, [&](int begin, int end) { logits({begin, end}); });
+        const uint32_t* inputs = nullptr;
+        schedule.run(phase, strips, 64, [&](int begin, int end) {
+            if (AMX && !inputs) inputs = packed(step.num_samples, m.hidden, thread);
+            logits({begin, end}, inputs);
+        });
         schedule.finish();
 #ifdef ONEBASE_AMX
         if (AMX) tile_release();

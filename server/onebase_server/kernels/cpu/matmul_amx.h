@@ -56,6 +56,17 @@ inline void transpose(__m512 r[16]) {
     }
 }
 
+// Rows x[valid][k] -> pairs [k / 2][columns], columns <= 16; rows from `valid` on are zero. `ldx`: values between rows.
+inline void pack_rows(const bf16* x, size_t ldx, int valid, int columns, int k, uint32_t* out) {
+    const __mmask16 mask = __mmask16((1u << columns) - 1);
+    for (int part = 0; part < k; part += 32, out += 16 * columns) {
+        __m512 r[16];
+        for (int i = 0; i < 16; i++) r[i] = i < valid ? _mm512_loadu_ps(x + i * ldx + part) : _mm512_setzero_ps();
+        transpose(r);
+        for (int i = 0; i < 16; i++) _mm512_mask_storeu_ps(out + i * columns, mask, r[i]);
+    }
+}
+
 // Accumulator [16 features][columns], stored with rows of 16, -> y[column][feature] with row stride `ldy`.
 inline void scatter(const float* c, int valid, float* y, int ldy) {
     if (valid == 1) {
