@@ -7,12 +7,12 @@ when the free ones are scattered, the owners are moved together. Nothing here kn
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from onebase.errors import EngineError
 from onebase_server.engine.host_adapter import TorchHostAdapter
 from onebase_server.engine.weights import PROJECTIONS, ModelWeights
+from onebase_server.engine.zeroed import zeroed
 from onebase_server.kernels.ops import LoraPool
 
 
@@ -38,8 +38,8 @@ class LoraSlots:
         for name, projection in first.items():
             n, k = projection.weight.shape
             slices = len(PROJECTIONS[name])
-            self.a[name] = torch.zeros(layers, slices, rows, k, dtype=weights.dtype, device=weights.device)
-            self.b[name] = torch.zeros(layers, rows, n, dtype=weights.dtype, device=weights.device)
+            self.a[name] = zeroed((layers, slices, rows, k), weights.dtype, weights.device)
+            self.b[name] = zeroed((layers, rows, n), weights.dtype, weights.device)
         self._pools = [
             {name: LoraPool(self.a[name][i], self.b[name][i], self.offsets[name]) for name in first}
             for i in range(layers)

@@ -4,11 +4,11 @@ One pass over the kernels of any backend; no cache object, no masks, no Python a
 requests or the scheduler: what it needs of a step is in `StepMeta`.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from onebase_server.engine.weights import LayerWeights, ModelWeights, Projection
+from onebase_server.engine.zeroed import zeroed
 from onebase_server.kernels.ops import Kernels, LoraPool, StepMeta
 
 Pools = dict[str, LoraPool]
@@ -21,8 +21,8 @@ class KVCache:
         g = weights.geometry
         shape = (g.layers, num_pages, page_size, g.kv_heads, g.head)
         self.page_size = page_size
-        self.k = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
-        self.v = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
+        self.k = zeroed(shape, weights.dtype, weights.device)
+        self.v = zeroed(shape, weights.dtype, weights.device)
 
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
         """Copy page src -> dst in every layer."""
