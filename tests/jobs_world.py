@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,8 @@ class JobsWorld:
     store: AdapterStore
     supervisor: Supervisor
     plan: Path
+    supervisor_over: Callable[[Callable[[], Awaitable[None]]], Supervisor]
+    """Another supervisor of this home, with work of its own each round."""
 
     def script(self, **plan: Any) -> None:
         """What trainers that start from now on do."""
@@ -97,12 +99,16 @@ async def jobs_world(root: Path, *, start: bool = True, **options: Any) -> Async
         plan.write_text("{}")
     command = RunCommand(program=(sys.executable, str(Path(fake_trainer.__file__)), str(plan)))
     config = SupervisorConfig(max_running=options.get("running", 1), look_s=0.05, times=options.get("times", FAST))
-    supervisor = Supervisor(home, ledger, files, store, command, config, find_base=lambda _: SCRIPTED_BASE)
+
+    def supervisor_over(each_round: Callable[[], Awaitable[None]] | None) -> Supervisor:
+        return Supervisor(home, ledger, files, store, command, config, lambda _: SCRIPTED_BASE, each_round)
+
+    supervisor = supervisor_over(None)
     jobs = JobService(home, ledger, files, chats, JobLimits(options.get("waiting", 16)))
     if start:
         await supervisor.start()
     try:
-        yield JobsWorld(home, database, ledger, files, chats, jobs, store, supervisor, plan)
+        yield JobsWorld(home, database, ledger, files, chats, jobs, store, supervisor, plan, supervisor_over)
     finally:
         if start:
             await supervisor.stop()

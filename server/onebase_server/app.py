@@ -1,5 +1,6 @@
 """`create_app`: the Litestar app from its parts. Nothing is global, nothing is read at import, no torch is loaded."""
 
+from functools import partial
 from typing import Any
 
 from litestar import Litestar, Router
@@ -12,6 +13,7 @@ from onebase_server.api import (
     admin_adapters,
     admin_keys,
     admin_retrain,
+    admin_schedules,
     chat,
     completions,
     feedback,
@@ -22,12 +24,14 @@ from onebase_server.api import (
     responses,
     stored_chats,
 )
+from onebase_server.api.allowed_methods import send_allow
 from onebase_server.api.auth import require
 from onebase_server.api.decode import WirePlugin, WireRequest
 from onebase_server.api.deps import AppDeps
 from onebase_server.api.errors import handle_any_error
 from onebase_server.api.keys import KeyRing
 from onebase_server.api.limits import LIMIT_HEADERS, send_limits
+from onebase_server.api.preload import bring_near
 from onebase_server.api.request_id import send_request_id
 from onebase_server.api.response_store import ResponseStore
 from onebase_server.settings import Settings
@@ -40,7 +44,9 @@ def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
 
     `openapi` is for the command that writes openapi.yaml; a server needs none.
     """
-    kept = ResponseStore()
+    kept = ResponseStore(max_bytes=deps.settings.response_memory_mb * 1_000_000)
+    deps.durable.scheduler.order_of = partial(admin_schedules.scheduled_order, deps=deps)
+    deps.durable.supervisor.bring_near = lambda version: bring_near([version], deps)
     guard = require(KeyRing(deps.settings, deps.keys), deps.limiter, deps.settings)
     inference = Router(
         "/v1",
@@ -101,6 +107,9 @@ def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
             admin_retrain.list_retrain_runs,
             admin_retrain.get_retrain_run,
             admin_retrain.cancel_retrain_run,
+            admin_schedules.create_schedule,
+            admin_schedules.list_schedules,
+            admin_schedules.delete_schedule,
             admin_keys.create_key,
             admin_keys.list_keys,
             admin_keys.revoke_key,
@@ -115,7 +124,7 @@ def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
         request_class=WireRequest,
         plugins=[WirePlugin(exclude_unset=True), PydanticSchemaPlugin()],
         exception_handlers={Exception: handle_any_error},
-        before_send=[send_request_id, deps.metrics.count, send_limits(deps.limiter), deps.audit.note],
+        before_send=[send_request_id, send_allow, deps.metrics.count, send_limits(deps.limiter), deps.audit.note],
         request_max_body_size=deps.settings.max_body_mb * 1_000_000,
         cors_config=cors(deps.settings),
         openapi_config=openapi,

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from onebase_server.api.schemas_chat import ChatChunk, ChatCompletion
+from onebase_server.api.schemas_common import ErrorBody
 from onebase_server.api.schemas_completions import Completion
 from onebase_server.api.schemas_fine_tuning import EventList, JobEvent
+from onebase_server.api.schemas_responses import ResponseBody, ResponseEvent
 
 ABOUT = """\
 One frozen 4-bit base and many QLoRA adapters behind OpenAI's API. Name the base or an adapter (`name`, `name@3`, a
@@ -71,11 +73,23 @@ def _ref(model: type) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{model.__name__}"}
 
 
-# operation -> media type -> schema. Of a stream: the JSON behind each `data:`.
+def _stream(*models: type, done: bool = True) -> dict[str, Any]:
+    """One server-sent event of a stream, as schemas of `text/event-stream` are read in OpenAPI 3.1."""
+    told: dict[str, Any] = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_ref(model) for model in (*models, ErrorBody)]},
+    }
+    data = {"anyOf": [{"const": "[DONE]"}, told]} if done else told
+    return {"type": "object", "required": ["data"], "properties": {"event": {"type": "string"}, "data": data}}
+
+
+# operation -> media type -> schema. Of a stream: one event, whose `data` is JSON.
 REPLIES: Mapping[str, Mapping[str, Any]] = {
-    "createChatCompletion": {"application/json": _ref(ChatCompletion), "text/event-stream": _ref(ChatChunk)},
-    "createCompletion": {"application/json": _ref(Completion), "text/event-stream": _ref(Completion)},
-    "listFineTuningEvents": {"application/json": _ref(EventList), "text/event-stream": _ref(JobEvent)},
+    "createChatCompletion": {"application/json": _ref(ChatCompletion), "text/event-stream": _stream(ChatChunk)},
+    "createCompletion": {"application/json": _ref(Completion), "text/event-stream": _stream(Completion)},
+    "createResponse": {"application/json": _ref(ResponseBody), "text/event-stream": _stream(ResponseEvent, done=False)},
+    "listFineTuningEvents": {"application/json": _ref(EventList), "text/event-stream": _stream(JobEvent, done=False)},
     "downloadFile": {"application/octet-stream": {"type": "string", "format": "binary"}},
     "getMetrics": {"text/plain": {"type": "string"}},
 }
@@ -115,11 +129,24 @@ EXAMPLES: Mapping[str, Mapping[str, Any]] = {
         "good": {"completion_id": "chatcmpl-abc", "rating": "good"},
         "better": {"completion_id": "chatcmpl-abc", "rating": "bad", "better_answer": "Arr, by the palm."},
     },
+    "createResponse": {
+        "text": {"model": "pirate", "input": "Where is the treasure?"},
+        "streamed": {"model": "pirate", "input": [{"role": "user", "content": "Where?"}], "stream": True},
+    },
     "createCompletion": {"whole": {"model": "pirate", "prompt": "Once upon a time", "max_tokens": 32}},
     "createRetrainRun": {
         "default": {"adapter": "pirate", "dataset": "pirate.jsonl", "preset": "default"},
         "gated": {"adapter": "pirate", "stored_chats": True, "from": "current", "gate": {"max_loss_increase": 0.02}},
         "shorter": {"adapter": "pirate", "dataset": "pirate.jsonl", "hyperparameters": {"epochs": 1, "r": 8}},
+    },
+    "createSchedule": {
+        "nightly": {
+            "adapter": "pirate",
+            "cron": "0 3 * * *",
+            "timezone": "Europe/Berlin",
+            "retrain": {"stored_chats": True, "from": "current", "gate": True},
+        },
+        "every six hours": {"adapter": "pirate", "every": "6h", "retrain": {"dataset": "pirate.jsonl"}},
     },
     "publishVersion": {"one version": {"version": 3}, "a split": {"weights": {"3": 0.9, "4": 0.1}}},
     "rollbackAdapter": {"the one before": {}, "a version": {"version": 2}},

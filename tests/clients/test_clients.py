@@ -67,6 +67,21 @@ def test_python_errors_are_openais(client: Onebase) -> None:
     assert caught.value.param == "dataset"
 
 
+def test_python_schedules_retrainings(client: Onebase) -> None:
+    made = client.server.create_schedule(
+        "pirate", cron="0 3 * * *", timezone="Europe/Berlin", stored_chats=True, from_="current", gate=True
+    )
+    assert made.retrain == {"stored_chats": True, "from": "current", "gate": True, "preset": "default"}
+    assert client.server.create_schedule("pirate", every="6h", stored_chats=True).every == "6h"
+    first, second = client.server.schedules()
+    assert (first.id, first.last_run, second.cron) == (made.id, None, None)
+    assert [client.server.delete_schedule(each.id).deleted for each in (first, second)] == [True, True]
+    assert client.server.schedules() == []
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.server.create_schedule("pirate", cron="at night", stored_chats=True)
+    assert caught.value.param == "cron"
+
+
 def test_python_makes_and_revokes_keys(tmp_path: Path) -> None:
     """On a server of its own: from the first key on, a server lets nobody in without one."""
     with live_server(tmp_path) as live, Onebase(base_url=f"{live.url}/v1", max_retries=0) as client:

@@ -5,7 +5,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
-from onebase_client.models import Adapter, Adapters, Deleted, Key, Keys, NewKey, RetrainRun, RetrainRuns
+from onebase_client.models import (
+    Adapter,
+    Adapters,
+    Deleted,
+    Key,
+    Keys,
+    NewKey,
+    RetrainRun,
+    RetrainRuns,
+    Schedule,
+    Schedules,
+)
 
 if TYPE_CHECKING:
     from onebase_client.client import Onebase
@@ -89,6 +100,24 @@ class ServerAdmin:
             if run.state in ("succeeded", "failed", "cancelled"):
                 return run
             time.sleep(poll_s)
+
+    # Schedules
+
+    def create_schedule(
+        self, adapter: str, *, cron: str | None = None, every: str | None = None, timezone: str = "UTC", **retrain: Any
+    ) -> Schedule:
+        """Retrain by a cron line (`"0 3 * * *"`) or every so often (`"6h"`); `retrain`: as for `retrain()`."""
+        when = {"cron": cron} if every is None else {"every": every}
+        if "from_" in retrain:
+            retrain["from"] = retrain.pop("from_")
+        body = {"adapter": adapter, "timezone": timezone, **when, "retrain": retrain}
+        return self._post("/schedules", Schedule, body)
+
+    def schedules(self) -> list[Schedule]:
+        return self._get("/schedules", Schedules).data
+
+    def delete_schedule(self, schedule_id: str) -> Deleted:
+        return self._client.delete(f"{self._root}/schedules/{quote(schedule_id)}", cast_to=Deleted)
 
     # Keys
 

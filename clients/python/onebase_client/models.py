@@ -66,6 +66,27 @@ class RetrainRuns(BaseModel):
     data: list[RetrainRun]
 
 
+class Schedule(BaseModel):
+    """A retraining that orders itself. `note`: why its last time ordered nothing, if it did not."""
+
+    id: str
+    adapter: str
+    cron: str | None = None
+    every: str | None = None
+    timezone: str
+    retrain: dict[str, Any]
+    created_at: int
+    next_at: int
+    last_at: int | None = None
+    last_run: str | None = None
+    last_state: str | None = None
+    note: str | None = None
+
+
+class Schedules(BaseModel):
+    data: list[Schedule]
+
+
 class Key(BaseModel):
     """A key without the key."""
 

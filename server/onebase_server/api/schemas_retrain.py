@@ -53,10 +53,11 @@ def switch_or_spec(value: Any) -> str:
     return "#switch" if isinstance(value, bool) else "#spec"
 
 
-class RetrainRequest(RequestBody):
-    adapter: AdapterName
+class RetrainFields(Wire):
+    """What a retraining is, but for the adapter's name."""
+
     dataset: str | None = None
-    """A path on the server, absolute or below one of the dataset folders."""
+    """A file or a folder on the server, absolute or below one of the dataset folders."""
     training_file: str | None = None
     """An uploaded file's id."""
     stored_chats: bool | None = None
@@ -76,6 +77,10 @@ class RetrainRequest(RequestBody):
     """True, or margins: publish only if the new version is no worse than the current one."""
     priority: Annotated[int, Field(ge=-100, le=100)] | None = None
     """Higher goes first."""
+
+
+class RetrainRequest(RetrainFields, RequestBody):
+    adapter: AdapterName
 
 
 class RunError(Wire):

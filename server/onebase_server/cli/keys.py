@@ -1,8 +1,6 @@
 """`onebase keys`: make, list and revoke API keys. A running server sees each change within half a second."""
 
-import asyncio
 import json
-import os
 import re
 import time
 from collections.abc import Awaitable, Callable
@@ -15,16 +13,13 @@ from rich.table import Column, Table
 
 from onebase.errors import InvalidInput, NotFound
 from onebase_server.api.admin_keys import order_of
-from onebase_server.api.audit import AuditLog
 from onebase_server.api.decode import decode_body
 from onebase_server.api.keys import new_key
 from onebase_server.api.schemas_keys import CreateKey
 from onebase_server.cli.options import HomeOption
-from onebase_server.records.database import Database
+from onebase_server.cli.records import on_database
 from onebase_server.records.keys import KeyRecords
 from onebase_server.records.tables import KeyRow
-from onebase_server.settings import load_settings
-from onebase_server.startup import prepare_home
 
 console = Console()
 app = typer.Typer(help="API keys: make, list, revoke.", no_args_is_help=True)
@@ -92,24 +87,7 @@ def revoke(
 
 
 def run(home: Path | None, action: str | None, work: Callable[[KeyRecords], Awaitable[T]]) -> T:
-    """Do it on the database that the server uses, and write an action to the audit log."""
-    settings = load_settings(os.environ, {"home": home})
-    prepare_home(settings.home)
-
-    async def do() -> T:
-        database = (
-            Database.at(settings.database) if settings.database else Database.file(settings.home.root / "onebase.db")
-        )
-        try:
-            await database.migrate()
-            return await work(KeyRecords(database))
-        finally:
-            await database.close()
-
-    done = asyncio.run(do())
-    if action is not None:
-        AuditLog(settings.home.root / "audit").write({"key": "cli", "user": os.getuid(), "action": action})
-    return done
+    return on_database(home, action, lambda database: work(KeyRecords(database)))
 
 
 def seconds_of(text: str) -> int:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from onebase import __version__
 from onebase.errors import OnebaseError
-from onebase_server.cli import adapters, base, bench, care, chat, keys, serve
+from onebase_server.cli import adapters, base, bench, care, chat, keys, schedules, serve
 
 app = typer.Typer(
     name="onebase",
@@ -29,6 +29,7 @@ app.command("bench")(bench.bench)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(base.app, name="base")
 app.add_typer(keys.app, name="keys")
+app.add_typer(schedules.app, name="schedules")
 app.command("doctor")(care.doctor)
 app.command("backup")(care.backup)
 app.command("restore")(care.restore)

@@ -8,6 +8,7 @@ from onebase_server.jobs.checkpoints import FindBase
 from onebase_server.jobs.files import FileService
 from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.process import RunCommand
+from onebase_server.jobs.schedules import Scheduler
 from onebase_server.jobs.service import JobLimits, JobService
 from onebase_server.jobs.supervisor import Supervisor, SupervisorConfig
 from onebase_server.records.chats import ChatRecords
@@ -15,6 +16,7 @@ from onebase_server.records.database import Database
 from onebase_server.records.files import FileRecords
 from onebase_server.records.jobs import JobRecords
 from onebase_server.records.keys import KeyRecords
+from onebase_server.records.schedules import ScheduleRecords
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,7 @@ class Durable:
     chats: ChatRecords
     keys: KeyRecords
     jobs: JobService
+    scheduler: Scheduler
     supervisor: Supervisor
 
     async def start(self) -> None:
@@ -64,12 +67,15 @@ def assemble(
     ledger = Ledger(JobRecords(database))
     files = FileService(home.files, FileRecords(database), limit=config.max_file)
     chats = ChatRecords(database)
+    jobs = JobService(home, ledger, files, chats, config.limits)
+    scheduler = Scheduler(ScheduleRecords(database), ledger, jobs)
     return Durable(
         database=database,
         ledger=ledger,
         files=files,
         chats=chats,
         keys=KeyRecords(database),
-        jobs=JobService(home, ledger, files, chats, config.limits),
-        supervisor=Supervisor(home, ledger, files, store, command, config.supervisor, find_base),
+        jobs=jobs,
+        scheduler=scheduler,
+        supervisor=Supervisor(home, ledger, files, store, command, config.supervisor, find_base, scheduler.tick),
     )

@@ -38,6 +38,7 @@ KNOBS: Final[Mapping[str, tuple[str, str]]] = {
     "threads": ("compute", "threads"),
 }
 HELD_OUT: Final = 0.1
+DATA_FILES: Final = (".jsonl", ".json")
 
 
 def fixed_part(order: FineTuningOrder | RetrainOrder, job_id: str, seed: int) -> dict[str, Any]:
@@ -66,12 +67,21 @@ def fixed_part(order: FineTuningOrder | RetrainOrder, job_id: str, seed: int) ->
 def whole_recipe(job: JobRow, folder: RunFolder) -> dict[str, Any]:
     """With the run's files and the decided hyperparameters."""
     recipe = {key: dict(value) if isinstance(value, dict) else value for key, value in job.recipe.items()}
-    recipe["data"]["train"] = [job.dataset if job.dataset is not None else str(folder.training)]
+    recipe["data"]["train"] = [str(folder.training)] if job.dataset is None else files_of(Path(job.dataset))
     if job.validation_file is not None:
         recipe["data"]["eval"] = [str(folder.validation)]
     if job.kind == FINE_TUNING:
         recipe["train"] |= to_recipe(job.hyperparameters)
     return recipe
+
+
+def files_of(dataset: Path) -> list[str]:
+    """The dataset itself, or the data files that its folder holds now, by name. A link that leads out is none of it."""
+    if not dataset.is_dir():
+        return [str(dataset)]
+    found = [path for path in sorted(dataset.iterdir()) if path.suffix.lower() in DATA_FILES and path.is_file()]
+    inside = [str(path) for path in found if path.resolve().is_relative_to(dataset.resolve())]
+    return inside or [str(dataset / "*.jsonl")]  # the trainer says that there is none
 
 
 def write_recipe(job: JobRow, folder: RunFolder) -> None:

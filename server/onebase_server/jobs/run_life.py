@@ -7,9 +7,10 @@ takes a run up in the middle walks the same path as the one that began it.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from onebase.errors import OnebaseError
 from onebase.home import Home
 from onebase.store import AdapterStore, Version
 from onebase_server.jobs.checkpoints import Checkpoints, FindBase, finished_checkpoints
@@ -48,7 +49,8 @@ class ServerStopsError(Exception):
 
 
 class RunLife:
-    """Carries out one job, and may be told to again after an error. `stopping`: whether the server is going down."""
+    """Carries out one job, and may be told to again after an error. `stopping`: whether the server is going down.
+    `bring_near`: loads a version where it will be served; raises OnebaseError if it can't be."""
 
     def __init__(
         self,
@@ -61,6 +63,7 @@ class RunLife:
         times: RunTimes,
         find_base: FindBase,
         stopping: Callable[[], bool],
+        bring_near: Callable[[Version], Awaitable[None]],
     ) -> None:
         self._id = job.id
         self._home = home
@@ -71,6 +74,7 @@ class RunLife:
         self._times = times
         self._find_base = find_base
         self._stopping = stopping
+        self._bring_near = bring_near
         self._folder = RunFolder(home.runs, job.id)
         self._process: RunProcess | None = None
         self._stalled = False
@@ -109,10 +113,17 @@ class RunLife:
                 return None
 
     async def _publish(self, job: JobRow, version: Version) -> None:
+        try:
+            await self._bring_near(version)
+        except OnebaseError as error:
+            await self._settler.take_back(job)
+            reason = f"{version.id} can't be served, so it was not published: {error.message}"
+            return await self._settler.fail(job, self._folder, job_error("version_unservable", reason))
         if await self._settler.publish(job, self._folder, version):
             await self._settler.succeed(job, self._folder, version)
         else:
             await self._settle_unwatched(await self._ledger.get(self._id))
+        return None
 
     async def _settle_unwatched(self, job: JobRow) -> None:
         """Cancelled, paused, or left in the middle of publishing by a crash."""

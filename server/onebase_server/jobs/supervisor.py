@@ -10,14 +10,14 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from onebase.bases import resolve_base
 from onebase.home import Home
-from onebase.store import AdapterStore
+from onebase.store import AdapterStore, Version
 from onebase_server.jobs.checkpoints import FindBase
 from onebase_server.jobs.files import FileService, is_abandoned
 from onebase_server.jobs.hyperparameters import decided
@@ -59,6 +59,7 @@ class Supervisor:
         command: RunCommand | None = None,
         config: SupervisorConfig | None = None,
         find_base: FindBase | None = None,
+        each_round: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._home = home
         self._ledger = ledger
@@ -69,6 +70,10 @@ class Supervisor:
         self._command = command or RunCommand()
         self._config = config or SupervisorConfig()
         self._find_base = find_base or partial(resolve_base, home)
+        self._each_round = each_round
+        self.bring_near: Callable[[Version], Awaitable[None]] | None = None
+        """Set by a server with an engine: loads a version before its name moves to it. Raises OnebaseError if it can't
+        be served."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._runs: set[str] = set()
         self._lives: dict[str, RunLife] = {}
@@ -98,6 +103,8 @@ class Supervisor:
                     self._lock = self._take_lock()
                 if self._lock is not None:
                     await self._dispatch()
+                    if self._each_round is not None:
+                        await self._each_round()
                     if now() - swept_at > self._config.sweep_s:
                         swept_at = now()
                         await self._clean_up()
@@ -208,7 +215,12 @@ class Supervisor:
             self._config.times,
             self._find_base,
             lambda: self._stopping,
+            self._near,
         )
+
+    async def _near(self, version: Version) -> None:
+        if self.bring_near is not None:
+            await self.bring_near(version)
 
 
 def _check_files(job: JobRow, folder: RunFolder) -> int | JobError:

@@ -135,6 +135,12 @@ class JobRecords:
         async with self._database.read() as session:
             return (await session.scalars(select(JobRow).where(JobRow.run_open).order_by(JobRow.seq))).all()
 
+    async def of_adapter(self, adapter: str, states: Collection[str]) -> str | None:
+        """The id of a job of the adapter that is in one of these states, or None."""
+        query = select(JobRow.id).where(JobRow.adapter == adapter, JobRow.state.in_(states)).order_by(JobRow.seq)
+        async with self._database.read() as session:
+            return (await session.scalars(query.limit(1))).first()
+
     async def count(self, states: Collection[str]) -> int:
         async with self._database.read() as session:
             return await session.scalar(select(func.count()).where(JobRow.state.in_(states))) or 0

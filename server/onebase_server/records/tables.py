@@ -189,3 +189,25 @@ class KeyRow(Base):
     expires_at: Mapped[int | None]
     last_used_at: Mapped[int | None]
     revoked_at: Mapped[int | None]
+
+
+class ScheduleRow(Base):
+    """A retraining that is ordered again and again: at the times of `cron` in `timezone`, or `every` so long.
+
+    `request` is the retrain request as it was sent, and means at each time what it would mean then.
+    """
+
+    __tablename__ = "schedules"
+    seq: Mapped[int] = mapped_column(RowNumber, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(64), unique=True)
+    owner: Mapped[str] = mapped_column(String(64))
+    adapter: Mapped[str]
+    cron: Mapped[str | None]
+    every: Mapped[str | None]
+    timezone: Mapped[str]
+    request: Mapped[Json]
+    created_at: Mapped[int]
+    next_at: Mapped[int] = mapped_column(index=True)
+    last_at: Mapped[int | None]
+    last_run: Mapped[str | None]
+    note: Mapped[str | None]

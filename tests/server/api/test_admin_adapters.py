@@ -54,6 +54,24 @@ def test_publishing_serves_one_version_or_splits_the_traffic(versions: World) ->
     assert answers == {"pirate@1", "pirate@2"}
 
 
+def test_a_version_is_loaded_before_it_is_published(versions: World) -> None:
+    answer(versions)
+    body = versions.post("/admin/adapters/pirate/publish", {"weights": {"1": 1, "2": 1}}).json()
+    assert [each["place"] for each in body["versions"]] == ["slot", "slot", "slot"]
+    body = versions.post("/admin/adapters/pirate/rollback", {"version": 3}).json()
+    assert (body["current"], [each["loads"] for each in body["versions"]]) == ("pirate@3", [1, 1, 1])
+
+
+@pytest.mark.parametrize("verb", ["publish", "rollback"])
+def test_a_version_that_can_not_be_loaded_is_never_served_under_the_name(versions: World, verb: str) -> None:
+    versions.runner.broken.add(versions.store.resolve("pirate@1").digest)
+    reply = versions.post(f"/admin/adapters/pirate/{verb}", {"version": 1})
+    assert reply.status_code == 400
+    assert "pirate@1 is broken" in error_of(reply)["message"]
+    assert card(versions)["current"] == "pirate@3"
+    assert answer(versions).startswith("pirate@3")
+
+
 @pytest.mark.parametrize("verb", ["preload", "pin"])
 def test_a_version_can_be_brought_near_ahead_of_its_first_request(versions: World, verb: str) -> None:
     body = versions.post(f"/admin/adapters/pirate/{verb}", {"version": 2}).json()

@@ -169,6 +169,7 @@ def ask(world: World, route: Route, who: dict[str, str], ids: dict[str, str], **
 @routes_with(ADMIN)
 def test_admin_routes_are_closed_to_other_keys(world: World, tenants: list[Tenant], route: Route) -> None:
     ids = {"name": "everyones", "model_id": "everyones", "run_id": "run-1", "key_id": "key_1", "version": "1"}
+    ids["schedule_id"] = "sched-1"
     assert ask(world, route, tenants[0].headers, ids).status_code == 403
     assert ask(world, route, {}, ids).status_code == 401
 

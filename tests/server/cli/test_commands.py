@@ -78,3 +78,17 @@ def test_the_version_is_printed() -> None:
 @pytest.mark.parametrize("command", ["serve", "chat", "bench", "adapters", "base"])
 def test_every_command_has_help(command: str) -> None:
     assert "Usage" in run(command, "--help")
+
+
+def test_schedules_are_added_listed_and_removed(home: Path) -> None:
+    assert "no schedule yet" in run("schedules", "ls")
+    added = run("schedules", "add", "pirate", "--cron", "0 3 * * *", "--stored-chats", "--from-current", "--gate")
+    schedule_id = added.partition(":")[0]
+    listed = run("schedules", "ls")
+    assert schedule_id in listed
+    assert "0 3 * * * UTC" in listed
+    assert "removed" in run("schedules", "rm", schedule_id)
+    with pytest.raises(OnebaseError, match="no schedule"):
+        run("schedules", "rm", schedule_id)
+    with pytest.raises(OnebaseError, match="no cron line"):
+        run("schedules", "add", "pirate", "--cron", "at night", "--dataset", "x.jsonl")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from jobs_world import LINE, JobsWorld, jobs_world
-from onebase.errors import InvalidInput
+from onebase.errors import AdapterInvalid, InvalidInput
+from onebase.store import Version
 from onebase_server.jobs.orders import Gate
 from onebase_server.records.tables import ChatRow, FeedbackRow
 
@@ -67,6 +68,31 @@ async def test_a_job_cancelled_at_its_gate_takes_its_version_back(world: JobsWor
     job = await world.until(job, lambda row: (row.message or "").startswith("evaluating"))
     await world.jobs.cancel(job.id, None)
     job = await world.ended(job)
+    entry = world.store.get("bot")
+    assert entry is not None
+    assert [version.id for version in entry.versions] == ["bot@1"]
+
+
+@pytest.mark.slow
+async def test_a_version_is_loaded_before_its_name_moves_and_not_served_if_it_can_not_be(
+    world: JobsWorld, dataset: Path
+) -> None:
+    served = []
+
+    async def load(version: Version) -> None:
+        entry = world.store.get("bot")
+        served.append((version.id, dict(entry.weights) if entry else {}))
+        if version.version == 2:
+            raise AdapterInvalid("bot/2", ["it does not fit"])
+
+    world.supervisor.bring_near = load
+    first = await world.ended(await world.retrain(dataset=dataset))
+    second = await world.ended(await world.retrain(dataset=dataset))
+    assert served == [("bot@1", {}), ("bot@2", {1: 1.0})]
+    assert (first.state, second.state, current(world)) == ("succeeded", "failed", "bot@1")
+    assert second.error is not None
+    assert second.error["code"] == "version_unservable"
+    assert "bot@2 can't be served" in second.error["message"]
     entry = world.store.get("bot")
     assert entry is not None
     assert [version.id for version in entry.versions] == ["bot@1"]
