@@ -19,12 +19,21 @@ from onebase.home import Home
 from onebase.store import AdapterStore, Version
 from onebase.tokenizer import TextTokenizer
 from onebase_training import checkpoint, lora, preflight
-from onebase_training.assemble import build_trainer, has_tensorboard, optimizer_name, prepare, read_data
+from onebase_training.assemble import (
+    build_trainer,
+    has_tensorboard,
+    make_renderer,
+    optimizer_name,
+    prepare,
+    read_data,
+)
 from onebase_training.config import Recipe
+from onebase_training.dataset import Dataset
 from onebase_training.plan import make_plan
 from onebase_training.progress import RunCallback
 from onebase_training.publish import publish_adapter, write_checked
 from onebase_training.report import Metrics, describe, final_metrics, write_reports
+from onebase_training.smoke import check_speaks
 from onebase_training.status import StatusWriter
 from onebase_training.stop import StopRequest
 from onebase_training.trainer import PlanTrainer, held_out_metrics
@@ -117,7 +126,7 @@ def _carry_out(run: Run) -> RunResult:
         return RunResult("succeeded", None, {})
 
     metrics = final_metrics(trainer, callback, before, outcome, time.monotonic() - started)
-    version = _publish(run, trainer, callback, metrics)
+    version = _publish(run, trainer, callback, metrics, dataset)
     write_reports(run.run_dir, recipe, spec, trainer.state.log_history, metrics, version)
     where = f"published {version.id}" if version else f"trained, but no server can serve its kind: {run.run_dir}"
     console.print(
@@ -153,18 +162,23 @@ def _train(run: Run, trainer: PlanTrainer, callback: RunCallback) -> Any:
             callback.close()
 
 
-def _publish(run: Run, trainer: PlanTrainer, callback: RunCallback, metrics: Metrics) -> Version | None:
-    """The last weights, or with early stopping those of the best evaluation."""
+def _publish(
+    run: Run, trainer: PlanTrainer, callback: RunCallback, metrics: Metrics, dataset: Dataset
+) -> Version | None:
+    """The last weights, or with early stopping those of the best evaluation; once they have been heard to speak."""
     model = trainer.model.model
     if callback.stops_early and checkpoint.best_adapter(run.run_dir) is not None:
         checkpoint.load_adapter_tensors(model, run.run_dir / checkpoint.BEST)
     folder = run.run_dir / "adapter"
     write_checked(model, checkpoint.adapter_tensors(model), folder)
+    spec = find_base(run.home, run.recipe.base)
+    renderer = make_renderer(run.recipe, spec, TextTokenizer.load(spec.path))
+    check_speaks(model, [row for row, _ in dataset.train], renderer.stop_token_ids())
     return publish_adapter(
         AdapterStore(run.home.adapters),
         folder,
         run.recipe,
-        find_base(run.home, run.recipe.base),
+        spec,
         metrics,
         make_current=run.options.make_current,
         aliases=run.options.aliases,
