@@ -16,7 +16,6 @@ from types import FrameType
 
 import uvicorn
 from litestar import Litestar
-from sse_starlette.sse import AppStatus
 
 from onebase_server.settings import Settings
 from onebase_server.slow_clients import BoundedBodies, protocol_within
@@ -60,8 +59,6 @@ class HttpServer(uvicorn.Server):
         self._drain_s = settings.drain_s
         self._drain_until: float | None = None
         self._signalled_at = 0.0
-        # Or sse-starlette would cut every stream at the first signal.
-        AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

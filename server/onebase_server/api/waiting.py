@@ -19,7 +19,7 @@ async def unless_client_leaves(receive: Receive, work: Awaitable[T], cancel: Cal
     The request's body must have been read: the next message is then the disconnect.
     """
     worker = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_disconnected(receive))
+    watcher = asyncio.ensure_future(disconnected(receive))
     try:
         await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if not worker.done():
@@ -32,6 +32,7 @@ async def unless_client_leaves(receive: Receive, work: Awaitable[T], cancel: Cal
             cancel()
 
 
-async def _disconnected(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
+    """Until the client hangs up."""
     while (await receive())["type"] != "http.disconnect":
         pass

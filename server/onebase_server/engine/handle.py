@@ -39,7 +39,8 @@ class RequestHandle:
         self.request = request
         self._cancel = cancel
         self._lock = threading.Lock()
-        self._condition = threading.Condition(self._lock)
+        self._condition: threading.Condition | None = None
+        """Made by the first plain thread that waits: most readers are asyncio's, and there are many of them."""
         self._unread: dict[int, list[TokenEvent]] = {}
         self._open = request.n
         """Choices whose last event has not been pushed."""
@@ -83,12 +84,15 @@ class RequestHandle:
     def iterate(self) -> Iterator[TokenEvent]:
         """As `events`, blocking the calling thread."""
         remaining = self.request.n
+        condition = threading.Condition(self._lock)
+        with condition:
+            self._condition = condition
         try:
             while remaining:
-                with self._condition:
+                with condition:
                     while not self._unread:
                         self._blocked = True
-                        self._condition.wait()
+                        condition.wait()
                     self._blocked = False
                     unread, self._unread = self._unread, {}
                 for events in unread.values():
@@ -124,7 +128,7 @@ class RequestHandle:
                     events[:] = [merge(events)]
             if event.finish_reason is not None:
                 self._open -= 1
-            if self._blocked:
+            if self._blocked and self._condition is not None:
                 self._condition.notify()
             waiter, self._waiter = self._waiter, None
             return waiter
