@@ -76,10 +76,13 @@ def test_an_adapter_above_the_rank_limit_is_refused_with_the_setting_to_change(
         runner.read_adapter(ref(folder / "r32"))
 
 
-def test_values_that_are_not_finite_are_refused_by_name(runner: TorchRunner, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), -float("nan")], ids=str)
+def test_values_that_are_not_finite_are_refused_by_name(
+    value: float, runner: TorchRunner, folder: Path, tmp_path: Path
+) -> None:
     tensors = load_file(folder / "r2" / "adapter_model.safetensors")
     broken = next(iter(tensors))
-    tensors[broken][0, 0] = float("inf")
+    tensors[broken][0, 0] = value
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text((folder / "r2" / "adapter_config.json").read_text())
     with pytest.raises(AdapterInvalid, match=broken):
