@@ -25,6 +25,8 @@ import psutil
 MAX_GROWTH = 0.03
 POOLS = 16
 """Threads and file handles by which pools may still grow after the warm-up: they have bounds, a leak has none."""
+KEPT = 20
+"""Newest versions of the adapter that is trained anew: older ones are deleted, as who retrains all day would."""
 WARM_UP = 0.25
 """Of the time: what is allocated until then counts as standing."""
 LINE = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
@@ -134,6 +136,17 @@ class Soak:
                 await asyncio.sleep(1)
                 run = (await self.call("GET", f"/admin/retrain/{run['id']}")).json()
             self.done[f"retrain {run.get('state')}"] += 1
+            await self.delete_old(name)
+
+    async def delete_old(self, name: str) -> None:
+        """What was trained here, and only that; not what another client is having served just now."""
+        card = (await self.call("GET", f"/admin/adapters/{name}")).json()
+        numbers = [version["version"] for version in card["versions"]]
+        served = {each["version"] for each in card["serving"]}
+        for number in numbers[:-KEPT]:
+            if number not in self.adapters[name] and number not in served:
+                await self.call("DELETE", f"/v1/models/{name}@{number}")
+                self.done["delete"] += 1
 
 
 @dataclass(frozen=True)

@@ -266,3 +266,25 @@ def test_an_empty_or_absent_store_lists_nothing(store: AdapterStore) -> None:
 def test_the_manifest_on_disk_is_the_versions(store: AdapterStore, source: Path) -> None:
     version = publish(store, source)
     assert json.loads((version.path / "onebase.json").read_text())["name"] == "bot"
+
+
+def test_history_outlives_a_pointer_that_is_read_from_memory(store: AdapterStore, source: Path) -> None:
+    for _ in range(3):
+        publish(store, source)
+    pointer = store.root / "bot" / "current.json"
+    os.utime(pointer, (1e9, 1e9))  # old enough to be remembered
+    for _ in range(2):
+        assert store.resolve("bot").version == 3
+    assert publish(store, source, make_current=False).version == 4
+    os.utime(pointer, (1e9, 1e9))
+    assert store.resolve("bot").version == 3
+    assert store.rollback("bot").weights == {2: 1.0}
+    assert store.rollback("bot").weights == {1: 1.0}
+
+
+def test_the_settings_of_a_training_are_read_when_they_are_asked_for(store: AdapterStore, source: Path) -> None:
+    version = publish(store, source, training={"lr": 1e-4})
+    assert version.manifest.training == {"lr": 1e-4}
+    store.remove("bot@1", force=True)
+    with pytest.raises(AdapterInvalid, match="manifest can't be read"):
+        _ = version.manifest

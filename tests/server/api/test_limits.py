@@ -162,3 +162,18 @@ def test_generations_at_a_time_are_bounded_and_given_back_however_they_end(tmp_p
         for body in (chat_body(), chat_body(n=2), chat_body(stream=True)):
             assert http.post("/v1/chat/completions", json=body).status_code == 200
         assert json.loads(http.post("/v1/completions", json={"model": "tiny/base", "prompt": "x"}).text)["choices"]
+
+
+def test_keys_that_have_gone_quiet_leave_no_bucket_behind() -> None:
+    now = 0.0
+    limiter = Limiter(lambda: now)
+    for index in range(5000):
+        now += 1.0
+        limiter.take_request(Caller("o", "o", f"key_{index}", limits=KeyLimits(rpm=60)))
+    assert len(limiter._requests) <= 1100
+    spent = Caller("o", "o", "spent", limits=KeyLimits(rpm=1))
+    limiter.take_request(spent)
+    for index in range(3000):
+        limiter.take_request(Caller("o", "o", f"other_{index}", limits=KeyLimits(rpm=60)))
+    with pytest.raises(RateLimited):
+        limiter.take_request(spent)

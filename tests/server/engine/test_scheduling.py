@@ -422,3 +422,18 @@ def test_a_failed_prefill_ends_the_answers_that_waited_for_it_too() -> None:
 def test_a_choice_s_seed_is_a_fixed_function_of_the_request_s_seed_and_its_index() -> None:
     assert resolve_seed(42, 0) == 11333418131707688997
     assert resolve_seed(42, 1) == 2857453745511944150
+
+
+def test_a_queue_that_is_never_empty_forgets_the_adapters_that_are_through() -> None:
+    world = make_world(max_batch_sequences=1, num_slots=2)
+    world.checks_ticks = world.runner.keep_batches = False
+    waiting = world.core.scheduler.waiting
+    for index in range(400):
+        world.asked = [world.ask([1], fake_adapter("bot", index), max_tokens=1), world.ask([1], max_tokens=1)]
+        world.executor.run_all()
+        world.tick()
+        while len(waiting) > 2:
+            world.clock.now += 0.02
+            world.tick()
+        assert len(waiting) > 0, "or this says nothing"
+    assert len(waiting._next_tag) < 270
