@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from litestar import Litestar
 from litestar.openapi import OpenAPIConfig
+from litestar.routes import HTTPRoute
 from litestar.serialization import encode_json, get_serializer
 from pydantic.json_schema import models_json_schema
 
@@ -34,9 +36,12 @@ def build_document() -> Json:
     app = create_app(deps, OpenAPIConfig(title="onebase", version=__version__, use_handler_docstrings=True))
     encoded = encode_json(app.openapi_schema.to_schema(), serializer=get_serializer(app.type_encoders))
     paths: Json = json.loads(encoded)["paths"]
+    may_be_empty = optional_bodies(app)
     for path in paths:
         for method, operation in operations(paths[path]):
             complete_operation(operation, path, method)
+            if operation["operationId"] in may_be_empty:
+                operation["requestBody"]["required"] = False
     return {
         "openapi": "3.1.0",
         "info": {"title": "onebase", "version": __version__, "description": ABOUT, "license": {"name": "Apache-2.0"}},
@@ -50,6 +55,13 @@ def build_document() -> Json:
             "schemas": schemas_of(paths),
         },
     }
+
+
+def optional_bodies(app: Litestar) -> frozenset[str]:
+    """Operations whose handler has a value for a body that is not there."""
+    handlers = (handler for route in app.routes if isinstance(route, HTTPRoute) for handler in route.route_handlers)
+    fields = ((handler, handler.parsed_fn_signature.parameters.get("data")) for handler in handlers)
+    return frozenset(str(handler.operation_id) for handler, data in fields if data is not None and data.has_default)
 
 
 def operations(path_item: Json) -> Iterator[tuple[str, Json]]:

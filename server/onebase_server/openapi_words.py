@@ -89,7 +89,7 @@ REPLIES: Mapping[str, Mapping[str, Any]] = {
     "createChatCompletion": {"application/json": _ref(ChatCompletion), "text/event-stream": _stream(ChatChunk)},
     "createCompletion": {"application/json": _ref(Completion), "text/event-stream": _stream(Completion)},
     "createResponse": {"application/json": _ref(ResponseBody), "text/event-stream": _stream(ResponseEvent, done=False)},
-    "listFineTuningEvents": {"application/json": _ref(EventList), "text/event-stream": _stream(JobEvent, done=False)},
+    "listFineTuningEvents": {"application/json": _ref(EventList), "text/event-stream": _stream(JobEvent)},
     "downloadFile": {"application/octet-stream": {"type": "string", "format": "binary"}},
     "getMetrics": {"text/plain": {"type": "string"}},
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from litestar import Request, Response
-from litestar.exceptions import HTTPException, MethodNotAllowedException, ValidationException
+from litestar.exceptions import HTTPException, ValidationException
 from sqlalchemy.exc import DatabaseError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -138,8 +138,6 @@ def _litestar(error: HTTPException, method: str, path: str) -> Answer:
         return _make(400, *_validation_words(error))
     words, code = LITESTAR_WORDS.get(error.status_code, LITESTAR_WORDS[400])
     headers = {}
-    if isinstance(error, MethodNotAllowedException) and error.headers:
-        headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
     if error.status_code in (408, 413):  # the rest of the body is not waited for
         headers = {"Connection": "close"}
     message = words.format(method=method, path=path)

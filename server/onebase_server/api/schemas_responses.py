@@ -2,7 +2,8 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic_core import PydanticKnownError
 
 from onebase_server.api.schemas_chat import FunctionName, LogprobEntry
 from onebase_server.api.schemas_common import ListPage, RequestBody, Seed, StreamOptions, Text, Wire, text_or_list
@@ -77,6 +78,13 @@ class TextSettings(Wire):
     """The only one there is: a model says as much as it was trained to."""
 
 
+def no_number(value: Any) -> Any:
+    """To Python 0 is False, and so it would be to pydantic's literals."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise PydanticKnownError("bool_type")
+    return value
+
+
 class ResponseRequest(RequestBody):
     model: str
     input: Input
@@ -96,7 +104,7 @@ class ResponseRequest(RequestBody):
     include: list[str] | None = None
     """`message.output_text.logprobs` asks for logprobs; others name things that this server does not have."""
     truncation: Literal["disabled"] | None = None
-    background: Literal[False] | None = None
+    background: Annotated[Literal[False], BeforeValidator(no_number)] | None = None
     metadata: dict[str, str] | None = None
     # As vLLM has them.
     seed: Seed | None = None

@@ -60,20 +60,23 @@ def test_an_unknown_path_is_404(world: World, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path"),
+    ("method", "path", "allowed"),
     [
-        ("PUT", "/v1/chat/completions"),
-        ("DELETE", "/v1/chat/completions"),
-        ("PUT", "/v1/completions"),
-        ("POST", "/v1/models"),
-        ("POST", "/healthz"),
-        ("PATCH", "/v1/models/pirate"),
+        ("PUT", "/v1/chat/completions", "GET, OPTIONS, POST"),
+        ("DELETE", "/v1/chat/completions", "GET, OPTIONS, POST"),
+        ("PUT", "/v1/completions", "OPTIONS, POST"),
+        ("POST", "/v1/models", "GET, OPTIONS"),
+        ("POST", "/healthz", "GET, OPTIONS"),
+        ("PATCH", "/v1/models/pirate", "DELETE, GET, OPTIONS"),
+        ("PATCH", "/v1/models/ours/pirate", "DELETE, GET, OPTIONS"),
     ],
 )
-def test_a_wrong_method_is_405(world: World, method: str, path: str) -> None:
+def test_a_wrong_method_is_405_and_told_the_right_ones(world: World, method: str, path: str, allowed: str) -> None:
     reply = world.request(method, path)
     assert reply.status_code == 405
     assert error_of(reply)["code"] == "method_not_supported"
+    assert reply.headers["allow"] == allowed
+    assert world.request("OPTIONS", path).headers["allow"] == allowed
 
 
 def test_a_body_beyond_the_limit_is_413(world: World) -> None:

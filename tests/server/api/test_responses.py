@@ -310,6 +310,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"previous_response_id": "resp_no"}, "previous_response_id", "previous_response_not_found"),
     ({"background": True}, "background", "invalid_value"),
+    ({"background": 0}, "background", "invalid_type"),
     ({"truncation": "auto"}, "truncation", "invalid_value"),
     ({"reasoning": {"effort": "high"}}, "reasoning", "unknown_parameter"),
     ({"conversation": "conv_1"}, "conversation", "unknown_parameter"),
