@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from onebase.base_config import check_architecture
 from onebase.base_convert import convert_pickled_shards
 from onebase.bases import (
     EMBEDDED_ID,
     RECORD,
     BaseSpec,
     base_folder,
-    check_architecture,
     file_sha256,
     read_base,
     resolve_base,

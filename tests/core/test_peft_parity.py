@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from onebase.adapter import AdapterFiles, validate_adapter
-from onebase.bases import linear_shapes
+from onebase.base_config import linear_shapes
 from onebase.errors import AdapterInvalid
 from onebase.messages import Message
 from onebase.prompt import get_renderer
