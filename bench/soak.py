@@ -27,6 +27,8 @@ POOLS = 16
 """Threads and file handles by which pools may still grow after the warm-up: they have bounds, a leak has none."""
 KEPT = 20
 """Newest versions of the adapter that is trained anew: older ones are deleted, as who retrains all day would."""
+TASKS = 4
+"""More than at the start, when nobody asks for anything: a run that is still training has some of its own."""
 WARM_UP = 0.25
 """Of the time: what is allocated until then counts as standing."""
 LINE = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
@@ -163,18 +165,25 @@ def weigh(pid: int) -> Weight:
     return Weight(process.memory_info().rss, process.num_fds(), process.num_threads())
 
 
+async def number(http: httpx.AsyncClient, name: str) -> float:
+    """One of the server's own metrics."""
+    found = re.search(rf"^{name} (\S+)", (await http.get("/metrics")).text, re.MULTILINE)
+    assert found is not None
+    return float(found[1])
+
+
 async def held(http: httpx.AsyncClient) -> dict[str, float]:
-    """What the server holds for requests, by its own metrics: all of it nought when nobody asks for anything."""
-    text = (await http.get("/metrics")).text
+    """What the server holds for requests, by its own word: all of it nought when nobody asks for anything."""
     names = (
         "onebase_sequences_running",
         "onebase_sequences_waiting",
         "onebase_sequences_queued",
         "onebase_kv_pages_held",
     )
-    found = {name: float(re.search(rf"^{name} (\S+)", text, re.MULTILINE)[1]) for name in names}  # type: ignore[index]
-    leases = [float(value) for value in re.findall(r"^onebase_adapter_leases\{.*\} (\S+)", text, re.MULTILINE)]
-    return {**found, "onebase_adapter_leases": sum(leases)}
+    found = {name: await number(http, name) for name in names}
+    cards = (await http.get("/admin/adapters")).json()["data"]
+    versions = [version for card in cards for version in card["versions"]]
+    return {**found, **{what: float(sum(each[what] for each in versions)) for what in ("leases", "running")}}
 
 
 async def soak(options: argparse.Namespace) -> dict[str, Any]:
@@ -186,6 +195,7 @@ async def soak(options: argparse.Namespace) -> dict[str, Any]:
         models = [card["id"] for card in (await http.get("/v1/models")).json()["data"]]
         if not adapters:
             raise SystemExit("the server has no adapter: publish one or more first")
+        tasks = await number(http, "onebase_tasks")
         rng = random.Random(options.seed)
         mix = Soak(http, models, adapters, options.dataset, rng, time.monotonic() + options.seconds)
         workers = [asyncio.create_task(mix.work()) for _ in range(options.clients)]
@@ -194,12 +204,14 @@ async def soak(options: argparse.Namespace) -> dict[str, Any]:
         warm = weigh(options.pid)
         await asyncio.gather(*workers)
         left = await settle(http)
+        tasks_left = await number(http, "onebase_tasks")
         end = weigh(options.pid)
     growth = end.rss / warm.rss - 1
     promises = {
         "no error that the client did not cause": not mix.wrong,
         "nothing held": not any(left.values()),
         f"memory within {MAX_GROWTH:.0%}": growth <= MAX_GROWTH,
+        "no task leaked": tasks_left <= tasks + TASKS,
         "no file handle leaked": end.fds <= warm.fds + POOLS,
         "no thread leaked": end.threads <= warm.threads + POOLS,
     }
@@ -209,6 +221,7 @@ async def soak(options: argparse.Namespace) -> dict[str, Any]:
         "done": dict(mix.done),
         "held": left,
         "rss_mb": {"warm": round(warm.rss / 1e6, 1), "end": round(end.rss / 1e6, 1), "growth": round(growth, 4)},
+        "tasks": {"start": tasks, "end": tasks_left},
         "fds": {"warm": warm.fds, "end": end.fds},
         "threads": {"warm": warm.threads, "end": end.threads},
         "wrong": mix.wrong[:20],

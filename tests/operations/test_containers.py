@@ -19,7 +19,13 @@ from typer.main import get_command
 
 from onebase.home import Home
 from onebase_server.api.metrics import Metrics
-from onebase_server.api.metrics_sources import engine_metrics, job_metrics, ready_metric, residency_metrics
+from onebase_server.api.metrics_sources import (
+    engine_metrics,
+    job_metrics,
+    ready_metric,
+    residency_metrics,
+    tasks_metric,
+)
 from onebase_server.cli.main import app as cli
 from onebase_server.compose import build_app
 from onebase_server.engine.stats import Counters, EngineStats
@@ -164,7 +170,7 @@ def all_metric_names() -> set[str]:
     given: dict[str, Any] = {each.name: getattr(counters, each.name, 0) for each in fields(EngineStats)}
     stats = EngineStats(**given)
     metrics = Metrics()
-    families = [ready_metric(True), *engine_metrics(stats), *residency_metrics([], metrics)]
+    families = [ready_metric(True), tasks_metric(1), *engine_metrics(stats), *residency_metrics([], metrics)]
     families += [*job_metrics(Overview({}, [], 0), ["running"]), *metrics.registry.collect()]
     endings = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_count", "_sum"]}
     return {family.name + ending for family in families for ending in endings[family.type]}

@@ -20,7 +20,7 @@ NEARNESS = {place: rank for rank, place in enumerate(Place)}
 
 async def collect_metrics(deps: AppDeps) -> list[Metric]:
     """Everything that is not counted in `Metrics` itself. What can't be asked just now is left out."""
-    found = [ready_metric(deps.backend.ready)]
+    found = [ready_metric(deps.backend.ready), tasks_metric(len(asyncio.all_tasks()))]
     backend = deps.backend.loaded
     if backend is not None:
         found += engine_metrics(backend.engine.stats())
@@ -38,6 +38,10 @@ async def collect_metrics(deps: AppDeps) -> list[Metric]:
 
 def ready_metric(ready: bool) -> Metric:
     return GaugeMetricFamily("onebase_ready", "1 when the base is loaded and takes requests.", int(ready))
+
+
+def tasks_metric(count: int) -> Metric:
+    return GaugeMetricFamily("onebase_tasks", "Tasks of the event loop: two an open request, and a few besides.", count)
 
 
 def engine_metrics(engine: EngineStats) -> Iterator[Metric]:
