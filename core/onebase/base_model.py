@@ -37,6 +37,8 @@ class LoadedBase:
     tokenizer: TextTokenizer
     spec: BaseSpec
     compute_dtype: torch.dtype
+    is_shared: bool = False
+    """Its weights are a server's (onebase_training/shared_base.py): nothing may be held besides."""
 
     @property
     def device(self) -> torch.device:
@@ -108,6 +110,10 @@ def dequantized(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     """A Linear4bit's weight [out, in] as plain values: exactly those that its forward pass multiplies by."""
     from bitsandbytes.functional import dequantize_4bit
 
+    unpack: Any = getattr(module, "unpack", None)
+    if unpack is not None:  # in another layout than bitsandbytes': its owner knows how
+        shared: torch.Tensor = unpack(dtype)
+        return shared
     weight: Any = module.weight
     values: torch.Tensor = dequantize_4bit(weight.data, weight.quant_state)
     return values.to(dtype)

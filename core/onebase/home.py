@@ -47,6 +47,11 @@ class Home:
         """Lock files between processes."""
         return self.root / "locks"
 
+    @property
+    def serving(self) -> Path:
+        """What living servers tell training processes. Made by the first of them."""
+        return self.root / "serving"
+
     def create(self) -> "Home":
         """Make the folders that are missing (owner-only root: it holds keys and users' data), and upgrade older ones.
 

@@ -23,7 +23,15 @@ from onebase_server.jobs.supervisor import SupervisorConfig
 from onebase_server.loading import load_backend
 from onebase_server.logs import configure_logging
 from onebase_server.settings import Settings
-from onebase_server.startup import allow_many_files, check_base_there, check_exposed, open_records, prepare_home
+from onebase_server.startup import (
+    allow_many_files,
+    check_base_there,
+    check_exposed,
+    check_port_free,
+    is_out_of_memory,
+    open_records,
+    prepare_home,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +47,7 @@ def build_deps(settings: Settings, command: RunCommand | None = None, find_base:
         limits=JobLimits(waiting=settings.retrain_queue),
         supervisor=SupervisorConfig(max_running=settings.training_jobs),
     )
-    command = command or RunCommand(env=dict(settings.trainer_env) or None, nice=settings.retrain_nice)
+    command = command or RunCommand(env=_trainer_env(settings), nice=settings.retrain_nice)
     return AppDeps(
         settings=settings,
         store=store,
@@ -48,6 +56,12 @@ def build_deps(settings: Settings, command: RunCommand | None = None, find_base:
         metrics=Metrics(settings.metrics_versions),
         tracer=otlp_tracer(settings.otlp_endpoint) if settings.otlp_endpoint else None,
     )
+
+
+def _trainer_env(settings: Settings) -> dict[str, str] | None:
+    """None, for embedders who build their settings by hand: the process' own."""
+    env = dict(settings.trainer_env)
+    return {**env, "ONEBASE_TRAIN_POLICY": settings.train_policy} if env else None
 
 
 def build_app(settings: Settings) -> Litestar:
@@ -65,6 +79,7 @@ def serve(settings: Settings, load: LoadBackend = load_backend) -> int:
     if not has_keys:
         logger.warning("no API keys are made or set: whoever reaches %s may do everything", settings.host)
     check_base_there(settings)
+    check_port_free(settings.host, settings.port)
     server = Server(settings, load)
     server.run()
     if not server.loaded.is_set():
@@ -123,6 +138,8 @@ class Server:
             self.failed = True
             known = isinstance(error, OnebaseError)
             logger.critical("the base can't be loaded: %s", error, exc_info=None if known else error)
+            if is_out_of_memory(error):
+                logger.critical("memory ran out: a smaller base, a smaller ONEBASE_KV_TOKENS, or more memory")
             self.deps.backend.fail(BaseModelError("The base model could not be loaded; the server's log says why."))
             self.http.should_exit = True
             self.loaded.set()

@@ -8,6 +8,7 @@ import psutil
 from onebase.base_fetch import Progress, fetch, is_hub_id
 from onebase.bases import EMBEDDED_ID, BaseSpec, resolve_base
 from onebase.errors import BaseModelError, ModelNotFound
+from onebase.serving_note import ServerNote
 from onebase.tokenizer import TextTokenizer
 from onebase_server.api.backend import Backend
 from onebase_server.engine.config import EngineConfig
@@ -24,9 +25,16 @@ logger = logging.getLogger(__name__)
 
 def load_backend(settings: Settings) -> Backend:
     """Takes seconds to minutes. Raises OnebaseError with words for the operator."""
-    spec = find_base(settings)
-    runner, tokenizer = load_runner(settings, spec)
-    return start_backend(settings, spec, runner, tokenizer)
+    note = ServerNote.open(settings.home.serving)  # before all else: a training process waits for the base then
+    try:
+        spec = find_base(settings)
+        runner, tokenizer, shared = load_runner(settings, spec)
+        backend = start_backend(settings, spec, runner, tokenizer, note)
+    except BaseException:
+        note.close()
+        raise
+    note.ready(shared)
+    return backend
 
 
 def find_base(settings: Settings) -> BaseSpec:
@@ -58,10 +66,12 @@ def log_stages(name: str) -> Progress:
     return note
 
 
-def start_backend(settings: Settings, spec: BaseSpec, runner: Runner, tokenizer: TextTokenizer) -> Backend:
-    """The engine over a runner, running. Torch-free: tests hand in a runner of their own."""
+def start_backend(
+    settings: Settings, spec: BaseSpec, runner: Runner, tokenizer: TextTokenizer, note: ServerNote | None = None
+) -> Backend:
+    """The engine over a runner, running; it owns `note`. Torch-free: tests hand in a runner of their own."""
     config = EngineConfig(max_queued=settings.queue_limit, host_budget_bytes=settings.adapter_memory_mb * 1_000_000)
-    engine = Engine(runner, tokenizer, config, grammar=LlguidanceBackend(tokenizer))
+    engine = Engine(runner, tokenizer, config, grammar=LlguidanceBackend(tokenizer), note=note)
     renderers = Renderers(tokenizer, read_chat_template(spec.path))
     backend = Backend(
         engine=engine,
@@ -76,8 +86,8 @@ def start_backend(settings: Settings, spec: BaseSpec, runner: Runner, tokenizer:
     return backend
 
 
-def load_runner(settings: Settings, spec: BaseSpec) -> tuple[Runner, TextTokenizer]:
-    """Weights on the device, and all memory that steps will need."""
+def load_runner(settings: Settings, spec: BaseSpec) -> tuple[Runner, TextTokenizer, dict[str, Any]]:
+    """Weights on the device, and all memory that steps will need. Last: where training processes find the weights."""
     import torch
 
     from onebase.base_model import load_base
@@ -105,26 +115,36 @@ def load_runner(settings: Settings, spec: BaseSpec) -> tuple[Runner, TextTokeniz
         max_context=max_context,
     )
     logger.info("%s on %s: %d tokens of KV cache, context %d", spec.id, device, tokens, max_context)
-    return make_runner(base, config, settings), base.tokenizer
+    runner, shared = make_runner(base, config, settings)
+    return runner, base.tokenizer, shared
 
 
-def make_runner(base: Any, config: Any, settings: Settings) -> Runner:
+def make_runner(base: Any, config: Any, settings: Settings) -> tuple[Runner, dict[str, Any]]:
     """The fastest that the device and the compute type allow; each falls back to plain torch by itself."""
     from onebase_server.engine.runner_torch import build_runner
+    from onebase_server.engine.share_weights import describe_cuda, share_on_file
     from onebase_server.kernels.torch_ops import TorchKernels
 
     kernels: Any = TorchKernels()
     if base.device.type == "cuda" and settings.dtype != "float32":
         from onebase_server.engine.runner_cuda import build_cuda_runner
 
-        return build_cuda_runner(base, config, cache_dir=settings.home.cache)
+        cuda = build_cuda_runner(base, config, cache_dir=settings.home.cache)
+        return cuda, describe_cuda(cuda.weights, base.spec.identity)
     if base.device.type == "cpu":
         from onebase_server.kernels.cpu_build import load_library
         from onebase_server.kernels.cpu_ops import CpuKernels
 
         library = load_library(settings.home.cache)
         kernels = CpuKernels(library, base.compute_dtype) if library is not None else kernels
-    return build_runner(base, kernels, config)
+    shared: dict[str, Any] = {}
+
+    def place(weights: Any) -> Any:
+        nonlocal shared
+        placed, shared = share_on_file(weights, kernels, base.spec.identity, settings.home.cache)
+        return placed
+
+    return build_runner(base, kernels, config, place=place), shared
 
 
 def pick_device(wanted: str, has_cuda: bool) -> str:

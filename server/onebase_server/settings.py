@@ -123,6 +123,9 @@ class Settings:
     retrain_queue: int = setting(16, integer(1, 1000), "training jobs that may wait")
     training_jobs: int = setting(1, integer(1, 64), "training jobs that run at a time")
     retrain_nice: int = setting(10, integer(0, 19), "niceness of the training process")
+    train_policy: str = setting(
+        "serve-first", one_of("serve-first", "fair", "train-first"), "how training makes way for requests"
+    )
     trainer_env: Mapping[str, str] = field(default_factory=dict, repr=False)
     """The environment that training processes get: the server's own, without its keys."""
 

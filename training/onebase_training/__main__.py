@@ -1,11 +1,12 @@
 """`python -m onebase_training RECIPE.yaml`: the command line of training. `onebase train|eval|export|data` end here.
 
-Exit codes: 0 done, 1 a user's error (said in one line), 2 wrong usage, 130 stopped by a signal. The environment is
-read here only; torch is imported once a command needs it.
+Exit codes: 0 done, 1 a user's error (said in one line), 2 wrong usage, 75 to be started again (the server whose base
+it used has ended), 130 stopped by a signal. The environment is read here only; torch is imported once it is needed.
 """
 
 import logging
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,8 @@ from rich.console import Console
 
 from onebase.errors import DatasetError, OnebaseError
 from onebase.home import Home, default_home
+from onebase.serving_note import RESUME_EXIT
+from onebase_training.stop import ServerGone
 
 CANCELLED = 130
 
@@ -33,6 +36,20 @@ app = typer.Typer(
 
 data_app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Training files.")
 app.add_typer(data_app, name="data")
+
+
+class PolicyName(StrEnum):
+    """`yielding.Policy`, as the command line knows it."""
+
+    SERVE_FIRST = "serve-first"
+    FAIR = "fair"
+    TRAIN_FIRST = "train-first"
+
+
+PolicyOption = Annotated[
+    PolicyName,
+    typer.Option("--train-policy", envvar="ONEBASE_TRAIN_POLICY", help="How it makes way for a server on this home."),
+]
 
 HomeOption = Annotated[
     Path | None, typer.Option("--home", help="Home folder. Default: $ONEBASE_HOME, else ~/.onebase", metavar="DIR")
@@ -54,6 +71,7 @@ def train(
     alias: Annotated[
         list[str] | None, typer.Option("--alias", help="A further name of the version, such as ft:...")
     ] = None,
+    policy: PolicyOption = PolicyName.SERVE_FIRST,
 ) -> None:
     """Train an adapter and publish it as the next version of its name. Ctrl-C once saves a checkpoint."""
     # Under `accelerate launch` every process trains, and the first one speaks.
@@ -76,7 +94,7 @@ def train(
                 run_dir or place.runs / loaded.name,
                 writer,
                 console,
-                RunOptions(resume=resume, make_current=make_current, aliases=tuple(alias or ())),
+                RunOptions(resume, make_current, tuple(alias or ()), policy.value),
             )
         )
     if result.state == "cancelled":
@@ -97,6 +115,7 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(help="Longest greedy answer, in tokens.")] = 200,
     out: Annotated[Path | None, typer.Option("--out", help="Write the results as JSON.")] = None,
     status: Annotated[Path | None, typer.Option("--status", help="Say there what is being measured.")] = None,
+    policy: PolicyOption = PolicyName.SERVE_FIRST,
 ) -> None:
     """Measure adapters beside the base on held-out conversations: loss, accuracy, stop rate, checks."""
     console = Console(stderr=True)
@@ -119,6 +138,7 @@ def evaluate(
             max_new_tokens=max_tokens,
             console=console,
             status=StatusWriter.taken_up(status),
+            policy=policy.value,
         )
         if out is not None:
             measuring.write_json(results, out)
@@ -213,6 +233,9 @@ class _UserErrors:
     def __exit__(self, kind: Any, error: BaseException | None, _trace: Any) -> None:
         if isinstance(error, KeyboardInterrupt):
             raise typer.Exit(CANCELLED)
+        if isinstance(error, ServerGone):
+            self._console.print(f"[yellow]stopped[/]: {error}; to be started again with --resume", highlight=False)
+            raise typer.Exit(RESUME_EXIT)
         if not isinstance(error, OnebaseError):
             return
         if self._status is not None and self._status.status.state != "failed":

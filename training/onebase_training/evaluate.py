@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from onebase.base_fetch import find_base
-from onebase.base_model import LoadedBase, load_base
+from onebase.base_model import LoadedBase
 from onebase.durable import replace_file
 from onebase.errors import InvalidInput
 from onebase.home import Home
@@ -23,12 +23,14 @@ from onebase.store import AdapterStore, Version
 from onebase.tokenizer import TextTokenizer
 from onebase_training import attention, lora
 from onebase_training.assemble import make_renderer, read_data
+from onebase_training.beside import Beside
 from onebase_training.config import Recipe
 from onebase_training.generate import greedy_answers
 from onebase_training.objective import Objective
 from onebase_training.rows import Row
 from onebase_training.status import StatusWriter
 from onebase_training.trainer import eval_batches, held_out_metrics
+from onebase_training.yielding import Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ def evaluate(
     max_new_tokens: int = 200,
     console: Console | None = None,
     status: StatusWriter | None = None,
+    policy: Policy = "serve-first",
 ) -> list[Measurement]:
     """Measure the base (first) and each adapter on the recipe's held-out rows. Raises OnebaseError."""
     console, status = console or Console(), status or StatusWriter(None)
@@ -70,7 +73,9 @@ def evaluate(
         raise InvalidInput("nothing is held out: give data.eval, or data.eval_fraction above 0", param="data.eval")
     device = lora.compute_settings(recipe.compute)
     dtype = lora.compute_dtype(recipe.compute.dtype, device)
-    base = load_base(spec, device, compute_dtype=dtype, tokenizer=tokenizer)
+    beside = Beside(home.serving, policy, device, sign_of_life=lambda _: status.progress())
+    base = beside.load_base(spec, tokenizer, dtype)
+    beside.watch(base.model)
     base.model.config._attn_implementation = attention.register()
     lora.keep_dequantized(base, recipe.compute.keep_dequantized)
     results = []
@@ -78,6 +83,7 @@ def evaluate(
         name = version.id if version else spec.id
         status.progress(message=f"evaluating {name}")
         results.append(_measure(name, base, version, recipe, rows, max_new_tokens))
+        beside.guard()
         console.print(f"{name}: response loss {results[-1].response_loss:.4f}")
     return results
 

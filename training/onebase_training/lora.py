@@ -86,7 +86,8 @@ def keep_dequantized(base: LoadedBase, setting: bool | str) -> bool:
     The values are those that bitsandbytes' own forward multiplies by; only the time to unpack is saved.
     """
     if setting == "auto":
-        setting = base.device.type == "cpu" and _dense_bytes(base) < _free_memory() / 3
+        roomy = base.device.type == "cpu" and _dense_bytes(base) < _free_memory() / 3
+        setting = roomy and not base.is_shared
     if not setting:
         return False
     for module in linear4bit_modules(base.model).values():

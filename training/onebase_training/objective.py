@@ -5,6 +5,7 @@ before the next (as in Liger-Kernel's fused linear cross-entropy). `Objective` i
 forward call is the whole computation and DistributedDataParallel sees it.
 """
 
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -25,6 +26,10 @@ class Losses(NamedTuple):
     correct: Tensor
 
 
+def _nothing() -> None:
+    pass
+
+
 class Objective(nn.Module):
     """Wraps a (PEFT) causal LM of the Llama family: `batch -> Losses`."""
 
@@ -33,6 +38,8 @@ class Objective(nn.Module):
         self.model = model
         self.recompute = recompute
         """Not None: how many layers keep their activations is still to be found (preflight.py)."""
+        self.between: Callable[[], None] = _nothing
+        """Called between chunks of the head: a place to make way for others."""
 
     def forward(self, batch: MicroBatch) -> Losses:
         causal_lm = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
@@ -40,12 +47,15 @@ class Objective(nn.Module):
             input_ids=batch.ids, position_ids=batch.positions, use_cache=False, borders=batch.borders
         ).last_hidden_state
         learnt = hidden.flatten(0, 1).index_select(0, batch.sources)
-        return cross_entropy(learnt, causal_lm.lm_head.weight, batch.targets, batch.weights)
+        return cross_entropy(learnt, causal_lm.lm_head.weight, batch.targets, batch.weights, self.between)
 
 
-def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Losses:
+def cross_entropy(
+    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, between: Callable[[], None] = _nothing
+) -> Losses:
     """hidden [M, H], frozen head [V, H], targets [M], weights [M]: the loss is the sum of weight * nll."""
-    loss, nll_sum, correct = _ChunkedCrossEntropy.apply(hidden, head, targets, weights)  # type: ignore[no-untyped-call]
+    sums = _ChunkedCrossEntropy.apply(hidden, head, targets, weights, between)  # type: ignore[no-untyped-call]
+    loss, nll_sum, correct = sums
     return Losses(loss, nll_sum, correct)
 
 
@@ -53,13 +63,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """-> (sum of w * nll, sum of nll, correct)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, between: Callable[[], None]
+    ) -> tuple[Tensor, ...]:
         rows = max(1, CHUNK_LOGITS // head.shape[0])
         needs_grad = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if needs_grad else None
         loss = hidden.new_zeros((), dtype=torch.float32)
         nll_sum, correct = loss.clone(), loss.clone()
         for start in range(0, len(targets), rows):
+            between()
             part = slice(start, start + rows)
             logits = (hidden[part] @ head.T).float()
             nll, right, gradient_logits = _row_losses(logits, targets[part], weights[part], needs_grad)
@@ -75,7 +88,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_loss.to(gradient.dtype), None, None, None
+        return gradient * grad_loss.to(gradient.dtype), None, None, None, None
 
 
 def _row_losses(

@@ -6,6 +6,7 @@ One Trainer callback, which also says when to evaluate, to save and to stop.
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -30,9 +31,11 @@ class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
         stop: StopRequest,
         *,
         has_eval: bool,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
+        """`guard` raises when what was computed can't be trusted; it is asked before anything is kept."""
         self._plan, self._config, self._status, self._console = plan, config, status, console
-        self._stop, self._has_eval = stop, has_eval
+        self._stop, self._has_eval, self._guard = stop, has_eval, guard
         self._times: deque[tuple[float, int]] = deque(maxlen=20)
         self._bar = Progress(
             TextColumn("[bold]step {task.completed:.0f}/{task.total:.0f}"),
@@ -61,6 +64,7 @@ class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
         self._status.enter("running", step=state.global_step, total_steps=len(self._plan))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._guard()
         step = state.global_step
         if self._stop.asked:
             control.should_training_stop = True
@@ -103,6 +107,7 @@ class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
             )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        self._guard()
         loss, accuracy = metrics["eval_loss"], metrics["eval_accuracy"]
         self._console.print(
             f"step {state.global_step}: held-out response loss {loss:.4f}, token accuracy {accuracy:.1%}"

@@ -31,8 +31,9 @@ def describe(
     trainable = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     total = sum(out * into for out, into in base.spec.linear_shapes.values())
     tokens = sum(len(row) for row, _ in dataset.train)
+    shared = " of a server's" if base.is_shared else ""
     console.print(
-        f"[bold]{recipe.name}[/] on {base.spec.id} ({base.device}, {memory_bytes(base.model) / 1e6:,.0f} MB): "
+        f"[bold]{recipe.name}[/] on {base.spec.id} ({base.device}, {memory_bytes(base.model) / 1e6:,.0f} MB{shared}): "
         f"{len(dataset.train)} conversations, {tokens:,} tokens, {len(dataset.eval)} held out; "
         f"{len(plan)} steps, {plan.epochs:g} epochs; {trainable:,} LoRA parameters "
         f"({trainable / total:.2%} of the linear layers')"

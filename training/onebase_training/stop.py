@@ -8,6 +8,10 @@ from types import FrameType
 from rich.console import Console
 
 
+class ServerGone(Exception):
+    """The server whose memory holds the base has ended: go on from the last checkpoint with another base."""
+
+
 class StopRequest:
     """Before and after the training loop a signal ends the run at once; inside, after the step under way."""
 

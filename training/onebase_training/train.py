@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 
 from onebase.base_fetch import find_base
-from onebase.base_model import load_base
 from onebase.errors import OnebaseError
 from onebase.home import Home
 from onebase.store import AdapterStore, Version
@@ -27,6 +26,7 @@ from onebase_training.assemble import (
     prepare,
     read_data,
 )
+from onebase_training.beside import Beside
 from onebase_training.config import Recipe
 from onebase_training.dataset import Dataset
 from onebase_training.plan import make_plan
@@ -35,8 +35,9 @@ from onebase_training.publish import publish_adapter, write_checked
 from onebase_training.report import Metrics, describe, final_metrics, write_reports
 from onebase_training.smoke import check_speaks
 from onebase_training.status import StatusWriter
-from onebase_training.stop import StopRequest
+from onebase_training.stop import ServerGone, StopRequest
 from onebase_training.trainer import PlanTrainer, held_out_metrics
+from onebase_training.yielding import Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,8 @@ class RunOptions:
     make_current: bool = True
     aliases: tuple[str, ...] = ()
     """Further names of the version, such as a job's `ft:...`."""
+    policy: Policy = "serve-first"
+    """How it makes way for servers on the same home."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +77,19 @@ class RunResult:
 
 
 def carry_out(run: Run) -> RunResult:
-    """The whole run. Raises the OnebaseError that ended it; the status file says the same either way."""
+    """The whole run. Raises the OnebaseError that ended it; the status file says the same either way.
+
+    Raises ServerGone, leaving the status file's state as it was, when the run is to be started again.
+    """
     run.run_dir.mkdir(parents=True, exist_ok=True)
     try:
         with run.stop.installed(run.console):
             return _carry_out(run)
     except OnebaseError as error:
         run.status.enter("failed", error.message, error=_error(error))
+        raise
+    except ServerGone as error:
+        run.status.progress(message=str(error))
         raise
     except KeyboardInterrupt:
         run.status.enter("cancelled", "stopped before training; nothing published")
@@ -107,15 +116,20 @@ def _carry_out(run: Run) -> RunResult:
     optimizer_name(recipe, device)
     torch.manual_seed(recipe.train.seed)
     dtype = lora.compute_dtype(recipe.compute.dtype, device)
-    base = load_base(spec, device, compute_dtype=dtype, tokenizer=tokenizer)
+    beside = _beside(run, device)
+    base = beside.load_base(spec, tokenizer, dtype, may_share=not recipe.lora.use_dora)
     objective = prepare(base, recipe)
+    objective.between = beside.between
+    beside.watch(base.model)
     if recipe.resume_from is not None:
         start = AdapterStore(run.home.adapters).resolve(recipe.resume_from)
         console.print(f"starting from the weights of {start.id}")
         checkpoint.load_adapter_tensors(objective.model, start.path)
     describe(console, recipe, base, dataset, plan, objective)
 
-    callback = RunCallback(plan, recipe.train, run.status, console, run.stop, has_eval=bool(dataset.eval))
+    callback = RunCallback(
+        plan, recipe.train, run.status, console, run.stop, has_eval=bool(dataset.eval), guard=beside.guard
+    )
     trainer = build_trainer(recipe, objective, base, dataset, plan, run.run_dir, callback)
     preflight.check(trainer, recipe.compute.preflight, console)
     before = _measure_base(run, trainer)
@@ -125,7 +139,10 @@ def _carry_out(run: Run) -> RunResult:
     if not trainer.is_world_process_zero():
         return RunResult("succeeded", None, {})
 
+    beside.guard()
     metrics = final_metrics(trainer, callback, before, outcome, time.monotonic() - started)
+    if beside.waited_s >= 0.05:
+        metrics["waited_s"] = round(beside.waited_s, 1)
     version = _publish(run, trainer, callback, metrics, dataset)
     write_reports(run.run_dir, recipe, spec, trainer.state.log_history, metrics, version)
     where = f"published {version.id}" if version else f"trained, but no server can serve its kind: {run.run_dir}"
@@ -134,6 +151,16 @@ def _carry_out(run: Run) -> RunResult:
     )
     run.status.enter("succeeded", "published" if version else "trained", version=version.id if version else None)
     return RunResult("succeeded", version, metrics)
+
+
+def _beside(run: Run, device: torch.device) -> Beside:
+    return Beside(
+        run.home.serving,
+        run.options.policy,
+        device,
+        sign_of_life=lambda message: run.status.progress(message=message),
+        hurries=lambda: run.stop.asked,
+    )
 
 
 def _measure_base(run: Run, trainer: PlanTrainer) -> dict[str, float]:

@@ -21,6 +21,9 @@ def serve(
     allow_no_keys: Annotated[
         bool | None, typer.Option("--allow-no-keys", help="Listen beyond loopback without any key.")
     ] = None,
+    train_policy: Annotated[
+        str | None, typer.Option(help="How training jobs make way: serve-first, fair or train-first.")
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
     """Serve the base and every adapter in the home folder behind OpenAI's API.
@@ -37,6 +40,7 @@ def serve(
         "max_context": max_context,
         "adapter_slots": adapter_slots,
         "allow_no_keys": allow_no_keys,
+        "train_policy": train_policy,
         "log_level": log_level,
     }
     settings = load_settings(os.environ, flags)

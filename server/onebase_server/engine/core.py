@@ -12,6 +12,7 @@ from concurrent.futures import Executor
 from contextlib import suppress
 
 from onebase.errors import DeadlineExceeded, EngineError, NotReady
+from onebase.serving_note import ServerNote
 from onebase_server.engine import commands
 from onebase_server.engine.batch import StepPlan, pack
 from onebase_server.engine.config import EngineConfig
@@ -47,8 +48,10 @@ class EngineCore:
         on_unqueued: Callable[[int], None],
         grammar: GrammarBackend | None,
         clock: Callable[[], float],
+        note: ServerNote | None = None,
     ) -> None:
         self._runner = runner
+        self._note = note
         self._overlapping = runner if isinstance(runner, OverlappingRunner) else None
         self._config = config
         self._inbox = inbox
@@ -72,7 +75,15 @@ class EngineCore:
     def run(self) -> None:
         """Until told to stop. Raises what makes it impossible to go on."""
         while self.serve(self.idle_s()):
+            self._tell_load()
             self.step()
+            self._tell_load()
+
+    def _tell_load(self) -> None:
+        """To training processes, which make way while there is something to do."""
+        if self._note is not None:
+            scheduler = self.scheduler
+            self._note.tell(len(scheduler.running), len(scheduler.waiting), self.counters.num_steps)
 
     def serve(self, wait_s: float | None = 0.0) -> bool:
         """Obey the waiting commands; for a first one wait at most `wait_s` (None: for ever). False: time to end."""

@@ -14,6 +14,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from onebase.errors import EngineError, InvalidInput, NotReady, Overloaded
+from onebase.serving_note import ServerNote
 from onebase_server.engine import commands
 from onebase_server.engine.config import EngineConfig
 from onebase_server.engine.core import EngineCore
@@ -32,7 +33,8 @@ T = TypeVar("T")
 
 
 class Engine:
-    """One runner, many requests. `executor` and `clock` are for tests that want no threads and no time."""
+    """One runner, many requests. `note` is told the load and closed at the end. `executor` and `clock` are for tests
+    that want no threads and no time."""
 
     def __init__(
         self,
@@ -43,8 +45,10 @@ class Engine:
         grammar: GrammarBackend | None = None,
         executor: Executor | None = None,
         clock: Callable[[], float] = time.monotonic,
+        note: ServerNote | None = None,
     ) -> None:
         self.config = config or EngineConfig()
+        self._note = note
         self.limits: RunnerLimits = runner.limits
         if self.limits.max_batch_tokens < self.limits.max_batch_sequences:
             raise InvalidInput("max_batch_tokens must be at least max_batch_sequences", param="max_batch_tokens")
@@ -61,7 +65,9 @@ class Engine:
         self._is_shut = False
         self._own_executor = executor is None
         self._executor = executor or ThreadPoolExecutor(self.config.loader_threads, "onebase-loader")
-        self.core = EngineCore(runner, self.config, self._inbox, self._executor, self._on_unqueued, grammar, clock)
+        self.core = EngineCore(
+            runner, self.config, self._inbox, self._executor, self._on_unqueued, grammar, clock, note
+        )
         self._thread = threading.Thread(target=self._run, name="onebase-engine", daemon=True)
 
     def start(self) -> None:
@@ -181,6 +187,8 @@ class Engine:
             self._is_shut = True
             self._error = error
         self.core.shut(error)
+        if self._note is not None:
+            self._note.close()
         if self._own_executor and isinstance(self._executor, ThreadPoolExecutor):
             self._executor.shutdown(wait=False, cancel_futures=True)
 

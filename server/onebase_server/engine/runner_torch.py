@@ -183,10 +183,18 @@ def _forward(weights: ModelWeights, kernels: Kernels, cache: KVCache, slots: Lor
 
 
 def build_runner(
-    base: Any, kernels: Kernels, config: RunnerConfig, *, identity: BaseIdentity | None = None
+    base: Any,
+    kernels: Kernels,
+    config: RunnerConfig,
+    *,
+    identity: BaseIdentity | None = None,
+    place: Callable[[ModelWeights], ModelWeights] | None = None,
 ) -> TorchRunner:
-    """`base` is a `onebase.base_model.LoadedBase`; its linears are read, never run."""
+    """`base` is a `onebase.base_model.LoadedBase`; its linears are read, never run. `place` may move the weights to
+    other memory before anything points at them."""
     weights = read_weights(base.model, kernels, config.max_context)
+    if place is not None:
+        weights = place(weights)
     return TorchRunner(
         weights,
         kernels,

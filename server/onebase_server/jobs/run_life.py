@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from onebase.errors import OnebaseError
 from onebase.home import Home
+from onebase.serving_note import RESUME_EXIT
 from onebase.store import AdapterStore, Version
 from onebase_server.jobs.checkpoints import Checkpoints, FindBase, finished_checkpoints
 from onebase_server.jobs.gate import Verdict, judge, read_measured
@@ -148,7 +149,8 @@ class RunLife:
             )
             return await self._settler.fail(job, self._folder, error)
         reason = self._cause_of_death()
-        gave_up_itself = self._process is not None and (self._process.exit_code or 0) > 0
+        exit_code = (self._process.exit_code if self._process is not None else None) or 0
+        gave_up_itself = exit_code > 0 and exit_code != RESUME_EXIT
         saved_step = max((step for step, _ in finished_checkpoints(self._folder.work)), default=0)
         losses = 1 if saved_step > job.saved_step else job.losses + 1
         if losses < self._times.max_losses and not gave_up_itself:

@@ -1,0 +1,106 @@
+"""Making way for requests: between two layers a training process looks whether a server on its home works, and waits.
+
+How long is the policy's: so many times as long as the layer before took, at most. So training goes on at a known
+share of its speed under any load, on any device, without a setting in seconds. No torch: the clock is the caller's.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Literal
+
+from onebase.serving_note import Load, SeenServer, living_servers
+
+Policy = Literal["serve-first", "fair", "train-first"]
+
+PATIENCE: Final[dict[str, float]] = {"serve-first": 9.0, "fair": 1.0, "train-first": 0.0}
+"""While requests run or wait, a layer that took t is followed by a wait of at most this times t: training keeps a tenth
+of its time under serve-first, half of it under fair."""
+POLL_S: Final = 0.002
+LOOK_S: Final = 1.0
+"""Between looks for servers that have come or gone."""
+STUCK_S: Final = 5.0
+"""A server that has requests and makes no step for so long is not waited for."""
+
+
+class _Watched:
+    """A server and when its steps were last seen to move."""
+
+    def __init__(self, server: SeenServer, now: float) -> None:
+        self.server = server
+        self.is_here: bool | None = None
+        """Whether it is on our device; None until it says so."""
+        self._last = Load()
+        self._moved_at = now
+
+    def is_working(self, now: float) -> bool:
+        load = self.server.load()
+        if load.steps != self._last.steps or not self._last.is_busy:
+            self._moved_at = now
+        self._last = load
+        return load.is_busy and now - self._moved_at < STUCK_S
+
+
+class Yielder:
+    """`at_boundary()` between layers. `hurries`: no more waiting, as when the run is asked to stop; `on_wait` is called
+    while it waits, as a sign of life."""
+
+    def __init__(
+        self,
+        folder: Path,
+        policy: Policy,
+        device: str,
+        *,
+        hurries: Callable[[], bool] = lambda: False,
+        on_wait: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._folder, self._device = folder, _with_index(device)
+        self._patience = PATIENCE[policy]
+        self._hurries, self._on_wait, self._clock, self._sleep = hurries, on_wait, clock, sleep
+        self._watched: dict[Path, _Watched] = {}
+        self._looked_at = float("-inf")
+        self._left_at = clock()
+        self.waited_s = 0.0
+
+    @property
+    def has_servers(self) -> bool:
+        """Whether there is anybody to make way for, at work or not."""
+        return bool(self._watched)
+
+    def at_boundary(self) -> None:
+        """Returns when the next layer may run."""
+        if not self._patience:
+            return
+        now = self._clock()
+        begin, until = now, now + self._patience * (now - self._left_at)
+        while now < until and not self._hurries() and self._is_anyone_working(now):
+            self._on_wait()
+            self._sleep(min(POLL_S, until - now))
+            now = self._clock()
+        self.waited_s += now - begin
+        self._left_at = now
+
+    def _is_anyone_working(self, now: float) -> bool:
+        if now - self._looked_at >= LOOK_S:
+            self._look(now)
+        return any(watched.is_working(now) for watched in self._watched.values() if self._is_here(watched))
+
+    def _look(self, now: float) -> None:
+        self._looked_at = now
+        living = living_servers(self._folder, {path: known.server for path, known in self._watched.items()})
+        self._watched = {path: self._watched.get(path) or _Watched(server, now) for path, server in living.items()}
+
+    def _is_here(self, watched: _Watched) -> bool:
+        """A server that does not say where it is counts as on our device."""
+        if watched.is_here is None:
+            described = watched.server.base() if watched.server.is_ready else None
+            if described is None:
+                return True
+            watched.is_here = _with_index(str(described.get("device", self._device))) == self._device
+        return watched.is_here
+
+
+def _with_index(device: str) -> str:
+    return "cuda:0" if device == "cuda" else device
