@@ -1,0 +1,254 @@
+"""A hot swap under load, over HTTP: what a publish costs those who are talking, and how soon the new version speaks.
+
+Starts a server of its own (SmolLM2 in NF4, random adapters strong enough to change every answer), keeps STREAMS
+streams of one adapter open from a client process, and publishes versions that were never loaded, one after the other.
+Greedy texts tell which version spoke: each must be the whole text that one version gives alone.
+PYTHONPATH=core:server:tests:bench python bench/hot_swap_http.py [--out FILE]. One JSON line; exit code 1 if a promise
+is broken.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from safetensors.numpy import save_file
+
+from onebase.bases import EMBEDDED_ID, BaseSpec, resolve_base
+from onebase.store import AdapterStore
+
+NAME = "captain"
+SUBJECTS = ("ships", "rain", "bread", "stars", "music", "roads", "glass", "winter")
+WITHIN_S = 0.05
+
+
+@dataclass
+class Stream:
+    """Times by `time.perf_counter`. `version`: whose text it is; 0: nobody's."""
+
+    subject: str
+    begun: float
+    first: float = 0.0
+    ended: float = 0.0
+    pieces: list[str] = field(default_factory=list)
+    error: str = ""
+    version: int = 0
+
+
+@dataclass(frozen=True)
+class Swap:
+    """`called` and `answered`: the admin's call. From `answered` on the name must mean `version`."""
+
+    version: int
+    called: float
+    answered: float
+
+
+class Load:
+    """Streams that never pause, of lengths that keep them out of step, and swaps beside them."""
+
+    def __init__(self, http: httpx.AsyncClient, streams: int, swaps: int, pause_s: float, tokens: int) -> None:
+        self._http, self._count, self._pause_s, self._tokens = http, streams, pause_s, tokens
+        self._last = swaps + 1
+        self.alone: dict[tuple[int, str], str] = {}
+        self.streams: list[Stream] = []
+        self.swaps: list[Swap] = []
+        self._is_over = False
+
+    async def run(self) -> None:
+        for version in range(1, self._last + 1):
+            for stream in await asyncio.gather(*(self._talk(f"{NAME}@{version}", s, self._tokens) for s in SUBJECTS)):
+                assert not stream.error, stream.error
+                self.alone[version, stream.subject] = "".join(stream.pieces)
+            if version > 1:  # on the disk again: a swap must find it cold
+                await self._admin("unload", version)
+        await asyncio.gather(self._swap(), *(self._one(index) for index in range(self._count)))
+
+    async def _one(self, index: int) -> None:
+        rounds = index
+        while not self._is_over:
+            length = self._tokens * (1 + (index + rounds) % 4) // 4
+            stream = await self._talk(NAME, SUBJECTS[rounds % len(SUBJECTS)], length)
+            rounds += 1
+            if not stream.error:
+                text = "".join(stream.pieces)
+                stream.version = next((v for (v, s), whole in self.alone.items()
+                                       if s == stream.subject and whole.startswith(text)), 0)  # fmt: skip
+            self.streams.append(stream)
+
+    async def _swap(self) -> None:
+        await self._rest()
+        for version in range(2, self._last + 1):
+            called = time.perf_counter()
+            await self._admin("publish", version)
+            self.swaps.append(Swap(version, called, time.perf_counter()))
+            await self._rest()
+        self._is_over = True
+
+    async def _rest(self) -> None:
+        """Until every stream has had its turn, and so long at least."""
+        seen = len(self.streams)
+        await asyncio.sleep(self._pause_s)
+        while len(self.streams) < seen + 2 * self._count:
+            await asyncio.sleep(0.05)
+
+    async def _admin(self, verb: str, version: int) -> None:
+        reply = await self._http.post(f"/admin/adapters/{NAME}/{verb}", json={"version": version})
+        assert reply.status_code == 200, reply.text
+
+    async def _talk(self, model: str, subject: str, tokens: int) -> Stream:
+        stream = Stream(subject, time.perf_counter())
+        body = {
+            "model": model, "stream": True, "temperature": 0, "max_tokens": tokens, "ignore_eos": True,
+            "messages": [{"role": "user", "content": f"Tell me about {subject}."}],
+        }  # fmt: skip
+        try:
+            async with self._http.stream("POST", "/v1/chat/completions", json=body) as reply:
+                if reply.status_code != 200:
+                    stream.error = f"{reply.status_code} {(await reply.aread())[:200]!r}"
+                    return stream
+                async for line in reply.aiter_lines():
+                    if line.startswith("data: {"):
+                        self._take(stream, json.loads(line[6:]))
+        except httpx.HTTPError as error:
+            stream.error = f"{type(error).__name__} {error}"
+        stream.ended = time.perf_counter()
+        return stream
+
+    def _take(self, stream: Stream, chunk: dict[str, Any]) -> None:
+        if "error" in chunk:
+            stream.error = str(chunk["error"])
+            return
+        piece = chunk["choices"][0]["delta"].get("content")
+        if piece:
+            stream.first = stream.first or time.perf_counter()
+            stream.pieces.append(piece)
+
+
+def report(load: Load, streams: int) -> dict[str, Any]:
+    """Milliseconds. `steady`: streams that began far from a swap; `first`: the first that spoke of each version."""
+    good = [stream for stream in load.streams if not stream.error]
+    swaps = load.swaps
+    stale = [
+        stream for stream in good
+        if stream.version and stream.version < max((s.version for s in swaps if s.answered < stream.begun), default=1)
+    ]  # fmt: skip
+    firsts = [
+        min((s for s in good if s.version == swap.version and s.begun >= swap.called), key=lambda s: s.first)
+        for swap in swaps
+    ]
+    begun_first = [
+        min((s for s in good if s.version == swap.version), key=lambda s: s.begun) for swap in swaps
+    ]  # fmt: skip
+    near = [s for s in good if any(swap.called - 0.1 < s.begun < swap.answered + 0.3 for swap in swaps)]
+    steady = [s.first - s.begun for s in good if s not in near]
+    ended = sum(len(s.pieces) for s in good) / (max(s.ended for s in good) - min(s.begun for s in good))
+    failed = [s.error for s in load.streams if s.error]
+    mixed = [s for s in good if not s.version]
+    after = [first.first - swap.answered for first, swap in zip(firsts, swaps, strict=True)]
+    later = [min(s.first for s in good if s.begun >= swap.answered) - swap.answered for swap in swaps]
+    return {
+        "streams": streams,
+        "swaps": len(swaps),
+        "requests": len(load.streams),
+        "chunks_per_s": round(ended, 1),
+        "failed": len(failed),
+        "why": failed[:3],
+        "mixed": len(mixed),
+        "stale": len(stale),
+        "publish_call_ms": spread([swap.answered - swap.called for swap in swaps]),
+        "publish_to_first_request_begun_ms": spread(
+            [max(0.0, s.begun - swap.answered) for s, swap in zip(begun_first, swaps, strict=True)]
+        ),
+        "publish_to_first_token_ms": spread(after),
+        "publish_to_first_token_of_a_later_request_ms": spread(later),
+        "first_token_of_the_first_ms": spread([first.first - first.begun for first in firsts]),
+        "steady_first_token_ms": spread(steady),
+        "first_token_near_a_swap_ms": spread([s.first - s.begun for s in near]),
+        "promises": {
+            "no failed request": not failed,
+            "no mixed request": not mixed,
+            "no request on the old version after the publish": not stale,
+            "a token of the new version within 50 ms of the publish": max(after) <= WITHIN_S,
+        },
+    }
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    ordered = sorted(seconds)
+    return {
+        "p50": round(statistics.median(ordered) * 1e3, 1),
+        "p95": round(ordered[int(0.95 * (len(ordered) - 1))] * 1e3, 1),
+        "max": round(ordered[-1] * 1e3, 1),
+    }
+
+
+def publish_versions(store: AdapterStore, spec: BaseSpec, count: int, scratch: Path) -> None:
+    """All in the store, the first of them served."""
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        tensors = {}
+        for module, (out, inner) in spec.linear_shapes.items():
+            if module.endswith("v_proj"):
+                prefix = f"base_model.model.{module}"
+                tensors[f"{prefix}.lora_A.weight"] = rng.normal(0, 0.2, (8, inner)).astype(np.float32)
+                tensors[f"{prefix}.lora_B.weight"] = rng.normal(0, 0.2, (out, 8)).astype(np.float32)
+        scratch.mkdir(exist_ok=True)
+        save_file(tensors, str(scratch / "adapter_model.safetensors"))
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": ["v_proj"]}
+        (scratch / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": spec.id}))
+        store.publish(scratch, NAME, base=spec.identity, prompt_format="chat_template", make_current=number == 0)
+
+
+async def drive(url: str, options: argparse.Namespace) -> dict[str, Any]:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=600) as http:
+        load = Load(http, options.streams, options.swaps, options.pause, options.tokens)
+        await load.run()
+        import pickle
+
+        pickle.dump((load.alone, load.streams, load.swaps), open("/tmp/hs.pkl", "wb"))
+    return report(load, options.streams)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--swaps", type=int, default=8)
+    parser.add_argument("--pause", type=float, default=2.0, help="least seconds between swaps")
+    parser.add_argument("--tokens", type=int, default=48, help="of the longest answer")
+    parser.add_argument("--note", default="")
+    parser.add_argument("--out", type=Path, help="append the line to this file")
+    options = parser.parse_args()
+    from real_process import Process
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["ONEBASE_MAX_SEQUENCES"] = str(max(64, options.streams))
+        process = Process(Path(folder) / "home")
+        try:
+            spec = resolve_base(process.home, EMBEDDED_ID)
+            publish_versions(AdapterStore(process.home.adapters), spec, options.swaps + 1, Path(folder) / "peft")
+            process.wait_for("ready: ")
+            found = asyncio.run(drive(process.url, options))
+        finally:
+            process.child.terminate()
+            process.child.wait()
+    line = {"note": options.note, "at": int(time.time()), "base": spec.id, "cores": os.cpu_count(), **found}
+    print(json.dumps(line, indent=1))
+    if options.out is not None:
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    return 0 if all(found["promises"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
