@@ -214,9 +214,6 @@ async def drive(url: str, options: argparse.Namespace) -> dict[str, Any]:
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=600) as http:
         load = Load(http, options.streams, options.swaps, options.pause, options.tokens)
         await load.run()
-        import pickle
-
-        pickle.dump((load.alone, load.streams, load.swaps), open("/tmp/hs.pkl", "wb"))
     return report(load, options.streams)
 
 

@@ -39,15 +39,15 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
     def reply(digest: str | None, prompt: tuple[int, ...]) -> list[int]:
         if digest not in replies:
-            replies[str(digest)] = live.reply(digest)
+            replies[str(digest)] = served.reply(digest)
         return replies[str(digest)]
 
     runner = FakeRunner(num_pages=4096, max_batch_sequences=STREAMS, max_batch_tokens=4 * STREAMS, reply=reply)
-    with live_server(tmp_path_factory.mktemp("swap"), runner=runner) as live:
-        live.says = SAYS
+    with live_server(tmp_path_factory.mktemp("swap"), runner=runner) as served:
+        served.says = SAYS
         for _ in range(SWAPS + 1):
-            live.publish("pirate")
-        yield live
+            served.publish("pirate")
+        yield served
 
 
 class Crowd:
