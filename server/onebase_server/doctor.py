@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from onebase.errors import OnebaseError
 from onebase.home_version import CURRENT, version_of
 from onebase.store import AdapterStore, Version
 from onebase_server.settings import Settings
-from onebase_server.startup import LOW_DISK_MB, check_exposed, check_writable, free_mb, open_records
+from onebase_server.startup import LOW_DISK_MB, check_exposed, check_port_free, check_writable, free_mb, open_records
 
 Verdict = Literal["ok", "warn", "fail"]
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "litestar", "uvicorn", "sqlalchemy", "safetensors")
@@ -168,11 +167,5 @@ def keys(settings: Settings) -> tuple[Verdict, str]:
 
 
 def port(settings: Settings) -> tuple[Verdict, str]:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.host, settings.port))
-        except OSError as error:
-            return "fail", f"{settings.host}:{settings.port}: {error.strerror}; name another by ONEBASE_PORT"
+    check_port_free(settings.host, settings.port)
     return "ok", f"{settings.host}:{settings.port} is free"

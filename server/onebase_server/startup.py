@@ -7,6 +7,7 @@ import asyncio
 import os
 import resource
 import shutil
+import socket
 import uuid
 from pathlib import Path
 
@@ -110,3 +111,23 @@ def check_base_there(settings: Settings) -> None:
             f"{LOW_DISK_MB} MB: free some, or put ONEBASE_HOME elsewhere",
             param="home",
         )
+
+
+def check_port_free(host: str, port: int) -> None:
+    """Raises InvalidInput if something else listens there. Port 0 takes any that is free."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InvalidInput(
+                f"can't listen on {host}:{port} ({error.strerror}): end what does, or name another by ONEBASE_PORT",
+                param="port",
+            ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's, torch's on a GPU, and torch's on a CPU, which is told by its words only."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)

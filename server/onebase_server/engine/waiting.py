@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 from onebase_server.engine.sequence import Sequence, SequenceStatus
 
-
 MAX_PAST_TAGS = 256
 """Tags of adapters with nothing left to wait for are looked through when so many have gathered."""
 

@@ -145,3 +145,38 @@ def make_request(
     prompt = tuple((family * 11 + index * 5) % 300 + 3 for index in range(length))
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=7, presence_penalty=0.4)
     return GenerationRequest("r", prompt, sampling, None if which < 0 else refs[which], n)
+
+
+def test_memory_that_torch_is_refused_costs_that_step_and_spoils_nothing(
+    runner: TorchRunner, refs: list[AdapterRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"length": 33, "n": 1, "max_tokens": 12, "temperature": 1.0}
+    requests = [make_request(refs, which=which, family=which % 2, **shape) for which in (-1, 0, 1)]
+    alone = [answer_alone(runner, refs, request) for request in requests]
+    bench = Bench(runner)
+    hurt = [bench.engine.submit(request) for request in requests]
+    run = runner.run
+
+    def starve(batch: Any) -> Any:
+        run(batch)  # KV and the sampler's state are written by then
+        return torch.empty(1 << 60, dtype=torch.uint8)
+
+    for _ in range(6):
+        bench.tick()
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "run", starve)
+        bench.tick()
+    core = bench.engine.core
+    assert core.counters.num_failed_steps == 1
+    assert any(handle.is_finished for handle in hurt)
+    healed = [bench.engine.submit(request) for request in requests]
+    bench.tick()
+    while core.groups:
+        bench.tick()
+    for handle, tokens in zip(healed, alone, strict=True):
+        [event] = handle.take()
+        assert [event.token_ids] == tokens
+    ends = [event for handle in hurt for event in handle.take() if event.finish_reason is FinishReason.ERROR]
+    assert ends
+    assert all("can't allocate memory" in str(event.error) for event in ends)
+    assert core.scheduler.pages.num_held == 0
