@@ -9,11 +9,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
 from onebase_server.jobs.run_folder import RunFolder
+
+OOM_SCORE = 700
+"""Of 1000: added to a run's share of the memory when the kernel looks for whom to kill."""
 
 
 class _Child(subprocess.Popen[bytes]):
@@ -50,6 +55,7 @@ class RunCommand:
                     pass_fds=[lock],
                 )
         _lower_priority(child.pid, self.nice)
+        _offer_first(child.pid)
         return RunProcess(folder, child)
 
 
@@ -125,3 +131,12 @@ def _lower_priority(pid: int, nice: int) -> None:
         psutil.Process(pid).nice(nice)
     except psutil.Error:  # it has already ended, or the system forbids it: then it runs at our priority
         return
+
+
+def _offer_first(pid: int) -> None:
+    """When memory runs out the kernel should take a run, which goes on from its checkpoint, and not the server.
+
+    Children that it starts later inherit it. Only Linux has the file; raising one's own number needs no rights.
+    """
+    with suppress(OSError):  # another system, or it has already ended
+        Path(f"/proc/{pid}/oom_score_adj").write_text(str(OOM_SCORE))
