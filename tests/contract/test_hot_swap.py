@@ -77,13 +77,16 @@ class Crowd:
 
     async def swap(self) -> None:
         for version in range(2, SWAPS + 2):
-            seen = len(self.answers)
+            await self._everyone_again()
             reply = await self._http.post("/admin/adapters/pirate/publish", json={"version": version})
             assert reply.status_code == 200, reply.text
             self.served = version
-            while len(self.answers) < seen + STREAMS:
-                await asyncio.sleep(0)
         self.swapping = False
+
+    async def _everyone_again(self) -> None:
+        seen = len(self.answers)
+        while len(self.answers) < seen + STREAMS:
+            await asyncio.sleep(0)
 
     async def run(self) -> None:
         async with self._http:
