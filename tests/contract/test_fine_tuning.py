@@ -10,7 +10,10 @@ import httpx
 import openai
 import pytest
 from openai import OpenAI
-from openai.types.fine_tuning import FineTuningJob
+from openai.types import FileObject
+from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
+from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
+from pydantic import BaseModel
 
 import fake_trainer
 from api_world import BASE
@@ -151,6 +154,99 @@ def test_from_a_file_to_a_chat_with_the_new_model(client: OpenAI, plan: Path) ->
 
 
 @pytest.mark.slow
+def test_every_documented_field_is_there_null_where_it_does_not_apply(client: OpenAI, live: Live, plan: Path) -> None:
+    """Against the official package's own types, strictly, before a job has ended and after, failed jobs too."""
+    plan.write_text('{"steps": 4, "every": 2}')
+    made = client.fine_tuning.jobs.create(model=BASE, training_file=upload(client), validation_file=upload(client))
+    broken = client.fine_tuning.jobs.create(model=BASE, training_file=upload(client, GOOD.splitlines(True)[0]))
+    jobs = [httpx.get(f"{live.url}/v1/fine_tuning/jobs/{made.id}").json()]
+    done, failed = wait_for_end(client, made), wait_for_end(client, broken)
+    jobs += [httpx.get(f"{live.url}/v1/fine_tuning/jobs/{job.id}").json() for job in (done, failed)]
+    for job in jobs:
+        fits(FineTuningJob, job)
+        assert (job["organization_id"], job["integrations"], job["metadata"]) == ("org-onebase", [], None)
+        assert (job["error"] is None) == (job["status"] != "failed")
+        assert (job["fine_tuned_model"] is None) == (job["status"] != "succeeded")
+        assert job["method"] == {"type": "supervised", "supervised": {"hyperparameters": job["hyperparameters"]}}
+    assert jobs[0]["estimated_finish"] is None
+    page = httpx.get(f"{live.url}/v1/fine_tuning/jobs/{done.id}/events?limit=100").json()
+    assert (page["object"], page["has_more"]) == ("list", False)
+    for event in page["data"]:
+        fits(FineTuningJobEvent, event)
+    page = httpx.get(f"{live.url}/v1/fine_tuning/jobs/{done.id}/checkpoints").json()
+    assert (page["first_id"], page["last_id"]) == (page["data"][0]["id"], page["data"][-1]["id"])
+    for checkpoint in page["data"]:
+        fits(FineTuningJobCheckpoint, checkpoint)
+    page = httpx.get(f"{live.url}/v1/files").json()
+    assert (page["first_id"], page["last_id"]) == (page["data"][0]["id"], page["data"][-1]["id"])
+    assert {file["purpose"] for file in page["data"]} >= {"fine-tune", "fine-tune-results"}
+    for file in page["data"]:
+        fits(FileObject, file)
+
+
+def fits(model: type[BaseModel], value: dict[str, Any]) -> None:
+    """Every field is there, and each is of its type to the letter. (The checkpoint's own metrics may be left out.)"""
+    assert set(model.model_fields) <= set(value), f"{model.__name__} lacks {set(model.model_fields) - set(value)}"
+    model.model_validate_json(json.dumps(value), strict=True)
+
+
+def test_lists_page_by_the_last_id_and_bound_their_limits(client: OpenAI, live: Live) -> None:
+    one = upload(client, GOOD.splitlines(keepends=True)[0])  # fails at once: no process is started
+    ids = [wait_for_end(client, client.fine_tuning.jobs.create(model=BASE, training_file=one)).id for _ in range(3)]
+    walked = [job.id for job in client.fine_tuning.jobs.list(limit=1)]
+    assert [job for job in walked if job in ids] == ids[::-1]
+    assert len(walked) == len(set(walked))
+    events = list(client.fine_tuning.jobs.list_events(ids[0], limit=1))
+    assert [event.message.partition(":")[0] for event in events] == [
+        "The job failed",
+        "Validating training file",
+        "Created fine-tuning job",
+    ]
+    first = client.fine_tuning.jobs.list_events(ids[0], limit=2)
+    assert (first.has_more, len(first.data)) == (True, 2)
+    jobs = f"{live.url}/v1/fine_tuning/jobs"
+    wrong = [
+        (f"{jobs}?limit=0", "limit"),
+        (f"{jobs}?limit=x", "limit"),
+        (f"{jobs}?after=ftjob-none", "after"),
+        (f"{jobs}?metadata=all", "metadata"),
+        (f"{jobs}/{ids[0]}/events?after={client.fine_tuning.jobs.list_events(ids[1]).data[0].id}", "after"),
+        (f"{jobs}/{ids[0]}/checkpoints?after=ftckpt_none", "after"),
+        (f"{live.url}/v1/files?limit=10001", "limit"),
+        (f"{live.url}/v1/files?order=up", "order"),
+    ]
+    for url, param in wrong:
+        reply = httpx.get(url)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, param), f"{url} {reply.text}"
+
+
+def test_integrations_are_taken_told_and_not_used(client: OpenAI) -> None:
+    file_id = upload(client, GOOD.splitlines(keepends=True)[0])
+    job = client.fine_tuning.jobs.create(
+        model=BASE,
+        training_file=file_id,
+        integrations=[{"type": "wandb", "wandb": {"project": "mine", "tags": ["a"]}}],
+    )
+    assert wait_for_end(client, job).integrations == []
+    told = client.fine_tuning.jobs.list_events(job.id, limit=100).data
+    assert [event.message for event in told if event.level == "warn"] == [
+        "Integrations are not offered here and were ignored"
+    ]
+
+
+def test_a_file_of_another_purpose_can_not_be_trained_on(client: OpenAI) -> None:
+    other = client.files.create(file=("train.jsonl", GOOD), purpose="user_data").id
+    wrong: list[dict[str, Any]] = [
+        {"training_file": other},
+        {"training_file": upload(client), "validation_file": other},
+    ]
+    for fields in wrong:
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.fine_tuning.jobs.create(model=BASE, **fields)
+        assert (caught.value.param, caught.value.code) == (list(fields)[-1], "invalid_file_purpose")
+
+
+@pytest.mark.slow
 def test_events_stream_until_the_job_ends(client: OpenAI, live: Live) -> None:
     job = client.fine_tuning.jobs.create(model=BASE, training_file=upload(client))
     url = f"{live.url}/v1/fine_tuning/jobs/{job.id}/events"
@@ -216,6 +312,24 @@ SUPERVISED = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs
         ({"method": {"type": "dpo"}}, "method.type", 400),
         ({"method": {"type": "reinforcement"}}, "method.type", 400),
         ({"metadata": {"k" * 65: "v"}}, None, 400),
+        ({"metadata": {"k": "v" * 513}}, "metadata.k", 400),
+        ({"metadata": {"k": 1}}, "metadata.k", 400),
+        ({"integrations": [{"type": "mlflow"}]}, "integrations[0].type", 400),
+        ({"integrations": [{"type": "wandb"}]}, "integrations[0].wandb", 400),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}] * 6}, "integrations", 400),
+        ({"method": {"type": "magic"}}, "method.type", 400),
+        ({"method": {"supervised": {}}}, "method.type", 400),
+        (
+            {"method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 51}}}},
+            "method.supervised.hyperparameters.n_epochs",
+            400,
+        ),
+        (
+            {"method": {"type": "supervised", "supervised": {"hyperparameters": {"beta": 1}}}},
+            "method.supervised.hyperparameters.beta",
+            400,
+        ),
+        ({"seed": 2**31}, "seed", 400),
         ({"metadata": {str(n): "v" for n in range(17)}}, "metadata", 400),
         ({"epochs": 3}, "epochs", 400),
     ],

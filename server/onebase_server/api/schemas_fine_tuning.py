@@ -54,6 +54,20 @@ Metadata = Annotated[
 ]
 
 
+class Wandb(Wire):
+    project: str
+    name: str | None = None
+    entity: str | None = None
+    tags: list[str] | None = None
+
+
+class Integration(Wire):
+    """Taken so that scripts run unchanged, and told in a warning event: nothing is sent to anybody."""
+
+    type: Literal["wandb"]
+    wandb: Wandb
+
+
 class CreateJob(RequestBody):
     model: str
     """The base, or a fine-tuned model to go on from."""
@@ -65,7 +79,7 @@ class CreateJob(RequestBody):
     suffix: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: Metadata | None = None
-    integrations: Annotated[list[dict[str, Any]], Field(max_length=5)] | None = None
+    integrations: Annotated[list[Integration], Field(max_length=5)] | None = None
 
 
 class JobErrorBody(Wire):

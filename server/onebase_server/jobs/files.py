@@ -25,6 +25,7 @@ from onebase_server.records.tables import FileRow
 logger = logging.getLogger(__name__)
 
 PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
+TRAINING = "fine-tune"
 RESULTS = "fine-tune-results"
 PART = ".part"
 CHUNK = 1 << 20
@@ -103,7 +104,7 @@ class FileService:
         try:
             _check_names(filename, purpose)
             await asyncio.to_thread(upload.sync)
-            if purpose == "fine-tune":
+            if purpose == TRAINING:
                 problem = await asyncio.to_thread(find_broken_line, upload.part)
                 if problem is not None:
                     raise InvalidInput(problem, param="file", code="invalid_file_format")
@@ -205,7 +206,7 @@ def _check_names(filename: str, purpose: str) -> None:
         )
     if not filename or len(filename) > MAX_NAME or "\x00" in filename:
         raise InvalidInput("The file needs a name of 1 to 512 characters.", param="file", code="invalid_value")
-    if purpose == "fine-tune" and not filename.lower().endswith(".jsonl"):
+    if purpose == TRAINING and not filename.lower().endswith(".jsonl"):
         extension = filename.rpartition(".")[2] if "." in filename else filename
         raise InvalidInput(
             f"Invalid extension {extension}. A file for fine-tuning must end in .jsonl.",

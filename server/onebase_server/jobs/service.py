@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from onebase.errors import InvalidInput, NotFound, Overloaded
 from onebase.home import Home
-from onebase_server.jobs.files import FileService
+from onebase_server.jobs.files import TRAINING, FileService
 from onebase_server.jobs.hyperparameters import AUTO
 from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.names import new_id, tuned_name
@@ -159,9 +159,16 @@ class JobService:
 
     async def _file(self, file_id: str, owner: str | None, param: str) -> FileRow:
         try:
-            return await self._files.get(file_id, owner)
+            file = await self._files.get(file_id, owner)
         except NotFound as error:
             raise InvalidInput(f"File '{file_id}' does not exist.", param=param, code="invalid_value") from error
+        if file.purpose != TRAINING:
+            raise InvalidInput(
+                f"File '{file_id}' was uploaded with the purpose '{file.purpose}'; it must be '{TRAINING}'.",
+                param=param,
+                code="invalid_file_purpose",
+            )
+        return file
 
     # Asking
 
