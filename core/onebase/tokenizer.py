@@ -8,7 +8,7 @@ encoded one by one and concatenated (no dummy space in later ones); and every id
 import json
 import re
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
@@ -26,6 +26,9 @@ from onebase.tokenizer_files import (
     with_special,
     without_dummy_prefix,
 )
+
+KEPT_TEXTS, KEPT_CHARS = 256, 8192
+"""How many texts are remembered with their ids, and how long they may be: some MB at most."""
 
 
 class TextTokenizer:
@@ -60,6 +63,8 @@ class TextTokenizer:
         self.special_ids = frozenset(self._special_ids.values())
         self._bytes = token_bytes_table(spec, self._added, self.vocab_size)
         self._space_mark = space_mark(spec)
+        # Chats send their system prompt and their earlier turns again with every request.
+        self._encode_again = lru_cache(KEPT_TEXTS)(lambda text, first: tuple(self._encode(text, first)))
         self._lacking = lacking_bytes(self._bytes) if is_byte_level(spec) else frozenset()
         self.bos_id = _bos(files, self._later)
         declared_bos = token_named(files, "bos_token")
@@ -83,6 +88,9 @@ class TextTokenizer:
         """
         if not text:
             return []
+        return list(self._encode_again(text, first)) if len(text) <= KEPT_CHARS else self._encode(text, first)
+
+    def _encode(self, text: str, first: bool) -> list[int]:
         ids = self._encode_part(text, first)
         if b"".join(map(self.token_bytes, ids)) == text.encode():
             return ids

@@ -32,6 +32,7 @@ from onebase_server.api.errors import handle_any_error
 from onebase_server.api.keys import KeyRing
 from onebase_server.api.limits import LIMIT_HEADERS, send_limits
 from onebase_server.api.preload import bring_near
+from onebase_server.api.replies import at_start
 from onebase_server.api.request_id import send_request_id
 from onebase_server.api.response_store import ResponseStore
 from onebase_server.settings import Settings
@@ -124,7 +125,9 @@ def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
         request_class=WireRequest,
         plugins=[WirePlugin(exclude_unset=True), PydanticSchemaPlugin()],
         exception_handlers={Exception: handle_any_error},
-        before_send=[send_request_id, send_allow, deps.metrics.count, send_limits(deps.limiter), deps.audit.note],
+        before_send=[
+            at_start(send_request_id, send_allow, deps.metrics.count, send_limits(deps.limiter), deps.audit.note)
+        ],
         request_max_body_size=deps.settings.max_body_mb * 1_000_000,
         cors_config=cors(deps.settings),
         openapi_config=openapi,

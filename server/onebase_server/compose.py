@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
 
@@ -34,6 +35,10 @@ from onebase_server.startup import (
 )
 
 logger = logging.getLogger(__name__)
+
+SWITCH_S = 0.001
+"""The engine's thread asks for the interpreter several times a step; while a burst of requests is parsed it would wait
+5 ms each time, Python's default."""
 
 LoadBackend = Callable[[Settings], Backend]
 
@@ -72,6 +77,7 @@ def build_app(settings: Settings) -> Litestar:
 def serve(settings: Settings, load: LoadBackend = load_backend) -> int:
     """Serve until a signal. The exit code: 0 after a clean end, 1 if the base could not be loaded."""
     configure_logging(settings.log_level, settings.log_format)
+    sys.setswitchinterval(SWITCH_S)
     allow_many_files()
     prepare_home(settings.home)
     has_keys = settings.has_keys | open_records(settings)

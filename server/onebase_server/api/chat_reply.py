@@ -3,7 +3,10 @@
 role of every choice, content, each choice's finish, usage if asked for, `[DONE]`.
 """
 
+import secrets
 from collections.abc import AsyncIterator
+
+from pydantic_core import to_json
 
 from onebase.tokenizer import TextTokenizer
 from onebase_server.api.chat_plan import ChatPlan
@@ -25,6 +28,8 @@ from onebase_server.api.tool_calls import CallWatch, call_deltas, with_ids
 from onebase_server.engine.handle import Completion
 from onebase_server.engine.types import FinishReason, TokenEvent, TokenLogprob, Usage
 
+HOLE = f"onebase-{secrets.token_hex(8)}"
+"""Where the text goes in a frame: nobody can have put this anywhere else in it."""
 WORDS: dict[FinishReason, FinishWord] = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
@@ -79,15 +84,17 @@ class ChatStream:
         self._watches = [CallWatch(marker, renderer.parse_text) for _ in range(plan.n)]
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in range(plan.n)]
         self._usages = [Usage(0, 0)] * plan.n
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
 
     async def events(self, tokens: AsyncIterator[TokenEvent]) -> AsyncIterator[bytes]:
         # NOTE: every role first, in order: the Python helper appends each new index to a list
-        for index in range(self._plan.n):
-            yield self._delta(index, ChatDelta(role="assistant", content="", refusal=None))
+        roles = [self._delta(i, ChatDelta(role="assistant", content="", refusal=None)) for i in range(self._plan.n)]
+        yield b"".join(roles)
         async for token in tokens:
             raise_if_failed(token)
-            for chunk in self._chunks(token):
-                yield chunk
+            chunks = self._chunks(token)
+            if chunks:
+                yield b"".join(chunks)  # made at once, sent at once: each send is a call into the kernel
         if self._plan.include_usage:
             yield self._chunk([], sum_usage(self._usages))
 
@@ -98,7 +105,7 @@ class ChatStream:
         chunks = []
         text = watch.feed(token.text) if self._plan.finds_calls else token.text
         if text:
-            chunks.append(self._delta(index, ChatDelta(content=text), self._take_logprobs(index)))
+            chunks.append(self._content(index, text))
         if token.finish_reason is None:
             return chunks
         has_calls = False
@@ -106,7 +113,7 @@ class ChatStream:
             rest, calls = watch.finish()
             has_calls = bool(calls)
             if rest:
-                chunks.append(self._delta(index, ChatDelta(content=rest), self._take_logprobs(index)))
+                chunks.append(self._content(index, rest))
             for delta in call_deltas(calls[: 1 if self._plan.one_call else None]):
                 chunks.append(self._delta(index, ChatDelta(tool_calls=[delta]), self._take_logprobs(index)))
         if token.usage is not None:
@@ -114,6 +121,16 @@ class ChatStream:
         word = finish_word(token.finish_reason, has_calls)
         chunks.append(self._delta(index, ChatDelta(), None, word))
         return chunks
+
+    def _content(self, index: int, text: str) -> bytes:
+        """A piece of text. Without logprobs two of these differ in the text alone: the rest is written once."""
+        if self._plan.wants_logprobs:
+            return self._delta(index, ChatDelta(content=text), self._take_logprobs(index))
+        frame = self._frames.get(index)
+        if frame is None:
+            head, tail = self._delta(index, ChatDelta(content=HOLE)).rsplit(to_json(HOLE), 1)
+            frame = self._frames[index] = head, tail
+        return frame[0] + to_json(text) + frame[1]
 
     def _take_logprobs(self, index: int) -> ChatLogprobs | None:
         """The entries since the last text: those of held-back text go out with it."""

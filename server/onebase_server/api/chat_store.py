@@ -18,6 +18,7 @@ from onebase_server.records.tables import ChatRow
 logger = logging.getLogger(__name__)
 
 DATA = b"data: "
+END = b"\n\n"
 
 
 class ChatKeeper:
@@ -35,9 +36,10 @@ class ChatKeeper:
     async def watch(self, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """The same events; what they told is kept once the last one is out. An unfinished stream is not kept."""
         whole: dict[str, Any] = {}
-        async for event in events:
-            add_chunk(whole, json.loads(event.removeprefix(DATA)))
-            yield event
+        async for piece in events:
+            for event in piece.split(END)[:-1]:
+                add_chunk(whole, json.loads(event.removeprefix(DATA)))
+            yield piece
         if whole:
             await self._write(whole)
 

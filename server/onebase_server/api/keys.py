@@ -4,14 +4,16 @@ A key is 256 random bits, so one round of SHA-256 is the right hash: there is no
 make slower, and a check costs microseconds. Passwords would need argon2; these are none. The table holds hashes only.
 """
 
+import asyncio
 import hashlib
 import hmac
 import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -24,6 +26,7 @@ from onebase_server.settings import Settings
 logger = logging.getLogger(__name__)
 
 PREFIX = "sk-ob-"
+T = TypeVar("T")
 FRESH_S = 0.5
 """A revoked key is refused after at most this long."""
 STALE_S = 60.0
@@ -96,6 +99,8 @@ class KeyRing:
         self._locked = bool(self._api)
         self._looked_at = float("-inf")
         self._noted: dict[str, float] = {}
+        self._asking: dict[str, asyncio.Future[Any]] = {}
+        """What the table is being asked just now: a key's hash, or "" for whether there is any."""
 
     async def identify(self, header: str | None) -> Caller:
         """Whose key it is. Raises Unauthenticated, or NotReady while the table can't be asked."""
@@ -120,17 +125,33 @@ class KeyRing:
     async def _is_locked(self) -> bool:
         """Whether a key is needed. Once a key was made it always is: revoking the last one opens nothing."""
         if not self._locked and self._clock() - self._looked_at >= FRESH_S:
-            try:
-                self._locked = await self._records.any()
-            except (SQLAlchemyError, OSError) as error:
-                raise unreachable() from error
-            self._looked_at = self._clock()
+            await self._once("", self._look)
         return self._locked
+
+    async def _look(self) -> None:
+        try:
+            self._locked = await self._records.any()
+        except (SQLAlchemyError, OSError) as error:
+            raise unreachable() from error
+        self._looked_at = self._clock()
 
     async def _find(self, digest: str) -> KeyRow | None:
         cached = self._cache.get(digest)
         if cached is not None and self._clock() - cached[1] < FRESH_S:
             return cached[0]
+        return await self._once(digest, lambda: self._ask(digest))
+
+    async def _once(self, name: str, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Of a burst with one key, one request asks the table and all get its answer."""
+        task = self._asking.get(name)
+        if task is None:
+            task = self._asking[name] = asyncio.ensure_future(ask())
+            task.add_done_callback(lambda _: self._asking.pop(name, None))
+        answer: T = await asyncio.shield(task)
+        return answer
+
+    async def _ask(self, digest: str) -> KeyRow | None:
+        cached = self._cache.get(digest)
         asked_at = self._clock()
         try:
             row = await self._records.by_hash(digest)

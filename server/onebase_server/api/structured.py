@@ -94,4 +94,4 @@ def answer_schema(wanted: ResponseFormat) -> tuple[Schema, str] | None:
 def takes_long(body: ChatRequest) -> bool:
     """Whether reading the request may take milliseconds: then it is done off the event loop."""
     wants_grammar = body.response_format is not None or bool(body.tools)
-    return wants_grammar or sum(len(message.content or "") for message in body.messages) > 20_000
+    return wants_grammar or sum(len(message.content or "") for message in body.messages) > 8_000

@@ -12,6 +12,7 @@ from sqlalchemy.exc import OperationalError
 
 from api_world import World, chat_body, error_of, open_world, with_settings
 from onebase.errors import NotReady, Unauthenticated
+from onebase_server.api.caller import Caller
 from onebase_server.api.keys import FRESH_S, STALE_S, KeyOrder, KeyRing, new_key
 from onebase_server.records.keys import KeyRecords
 from onebase_server.records.tables import KeyRow
@@ -153,6 +154,7 @@ class Table(KeyRecords):
 
     async def by_hash(self, digest: str) -> KeyRow | None:
         self.asked += 1
+        await asyncio.sleep(0)
         if self.away:
             raise OperationalError("SELECT", {}, Exception("gone"))
         return self.rows.get(digest)
@@ -234,6 +236,18 @@ def test_the_table_is_asked_once_for_a_burst_even_of_wrong_keys(loop: Any) -> No
     for _ in range(5):
         with pytest.raises(Unauthenticated):
             whose(loop, ring, "sk-wrong")
+    assert table.asked == 1
+
+
+def test_the_table_is_asked_once_for_requests_that_come_together(loop: Any) -> None:
+    row, key = new_key(KeyOrder("ann"), 1000)
+    table = Table(row)
+    ring = ring_over(table, Clock())
+
+    async def burst() -> list[Caller]:
+        return await asyncio.gather(*(ring.identify(f"Bearer {key}") for _ in range(8)))
+
+    assert {caller.id for caller in loop.run_until_complete(burst())} == {row.id}
     assert table.asked == 1
 
 
