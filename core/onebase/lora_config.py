@@ -22,7 +22,8 @@ BASE_PRESERVING_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mi
 
 _SERVED_KEYS = {
     "use_dora": "DoRA rescales each output by the norm of base + adapter, which one frozen base can't share between "
-    "adapters; retrain with use_dora=False",
+    "adapters; merge it into a model of its own (onebase export FOLDER DEST --form merged) or retrain with "
+    "use_dora=False",
     "lora_bias": "biases on lora_B are not served; retrain with lora_bias=False",
     "use_qalora": "QALoRA pools the layer's input; retrain with use_qalora=False",
     "alora_invocation_tokens": "aLoRA switches on in the middle of a prompt; retrain as plain LoRA",

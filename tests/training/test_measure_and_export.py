@@ -2,6 +2,7 @@
 
 import json
 import re
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from onebase.base_model import load_base
 from onebase.bases import read_base, resolve_base
-from onebase.errors import AdapterInvalid, Conflict, InvalidInput, OnebaseError
+from onebase.errors import Conflict, InvalidInput, OnebaseError
 from onebase.home import Home
 from onebase.store import AdapterStore
 from onebase_training import lora
@@ -161,19 +162,26 @@ def test_export_never_writes_over_something(trained: tuple[Home, Recipe], tmp_pa
             export("tiny", tmp_path / "there", trained[0], form=form)
 
 
-def test_dora_trains_but_is_neither_published_nor_merged(trained: tuple[Home, Recipe], tmp_path: Path) -> None:
+def test_dora_trains_and_is_merged_but_not_published(trained: tuple[Home, Recipe], tmp_path: Path) -> None:
+    """One frozen base can't serve it; the run says what to do, and what is merged answers as PEFT's DoRA does."""
     home, loaded = trained
-    content = recipe(Path(loaded.data.train[0].path), lora={"use_dora": True}, train={"max_steps": 1}, name="dora")
+    content = recipe(Path(loaded.data.train[0].path), lora={"use_dora": True}, train={"max_steps": 3}, name="dora")
+    said = Console(record=True, width=200, quiet=False, file=StringIO())
 
-    result = carry_out(Run(make_recipe(content), home, tmp_path / "run", console=QUIET))
+    result = carry_out(Run(make_recipe(content), home, tmp_path / "run", console=said))
 
     assert result.version is None
-    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
     assert AdapterStore(home.adapters).get("dora") is None
-    from onebase_training.merge import merge
-
-    with pytest.raises(AdapterInvalid, match="DoRA"):
-        merge(tmp_path / "run/adapter", resolve_base(home, NAME), tmp_path / "merged")
+    text = " ".join(said.export_text().split())
+    assert text.count("--form merged") == 2, "at the start, before hours are spent, and at the end"
+    folder = export(str(tmp_path / "run/adapter"), tmp_path / "merged", home, form="merged", onto="nf4",
+                    dtype=torch.float32, check=False)  # fmt: skip
+    base = load_base(resolve_base(home, NAME), compute_dtype="float32")
+    with torch.no_grad():
+        untrained = base.model(PROBE).logits
+        with lora.published_adapter(base, tmp_path / "run/adapter") as model:
+            torch.testing.assert_close(merged_logits(folder), model(PROBE).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(merged_logits(folder), untrained, atol=1e-2)
 
 
 def command(*arguments: str) -> Any:

@@ -150,21 +150,23 @@ app.command("evaluate", hidden=True)(evaluate)
 
 @app.command("export")
 def export(
-    model: Annotated[str, typer.Argument(help="name, name@version or ft:...")],
-    dest: Annotated[Path, typer.Argument(help="A folder (or for gguf-lora a file) that does not exist yet.")],
+    model: Annotated[str, typer.Argument(help="name, name@version, ft:..., or a folder of PEFT's files.")],
+    dest: Annotated[Path, typer.Argument(help="A folder (or for GGUF a file) that does not exist yet.")],
     home: HomeOption = None,
-    form: Annotated[str, typer.Option(help="peft, merged or gguf-lora.")] = "peft",
+    form: Annotated[str, typer.Option(help="peft, merged, gguf-lora or gguf-merged.")] = "peft",
     onto: Annotated[
         str, typer.Option(help="merged: onto the published weights (base) or the values that are served (nf4).")
     ] = "base",
     dtype: Annotated[str, typer.Option(help="merged: bfloat16 or float32.")] = "bfloat16",
+    gguf_type: Annotated[str, typer.Option(help="gguf-merged: f16, bf16 or q8_0.")] = "f16",
     check: Annotated[bool, typer.Option(help="merged: compare its logits with the unmerged adapter's.")] = True,
     push: Annotated[str | None, typer.Option(help="Upload it to the hub, too, as owner/name (private).")] = None,
 ) -> None:
-    """Write a version as a PEFT folder, merged into its base, or as a GGUF LoRA for llama.cpp."""
+    """Write a version as a PEFT folder, merged into its base, or as GGUF (LoRA or merged) for llama.cpp."""
     console = Console(stderr=True)
     _quiet_libraries()
-    _one_of("--form", form, ("peft", "merged", "gguf-lora"))
+    _one_of("--form", form, ("peft", "merged", "gguf-lora", "gguf-merged"))
+    _one_of("--gguf-type", gguf_type, ("f16", "bf16", "q8_0"))
     _one_of("--onto", onto, ("base", "nf4"))
     _one_of("--dtype", dtype, ("bfloat16", "float32"))
     with _UserErrors(console):
@@ -179,6 +181,7 @@ def export(
             form=form,  # type: ignore[arg-type]
             onto=onto,  # type: ignore[arg-type]
             dtype=getattr(torch, dtype),
+            gguf_type=gguf_type,  # type: ignore[arg-type]
             check=check,
             console=console,
         )

@@ -1,25 +1,50 @@
-"""A version in a form that other tools read: PEFT's folder, a merged model, a GGUF LoRA; and to the hub."""
+"""A version in a form that other tools read: PEFT's folder, a merged model, GGUF; and to the hub.
 
+A folder of PEFT's files goes too: what was trained but can't be served (DoRA) is merged from its run's folder.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from rich.console import Console
 
+from onebase.adapter import AdapterFiles
 from onebase.base_fetch import find_base
 from onebase.bases import BaseSpec
 from onebase.errors import OnebaseError
 from onebase.home import Home
-from onebase.store import AdapterStore, Version
+from onebase.store import AdapterStore
 from onebase.tokenizer import TextTokenizer
 from onebase_training.merge import Onto, Parity, merge, parity
 
-Form = Literal["peft", "merged", "gguf-lora"]
+Form = Literal["peft", "merged", "gguf-lora", "gguf-merged"]
+GgufType = Literal["f16", "bf16", "q8_0"]
 
 PROBE = (
     "A base model is frozen. An adapter adds a small change of low rank to each of its layers, "
     "and many adapters share one base: 1, 2, 3, and so on.\nWhich one answers, the request says."
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What is exported: a version of the store, or a folder of PEFT's two files."""
+
+    path: Path
+    id: str
+    base_id: str
+    prompt_format: str
+
+    @classmethod
+    def find(cls, model: str, store: AdapterStore) -> "Source":
+        folder = Path(model)
+        if (folder / "adapter_config.json").is_file():
+            base_id = str(AdapterFiles.read(folder).config.raw.get("base_model_name_or_path") or "")
+            return cls(folder, folder.resolve().parent.name, base_id, "human_response")
+        version = store.resolve(model)
+        return cls(version.path, version.id, version.manifest.base.id, version.manifest.prompt_format)
 
 
 def export(
@@ -30,24 +55,29 @@ def export(
     form: Form = "peft",
     onto: Onto = "base",
     dtype: torch.dtype = torch.bfloat16,
+    gguf_type: GgufType = "f16",
     check: bool = True,
     console: Console | None = None,
 ) -> Path:
-    """Write the version to `dest`, which must not exist. Raises OnebaseError."""
+    """Write the version (or folder) to `dest`, which must not exist. Raises OnebaseError."""
     console = console or Console()
     store = AdapterStore(home.adapters)
-    version = store.resolve(model)
     if form == "peft":
         return store.export(model, dest)
-    spec = find_base(home, version.manifest.base.id)
+    source = Source.find(model, store)
+    spec = find_base(home, source.base_id)
     if form == "gguf-lora":
         from onebase_training.gguf_lora import write_gguf_lora
 
-        return write_gguf_lora(version.path, spec, dest)
-    merged = merge(version.path, spec, dest, onto=onto, dtype=dtype)
-    (merged / "README.md").write_text(_card(version, onto), "utf-8")
+        return write_gguf_lora(source.path, spec, dest)
+    if form == "gguf-merged":
+        from onebase_training.gguf_merged import write_gguf_merged
+
+        return write_gguf_merged(source.path, spec, dest, onto=onto, kind=gguf_type, name=source.id)
+    merged = merge(source.path, spec, dest, onto=onto, dtype=dtype)
+    (merged / "README.md").write_text(_card(source, spec, onto), "utf-8")
     if check:
-        _tell(console, parity(version.path, spec, merged, _probe(spec), onto=onto))
+        _tell(console, parity(source.path, spec, merged, _probe(spec), onto=onto))
     return merged
 
 
@@ -77,11 +107,10 @@ def _tell(console: Console, found: Parity) -> None:
     )
 
 
-def _card(version: Version, onto: Onto) -> str:
-    base = version.manifest.base
+def _card(source: Source, base: BaseSpec, onto: Onto) -> str:
     under = "its published weights" if onto == "base" else "its NF4 values, as served"
     return (
-        f"---\nbase_model: {base.id}\ntags: [onebase, merged]\n---\n\n# {version.id}, merged\n\n"
-        f"The adapter `{version.id}` added into `{base.id}` at revision `{base.revision}`, onto {under}.\n"
-        f"Prompt format: `{version.manifest.prompt_format}`.\n"
+        f"---\nbase_model: {base.id}\ntags: [onebase, merged]\n---\n\n# {source.id}, merged\n\n"
+        f"The adapter `{source.id}` added into `{base.id}` at revision `{base.identity.revision}`, onto {under}.\n"
+        f"Prompt format: `{source.prompt_format}`.\n"
     )

@@ -35,7 +35,7 @@ def write_gguf_lora(adapter: Path, base: BaseSpec, dest: Path) -> Path:
     """
     files = AdapterFiles.read(adapter)
     if files.config.use_dora:
-        raise AdapterInvalid(str(adapter), ["DoRA can't be written as a GGUF LoRA; merge it instead"])
+        raise AdapterInvalid(str(adapter), ["DoRA can't be written as a GGUF LoRA; --form gguf-merged can"])
     weights = load_file(adapter / WEIGHTS)
     partial = dest.with_name(f".{dest.name}.partial")
     writer = gguf.GGUFWriter(partial, "llama")
@@ -59,9 +59,9 @@ def write_gguf_lora(adapter: Path, base: BaseSpec, dest: Path) -> Path:
 
 
 def in_llama_cpp_order(b: NDArray[np.float32], name: str, base: BaseSpec) -> NDArray[np.float32]:
-    """Rows of q's and k's B [out, r]: from halves (x, y) of each head to pairs; other projections unchanged."""
+    """Rows of q's and k's B [out, r], weight or bias: from halves (x, y) of each head to pairs; others unchanged."""
     kv_heads = base.config.get("num_key_value_heads") or base.config["num_attention_heads"]
     heads = {"self_attn.q_proj": int(base.config["num_attention_heads"]), "self_attn.k_proj": int(kv_heads)}.get(name)
     if heads is None or base.config["model_type"] not in ("llama", "mistral"):
         return b
-    return b.reshape(heads, 2, b.shape[0] // heads // 2, b.shape[1]).swapaxes(1, 2).reshape(b.shape)
+    return b.reshape(heads, 2, b.shape[0] // heads // 2, *b.shape[1:]).swapaxes(1, 2).reshape(b.shape)

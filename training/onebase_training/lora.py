@@ -19,6 +19,12 @@ logger = logging.getLogger(__name__)
 ALL_LINEAR: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+MERGE_IT: Final = (
+    "A DoRA rescales the base's own outputs, so it can't be served beside others and is not published; merge it into a "
+    "model of its own: onebase export RUN/adapter DEST --form merged --onto nf4"
+)
+
+
 def attach_adapter(base: LoadedBase, lora: LoraConfig) -> Any:
     """A fresh PEFT adapter on the base's model; the PeftModel. Raises RecipeError for targets that don't exist."""
     import peft

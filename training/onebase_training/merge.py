@@ -1,4 +1,4 @@
-"""An adapter added into its base's weights, file by file: W + s B A in fp32, rounded once.
+"""An adapter added into its base's weights, file by file: W + s B A in fp32 (DoRA: rescaled), rounded once.
 
 Onto the published 16-bit weights, or onto the NF4 values that the adapter was trained and is served on. Memory is
 one shard, so a 7B model merges on a laptop. The vocabulary, tokenizer and config stay the base's own.
@@ -6,12 +6,13 @@ one shard, so a 7B model merges on a laptop. The vocabulary, tokenizer and confi
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -41,32 +42,50 @@ def merge(
     adapter: Path, spec: BaseSpec, dest: Path, *, onto: Onto = "base", dtype: torch.dtype = torch.bfloat16
 ) -> Path:
     """Write a whole model folder. Raises AdapterInvalid for what can't be merged, Conflict when `dest` exists."""
-    files = AdapterFiles.read(adapter)
-    if files.config.use_dora:
-        raise AdapterInvalid(str(adapter), ["DoRA is not a sum onto the weights"])
     if dest.exists():
         raise Conflict(f"{dest} already exists", param="dest")
-    tensors = load_file(adapter / WEIGHTS)
-    modules = set(files.modules())
+    merging = Merging(adapter, spec, onto)
     scratch = dest.with_name(f".{dest.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     for shard in weight_files(spec.path):
-        merged = {}
-        for name, weight in load_file(shard).items():
-            module = name.removesuffix(".weight")
-            if onto == "nf4" and module in spec.linear_shapes:
-                weight = nf4_values(weight)
-            if module in modules:
-                weight = _added(weight, tensors, module, files.config.scaling(module))
-                modules.discard(module)
-            merged[name] = weight.to(dtype).contiguous()
+        merged = {name: weight.to(dtype).contiguous() for name, weight in merging.tensors(shard)}
         save_file(merged, scratch / shard.name, metadata={"format": "pt"})
-    if modules:
-        raise AdapterInvalid(str(adapter), [f"{module} is not in the base" for module in sorted(modules)[:5]])
     _copy_rest(spec, scratch, dtype)
     scratch.rename(dest)
     return dest
+
+
+class Merging:
+    """The base's tensors with the adapter added, one at a time. Raises AdapterInvalid for what can't be merged."""
+
+    def __init__(self, adapter: Path, spec: BaseSpec, onto: Onto) -> None:
+        files = AdapterFiles.read(adapter)
+        self._config, self._modules = files.config, set(files.modules())
+        self._tensors = load_file(adapter / WEIGHTS)
+        self._spec, self._onto = spec, onto
+        strangers = sorted(self._modules - set(spec.linear_shapes))
+        if strangers:
+            raise AdapterInvalid(str(adapter), [f"{module} is not in the base" for module in strangers[:5]])
+
+    def tensors(self, shard: Path) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of each tensor of one of the base's files; in fp32 where something was added."""
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                yield name, self._merged(name.removesuffix(".weight"), file.get_tensor(name))
+
+    def _merged(self, module: str, weight: Tensor) -> Tensor:
+        if self._onto == "nf4" and module in self._spec.linear_shapes:
+            weight = nf4_values(weight)
+        if module not in self._modules:
+            return weight
+        total = _added(weight, self._tensors, module, self._config.scaling(module))
+        if self._config.use_dora:  # arXiv 2402.09353, equation 5: each output's length is learnt apart
+            lengths = self._tensors[f"base_model.model.{module}.lora_magnitude_vector"].float()
+            total *= (lengths / total.norm(dim=1)).unsqueeze(1)
+        if not torch.isfinite(total).all():
+            raise AdapterInvalid(module, ["the merged weight is not finite"])
+        return total
 
 
 def nf4_values(weight: Tensor) -> Tensor:
@@ -94,10 +113,7 @@ def parity(adapter: Path, spec: BaseSpec, merged: Path, probe: list[int], *, ont
 def _added(weight: Tensor, tensors: Mapping[str, Tensor], module: str, scaling: float) -> Tensor:
     a = tensors[f"base_model.model.{module}.lora_A.weight"].float()
     b = tensors[f"base_model.model.{module}.lora_B.weight"].float()
-    total = weight.float() + scaling * (b @ a)
-    if not torch.isfinite(total).all():
-        raise AdapterInvalid(module, ["the merged weight is not finite"])
-    return total
+    return weight.float() + scaling * (b @ a)
 
 
 def _copy_rest(spec: BaseSpec, dest: Path, dtype: torch.dtype) -> None:

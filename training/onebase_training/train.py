@@ -103,6 +103,8 @@ def _carry_out(run: Run) -> RunResult:
     started = time.monotonic()
     recipe, console = run.recipe, run.console
     _say(run, "note", recipe.notices)
+    if recipe.lora.use_dora:
+        _say(run, "note", [lora.MERGE_IT])
     if recipe.train.tensorboard and not has_tensorboard():
         _say(run, "note", ["no curves for tensorboard: pip install tensorboardX"])
     spec = find_base(run.home, recipe.base)
@@ -145,7 +147,7 @@ def _carry_out(run: Run) -> RunResult:
         metrics["waited_s"] = round(beside.waited_s, 1)
     version = _publish(run, trainer, callback, metrics, dataset)
     write_reports(run.run_dir, recipe, spec, trainer.state.log_history, metrics, version)
-    where = f"published {version.id}" if version else f"trained, but no server can serve its kind: {run.run_dir}"
+    where = f"published {version.id}" if version else f"trained: {run.run_dir / 'adapter'}. {lora.MERGE_IT}"
     console.print(
         f"[green]{where}[/]: {metrics['steps']} steps, {metrics['seconds']} s, {metrics['tokens_per_s']} tok/s"
     )
