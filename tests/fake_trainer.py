@@ -4,7 +4,7 @@
     python fake_trainer.py PLAN.json evaluate RECIPE --home H --status S --no-base --adapter NAME@N ... --out FILE
 
 The plan (all optional): `steps`, `step_s`, `every` (steps a checkpoint), `ends` (how each attempt ends: "succeed",
-"fail", "give up", "crash", "crash early", "hang"; the last repeats), `deaf` (signals do nothing); `loss` and
+"fail", "give up", "server gone", "crash", "crash early", "hang"; the last repeats), `deaf` (signals do nothing); `loss` and
 `stop_rate` by version for `evaluate`, which takes `evaluate_s`. Steps already done, as its newest checkpoint says, are
 not done again. Each start adds a line to the file `starts`.
 """
@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+RESUME_EXIT = 75
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -66,6 +67,8 @@ def train(given: Any, plan: dict[str, Any]) -> None:
         if end == "give up":
             print("Traceback: out of luck", flush=True)
             sys.exit(3)
+        if end == "server gone" and step == max(done + 1, total // 2):
+            sys.exit(RESUME_EXIT)
         if end == "crash early" and step > done:  # after each one's first step
             os.kill(os.getpid(), signal.SIGKILL)
         if end == "crash" and step == total // 2:

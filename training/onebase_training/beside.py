@@ -28,7 +28,8 @@ _SIGN_OF_LIFE_S = 10.0
 class Beside:
     """One process' relation to the servers that keep notes in `folder` (`Home.serving`).
 
-    `sign_of_life(message)` is called now and then while it waits; `hurries()`: no more waiting between layers.
+    `sign_of_life(message)` is called now and then while it waits ("": for requests); `hurries()`: no more waiting
+    between layers.
     """
 
     def __init__(
@@ -44,9 +45,7 @@ class Beside:
         self._sign_of_life = sign_of_life
         self._signed_at = time.monotonic()
         self._borrowed: Borrowed | None = None
-        self._yielder = Yielder(
-            folder, policy, str(device), hurries=hurries, on_wait=lambda: self._sign("making way for requests")
-        )
+        self._yielder = Yielder(folder, policy, str(device), hurries=hurries, on_wait=lambda: self._sign(""))
         self._boundaries = Boundaries(self._yielder, self.guard, device)
 
     def load_base(

@@ -43,6 +43,15 @@ async def test_a_crashed_trainer_goes_on_from_its_checkpoint(world: JobsWorld) -
 
 
 @pytest.mark.slow
+async def test_a_trainer_that_lost_the_server_of_its_base_goes_on_from_its_checkpoint(world: JobsWorld) -> None:
+    world.script(steps=4, every=1, ends=["server gone", "succeed"])
+    job = await world.ended(await world.fine_tune())
+    assert (job.state, job.attempt) == ("succeeded", 2)
+    steps = [event.data["step"] for event in await world.told(job) if event.type == "metrics" and event.data]
+    assert steps[-1] == 4
+
+
+@pytest.mark.slow
 async def test_a_job_that_gets_on_between_crashes_is_never_given_up(world: JobsWorld) -> None:
     crashes = FAST.max_losses + 2
     world.script(steps=8, every=1, ends=["crash early"] * crashes + ["succeed"])
