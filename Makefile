@@ -6,6 +6,9 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.set-up
 CLIENTS := .venv-clients
+# Compiled modules are kept, whatever the environment says: else every server and trainer that a test starts compiles
+# all of ours again.
+unexport PYTHONDONTWRITEBYTECODE
 SAY     = @printf '\n\033[1m== %s\033[0m\n'
 
 .PHONY: help setup demo test lint test-fast test-slow test-gpu map openapi serve clean

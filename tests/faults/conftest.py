@@ -1,6 +1,5 @@
-"""One event loop for all, and a server in process for each test to break."""
+"""A server in process for each test to break."""
 
-import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,22 +7,6 @@ from typing import Any
 import pytest
 
 from api_world import World, open_world
-
-
-async def end_tasks() -> None:
-    """sse-starlette leaves a task that waits for the server's end."""
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-@pytest.fixture(scope="session")
-def loop() -> Iterator[asyncio.AbstractEventLoop]:
-    loop = asyncio.new_event_loop()
-    yield loop
-    loop.run_until_complete(end_tasks())
-    loop.close()
 
 
 @pytest.fixture

@@ -1,28 +1,11 @@
-"""One event loop and one server for all API tests: they differ in what they ask, not in what is there."""
+"""One server for all API tests: they differ in what they ask, not in what is there."""
 
-import asyncio
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from api_world import World, open_world
-
-
-async def end_tasks() -> None:
-    """sse-starlette leaves a task that waits for the server's end."""
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-@pytest.fixture(scope="session")
-def loop() -> Iterator[asyncio.AbstractEventLoop]:
-    loop = asyncio.new_event_loop()
-    yield loop
-    loop.run_until_complete(end_tasks())
-    loop.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,31 @@
+"""What tests of every folder share. Imports nothing that costs time."""
+
+import asyncio
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+FAST = "not slow and not gpu"
+MODULE_MARKS = re.compile(r"^pytestmark = (\[[^\]]*\]|.*)$", re.MULTILINE)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The fast run would deselect a module that is slow as a whole only after importing it, and torch with it."""
+    if config.option.markexpr != FAST or collection_path.suffix != ".py":
+        return None
+    if collection_path.parent.name == "gpu":
+        return True
+    marks = MODULE_MARKS.search(collection_path.read_text("utf-8"))
+    return True if marks and re.search(r"mark\.(slow|gpu)\b", marks[1]) else None
+
+
+@pytest.fixture(scope="session")
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """One event loop for all servers in process: `World.request` runs it. Whatever they started must have ended."""
+    loop = asyncio.new_event_loop()
+    yield loop
+    left = asyncio.all_tasks(loop)
+    loop.close()
+    assert not left, left
