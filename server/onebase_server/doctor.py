@@ -19,6 +19,7 @@ from onebase.bases import list_bases, verify_base
 from onebase.errors import OnebaseError
 from onebase.home_version import CURRENT, version_of
 from onebase.store import AdapterStore, Version
+from onebase_server.memory import free_memory
 from onebase_server.settings import Settings
 from onebase_server.startup import LOW_DISK_MB, check_exposed, check_port_free, check_writable, free_mb, open_records
 
@@ -85,7 +86,7 @@ def compiler() -> tuple[Verdict, str]:
 
 
 def memory() -> tuple[Verdict, str]:
-    free = psutil.virtual_memory().available // 1_000_000
+    free = free_memory() // 1_000_000
     words = f"{free:,} MB free of {psutil.virtual_memory().total // 1_000_000:,} MB"
     return (
         ("ok", words) if free >= LOW_MEMORY_MB else ("warn", f"{words}: the embedded base and a training take 1.5 GB")

@@ -3,8 +3,6 @@
 import logging
 from typing import Any
 
-import psutil
-
 from onebase.base_fetch import Progress, fetch, is_hub_id
 from onebase.bases import EMBEDDED_ID, BaseSpec, resolve_base
 from onebase.errors import BaseModelError, ModelNotFound
@@ -16,6 +14,7 @@ from onebase_server.engine.engine import Engine
 from onebase_server.engine.grammar_llguidance import LlguidanceBackend
 from onebase_server.engine.intake import context_limit
 from onebase_server.engine.runner import Runner
+from onebase_server.memory import free_memory
 from onebase_server.renderers import Renderers, read_chat_template
 from onebase_server.settings import Settings
 from onebase_server.sizing import PAGE_SIZE, choose_kv_tokens, pages_for
@@ -96,7 +95,7 @@ def load_runner(settings: Settings, spec: BaseSpec) -> tuple[Runner, TextTokeniz
     device = torch.device(pick_device(settings.device, torch.cuda.is_available()))
     base = load_base(spec, device, compute_dtype="float32" if settings.dtype == "float32" else "bfloat16")
     max_context = min(settings.max_context or spec.context_length, spec.context_length)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     tokens = settings.kv_tokens or choose_kv_tokens(
         spec.config,
         element_bytes=base.compute_dtype.itemsize,

@@ -1,0 +1,42 @@
+"""How much memory this process may still take: the machine's, or what is left of its container's limit.
+
+psutil shows the machine's however small the container is, and who sizes by that is killed by the kernel.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+CGROUP = Path("/sys/fs/cgroup")
+NO_LIMIT = 1 << 60
+"""The old interface writes a number near 2**63 for none."""
+
+
+def free_memory(cgroup: Path = CGROUP) -> int:
+    """Bytes."""
+    free = int(psutil.virtual_memory().available)
+    left = container_memory_left(cgroup)
+    return free if left is None else min(free, left)
+
+
+def container_memory_left(cgroup: Path = CGROUP) -> int | None:
+    """Bytes to the limit of the container, file cache that can be dropped counted as free; None if it has no limit."""
+    for folder, limit, used, cache in (
+        (cgroup, "memory.max", "memory.current", "inactive_file"),
+        (cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            most, taken = int((folder / limit).read_text()), int((folder / used).read_text())
+            if most < NO_LIMIT:
+                return max(0, most - taken + _statistic(folder / "memory.stat", cache))
+    return None
+
+
+def _statistic(path: Path, name: str) -> int:
+    """0 if it is not there."""
+    with suppress(OSError):
+        for line in path.read_text().splitlines():
+            if line.startswith(f"{name} "):
+                return int(line.split()[1])
+    return 0

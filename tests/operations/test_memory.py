@@ -1,0 +1,41 @@
+"""What a container may take is what its limit leaves, whichever interface the kernel shows it by."""
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from onebase_server.memory import container_memory_left, free_memory
+
+
+def write(folder: Path, **files: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / f"memory.{name}").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("stat", ["anon 5\ninactive_file 300\nactive_file 7\n", "anon 5\n", None])
+def test_the_limit_of_a_container_counts(tmp_path: Path, stat: str | None) -> None:
+    files = {"max": "2000\n", "current": "1500\n"} | ({"stat": stat} if stat else {})
+    write(tmp_path, **files)
+    assert container_memory_left(tmp_path) == (800 if stat and "inactive" in stat else 500)
+    assert free_memory(tmp_path) == container_memory_left(tmp_path)
+
+
+def test_the_old_interface_is_read_too(tmp_path: Path) -> None:
+    write(tmp_path / "memory", limit_in_bytes="2000", usage_in_bytes="1500", stat="total_inactive_file 100\n")
+    assert container_memory_left(tmp_path) == 600
+
+
+@pytest.mark.parametrize("limit", ["max", str((1 << 63) - 4096), None])
+def test_without_a_limit_the_machines_memory_counts(tmp_path: Path, limit: str | None) -> None:
+    if limit is not None:
+        write(tmp_path, max=limit, current="1500")
+    assert container_memory_left(tmp_path) is None
+    assert 0 < free_memory(tmp_path) <= psutil.virtual_memory().total
+
+
+def test_a_container_over_its_limit_has_nothing_left(tmp_path: Path) -> None:
+    write(tmp_path, max="1000", current="1500")
+    assert container_memory_left(tmp_path) == 0
