@@ -34,7 +34,8 @@ FROM python:${PYTHON}-slim
 RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ \
  && rm -rf /var/lib/apt/lists/* \
- && useradd --uid 10001 --no-create-home --home-dir /data onebase \
+ && groupadd --gid 10001 onebase \
+ && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /data onebase \
  && install -d -m 0700 -o onebase -g onebase /data
 COPY --from=build /opt/onebase /opt/onebase
 # Everything that is written goes to /data or /tmp: the rest of the image may be mounted read-only.
@@ -52,6 +53,6 @@ VOLUME /data
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=180s --retries=3 \
-  CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/readyz', timeout=2)"]
+  CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ['ONEBASE_PORT'] + '/readyz', timeout=2)"]
 ENTRYPOINT ["onebase"]
 CMD ["serve"]

@@ -8,7 +8,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import fields
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,10 @@ def dockerfile_env() -> dict[str, str]:
 
 def test_the_compose_file_is_valid_by_the_compose_specifications_schema() -> None:
     schema = json.loads((Path(__file__).parent / "data" / "compose_spec.json").read_text("utf-8"))
+    # `required` came with Compose 2.20, after this schema
+    dependencies = schema["definitions"]["service"]["properties"]["depends_on"]["oneOf"][1]["patternProperties"]
+    [dependency] = dependencies.values()
+    dependency["properties"]["required"] = {"type": "boolean"}
     validator = jsonschema.Draft7Validator(schema)
     assert [error.message for error in validator.iter_errors(COMPOSE)] == []
 
@@ -107,9 +113,9 @@ def test_ports_paths_and_probes_agree() -> None:
     env = dockerfile_env()
     port = env["ONEBASE_PORT"]
     paths = {route.path for route in build_app(Settings(home=Home(Path("/nowhere")))).routes}
-    probe = re.search(r"http://127\.0\.0\.1:(\d+)(/\w+)", DOCKERFILE)
+    probe = re.search(r"'http://127\.0\.0\.1:' \+ os\.environ\['(\w+)'\] \+ '(/\w+)'", DOCKERFILE)
     assert probe is not None
-    assert (probe[1], probe[2] in paths) == (port, True)
+    assert (probe[1], probe[2] in paths) == ("ONEBASE_PORT", True)
     assert f"EXPOSE {port}\n" in DOCKERFILE
     assert f"VOLUME {env['ONEBASE_HOME']}\n" in DOCKERFILE
     for name in SERVERS:
@@ -132,6 +138,45 @@ def test_all_that_the_server_writes_is_a_volume_or_a_tmpfs() -> None:
     assert caches
     assert all(value.startswith(dockerfile_env()["ONEBASE_HOME"] + "/") for value in caches.values())
     assert re.search(r"^USER 10001:10001$", DOCKERFILE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("is_ready", [True, False])
+def test_the_health_check_says_whether_the_server_is_ready(is_ready: bool) -> None:
+    check = re.search(r"^HEALTHCHECK .*\\\n  CMD (\[.*\])$", DOCKERFILE, re.MULTILINE)
+    assert check is not None
+    _, *arguments = json.loads(check[1])
+
+    class Ready(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if is_ready and self.path == "/readyz" else 503)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Ready) as http:
+        threading.Thread(target=http.handle_request).start()
+        env = {**os.environ, "ONEBASE_PORT": str(http.server_port)}
+        done = subprocess.run([sys.executable, *arguments], env=env, stderr=subprocess.DEVNULL, check=False)
+    assert (done.returncode == 0) == is_ready
+
+
+def test_a_server_waits_for_the_database_of_its_profile_and_never_pulls_another_image() -> None:
+    for name in SERVERS:
+        service = COMPOSE["services"][name]
+        assert service["depends_on"] == {"postgres": {"condition": "service_healthy", "required": False}}
+        assert service["pull_policy"] == "build"
+    assert COMPOSE["services"]["postgres"]["healthcheck"]["test"][0] == "CMD-SHELL"
+
+
+@pytest.mark.parametrize("password", ["", "x"])
+def test_grafana_does_not_start_without_a_password(password: str) -> None:
+    shell, flag, script = COMPOSE["services"]["grafana"]["entrypoint"]
+    script = script.replace("$$", "$").replace("/run.sh", "echo started")
+    env = {"GF_SECURITY_ADMIN_PASSWORD": password}
+    done = subprocess.run(
+        [shell, flag, script.replace("exec ", "")], env=env, capture_output=True, check=False, text=True
+    )
+    assert done.stdout == ("started\n" if password else "")
+    assert (done.returncode == 0) == bool(password)
+    assert "GRAFANA_PASSWORD" in done.stderr or password
 
 
 def test_the_drain_fits_into_the_grace_that_containers_get() -> None:
