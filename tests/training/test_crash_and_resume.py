@@ -147,7 +147,7 @@ def test_sigterm_cancels_without_a_checkpoint(
 def test_a_signal_before_the_first_step_ends_the_run_at_once(
     home: Home, tmp_path: Path, content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onebase_training.train.load_base", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("onebase_training.beside.load_base", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
 
     result, _ = train(home, content, tmp_path / "run")
 
