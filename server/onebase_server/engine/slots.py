@@ -47,7 +47,8 @@ class DeviceSlots:
         assert entry.host is not None
         slot = self._take(entry, entry.host)
         if slot is None:
-            if not self._entries:
+            if not self._entries and not self._is_reserved_for_other(entry):
+                self._reserved_for = None  # it will never need what has drained for it
                 raise EngineError(f"{entry.ref.id} does not fit into the server's LoRA rows; raise them")
             return False
         self._copy(slot, entry, entry.host)

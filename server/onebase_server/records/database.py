@@ -19,6 +19,9 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from onebase.errors import InvalidInput
 
 BUSY_MS = 30_000
+CACHE_KB = 256
+"""Of pages, for each connection. SQLite's own 2 MB would fill bit by bit as the tables grow, and the kernel keeps the
+file in memory anyway."""
 MIGRATION_LOCK = 0x6F6E6562
 _one_at_a_time = threading.Lock()  # Alembic's context is global to the process
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -115,7 +118,10 @@ def _tune_sqlite(engine: Engine) -> None:
         connection.isolation_level = None
         cursor = connection.cursor()
         try:
-            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"busy_timeout={BUSY_MS}"):
+            for pragma in (
+                "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"busy_timeout={BUSY_MS}",
+                f"cache_size=-{CACHE_KB}",
+            ):  # fmt: skip
                 cursor.execute(f"PRAGMA {pragma}")
         except BaseException:
             connection.close()  # nobody else would: it is not the pool's yet, and each holds a thread

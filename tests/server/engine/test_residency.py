@@ -215,6 +215,22 @@ def test_an_adapter_too_large_for_the_rows_fails_and_the_others_go_on() -> None:
     world.check_end()
 
 
+def test_an_adapter_that_never_fits_and_is_asked_for_all_the_time_holds_up_nobody() -> None:
+    world = World(FakeRunner(num_slots=2, rows=64), EngineConfig(fairness_wait_s=0.02, drain_limit_s=0.02))
+    others = []
+    for round_ in range(40):
+        world.ask([1, round_], fake_adapter("huge", rank=65), max_tokens=4)
+        others += [world.ask([2, round_], fake_adapter(name), max_tokens=4) for name in ("a", "b")]
+        for _ in range(3):
+            world.executor.run_all()
+            world.clock.now += 0.02
+            world.tick()
+    world.settle()
+    reasons = {event.finish_reason for asked in others for event in asked.events if event.finish_reason}
+    assert reasons <= {FinishReason.STOP, FinishReason.LENGTH}
+    world.check_end()
+
+
 def test_a_copy_that_fails_ends_its_own_requests_and_gives_the_slot_back() -> None:
     class Refusing(FakeRunner):
         def load_slot(self, slot: int, adapter: HostAdapter) -> None:
