@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a user's error (said in one line), 2 wrong usage, 75 to be
 it used has ended), 130 stopped by a signal. The environment is read here only; torch is imported once it is needed.
 """
 
+import gc
 import logging
 import os
 from enum import StrEnum
@@ -84,6 +85,7 @@ def train(
     writer = StatusWriter(status if speaks else None)
     with _UserErrors(console, writer):
         loaded = load_recipe(recipe)
+        console.print(f"{loaded.name} on {loaded.base}: starting", highlight=False)
         from onebase_training.train import Run, RunOptions, carry_out
 
         place = Home(home or default_home(os.environ)).create()
@@ -235,6 +237,7 @@ class _UserErrors:
 
     def __exit__(self, kind: Any, error: BaseException | None, _trace: Any) -> None:
         if isinstance(error, KeyboardInterrupt):
+            self._console.print("stopped")
             raise typer.Exit(CANCELLED)
         if isinstance(error, ServerGone):
             self._console.print(f"[yellow]stopped[/]: {error}; to be started again with --resume", highlight=False)
@@ -269,7 +272,11 @@ def _quiet_libraries() -> None:
 
 
 def main() -> None:
-    app(prog_name="onebase_training")
+    try:
+        app(prog_name="onebase_training")
+    finally:
+        # All files are closed. A last collection over torch's million objects would keep the user waiting for seconds.
+        gc.freeze()
 
 
 if __name__ == "__main__":

@@ -132,6 +132,7 @@ def build_trainer(
         callbacks=[callback],
     )
     callback.trainer = trainer
+    trainer.on_part = callback.on_part
     return trainer
 
 

@@ -11,12 +11,26 @@ from typing import Any
 
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 
 from onebase_training.config import TrainConfig
 from onebase_training.plan import Plan
 from onebase_training.status import StatusWriter
 from onebase_training.stop import StopRequest
+
+
+class _TimeLeft(ProgressColumn):
+    """Counts down from the last step's estimate, so that a long step shows its own passing."""
+
+    def render(self, task: Task) -> Text:
+        ends = task.fields["ends"]
+        if ends is None:
+            return Text("--:-- left", style="progress.remaining")
+        minutes, seconds = divmod(max(0, round(ends - time.monotonic())), 60)
+        hours, minutes = divmod(minutes, 60)
+        text = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
+        return Text(f"{text} left", style="progress.remaining")
 
 
 class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
@@ -38,14 +52,15 @@ class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
         self._stop, self._has_eval, self._guard = stop, has_eval, guard
         self._times: deque[tuple[float, int]] = deque(maxlen=20)
         self._bar = Progress(
-            TextColumn("[bold]step {task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("[bold]step {task.fields[step]}/{task.total:.0f}"),
             BarColumn(bar_width=None),
             TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tok/s"),
-            TimeRemainingColumn(compact=True),
+            _TimeLeft(),
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("training", total=len(plan), loss="-", speed="-")
+        self._task = self._bar.add_task("training", total=len(plan), step=0, loss="-", speed="-", ends=None)
+        self._rate = self._left = 0.0
         self.trainer: Any = None
         self._best_loss = math.inf
         self._without_better = 0
@@ -56,7 +71,7 @@ class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._bar.start()
-        self._bar.update(self._task, completed=state.global_step)
+        self._bar.update(self._task, completed=state.global_step, step=state.global_step)
         self._times.append((time.monotonic(), self.trainer.trained_tokens))
         for entry in state.log_history:  # of the run before a resume
             if "eval_loss" in entry:
@@ -66,6 +81,7 @@ class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._guard()
         step = state.global_step
+        self._show(step)
         if self._stop.asked:
             control.should_training_stop = True
             control.should_save = self._stop.save
@@ -76,20 +92,30 @@ class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
         control.should_evaluate = self._has_eval and _due(self._config.eval_every, step, at_epoch_end, finished)
         control.should_save = not finished and _due(self._config.save_every, step, at_epoch_end, False)
 
+    def on_part(self, step: int, share: float) -> None:
+        """So much of the step that follows `step` is done."""
+        self._bar.update(self._task, completed=step + share)
+
+    def _show(self, step: int) -> None:
+        """The bar and the status file after every step, whatever is logged."""
+        self._rate, self._left = self._speed(step)
+        loss, ends = self.trainer.last_loss, time.monotonic() + self._left
+        self._bar.update(
+            self._task, completed=step, step=step, loss=f"{loss:.3f}", speed=f"{self._rate:,.0f}", ends=ends
+        )
+        self._status.progress(
+            step=step,
+            loss=loss,
+            tokens_per_s=round(self._rate, 1),
+            eta_s=round(self._left, 1),
+            epoch=round(self._plan.epochs * step / len(self._plan), 3),
+            trained_tokens=self.trainer.trained_tokens,
+        )
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs is None or "loss" not in logs:
             return
-        speed, left = self._speed(state.global_step)
         loss = float(logs["loss"])
-        self._bar.update(self._task, completed=state.global_step, loss=f"{loss:.3f}", speed=f"{speed:,.0f}")
-        self._status.progress(
-            step=state.global_step,
-            loss=loss,
-            tokens_per_s=round(speed, 1),
-            eta_s=round(left, 1),
-            epoch=round(self._plan.epochs * state.global_step / len(self._plan), 3),
-            trained_tokens=self.trainer.trained_tokens,
-        )
         self._status.event(
             "metrics",
             {
@@ -103,7 +129,8 @@ class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
         )
         if not self._console.is_terminal:
             self._console.print(
-                f"step {state.global_step}/{len(self._plan)}  loss {loss:.3f}  {speed:,.0f} tok/s  {left:,.0f} s left"
+                f"step {state.global_step}/{len(self._plan)}  loss {loss:.3f}  {self._rate:,.0f} tok/s  "
+                f"{self._left:,.0f} s left"
             )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
@@ -149,11 +176,7 @@ class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
         self._times.append((now, self.trainer.trained_tokens))
         (then, tokens), steps = self._times[0], max(1, len(self._times) - 1)
         seconds = max(1e-6, now - then)
-        logged_every = max(1, self._config.log_every)
-        return (
-            (self.trainer.trained_tokens - tokens) / seconds,
-            seconds / (steps * logged_every) * (len(self._plan) - step),
-        )
+        return (self.trainer.trained_tokens - tokens) / seconds, seconds / steps * (len(self._plan) - step)
 
 
 def _due(every: int | str, step: int, at_epoch_end: bool, finished: bool) -> bool:

@@ -92,7 +92,10 @@ def carry_out(run: Run) -> RunResult:
         run.status.progress(message=str(error))
         raise
     except KeyboardInterrupt:
-        run.status.enter("cancelled", "stopped before training; nothing published")
+        last = checkpoint.last_checkpoint(run.run_dir) if run.stop.asked else None
+        message = f"stopped {'at once' if run.stop.asked else 'before training'}; nothing published"
+        run.console.print(message + (f". Go on from {last} with the same command and --resume" if last else ""))
+        run.status.enter("cancelled", message, checkpoint=str(last) if last else None)
         return RunResult("cancelled", None, {})
     except BaseException as error:
         run.status.enter("failed", f"{type(error).__name__}: {error}", error=_error(error))

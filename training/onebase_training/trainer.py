@@ -8,7 +8,7 @@ or pickled checkpoints (14, 15), data order on resume (14).
 import contextlib
 import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,9 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
         self._recipe_hash = recipe_hash
         self.session_tokens = 0
         """Tokens since this process started."""
+        self.last_loss = math.nan
+        self.on_part: Callable[[int, float], None] = lambda step, share: None
+        """Told how much of a step is done, micro-batch by micro-batch."""
         self._last_accuracy = math.nan
 
     @property
@@ -136,6 +139,7 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
             learnt += len(batch.targets)
             self.session_tokens += batch.tokens
             self.state.num_input_tokens_seen += batch.tokens
+            self.on_part(self.state.global_step, (index + 1) / len(inputs))
         if self.args.world_size > 1:
             total = self.accelerator.reduce(total, reduction="sum")
         loss, right = torch.stack((total, correct)).tolist()  # the step's one wait for the device
@@ -145,7 +149,7 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
                 "published. A lower learning_rate or max_grad_norm usually helps",
                 code="loss_not_finite",
             )
-        self._last_accuracy = right / max(1, learnt)
+        self.last_loss, self._last_accuracy = loss, right / max(1, learnt)
         return total
 
     def _prepare_inputs(self, inputs: Any) -> Any:
