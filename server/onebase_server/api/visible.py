@@ -57,10 +57,10 @@ async def may_use(name: str, versions: Iterable[Version], caller: Caller, deps: 
     """Whether the adapter is there for the caller. `versions`: of it, those in question."""
     if caller.is_admin:
         return True
-    maker = await deps.keys.maker_of(name)
+    is_tuned = any(alias.startswith(TUNED) for each in versions for alias in each.aliases)
+    maker = await deps.keys.maker_of(name, anew=is_tuned)
     if maker is not None and maker[0] == FINE_TUNING:
         return maker[1] == caller.owner
     if caller.models is not None:
         return name in caller.models
-    is_lost = maker is None and any(alias.startswith(TUNED) for each in versions for alias in each.aliases)
-    return not is_lost
+    return maker is not None or not is_tuned

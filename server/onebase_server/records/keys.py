@@ -70,12 +70,13 @@ class KeyRecords:
         """Wait for what is still being written."""
         await asyncio.gather(*self._notes)
 
-    async def maker_of(self, adapter: str) -> tuple[str, str] | None:
+    async def maker_of(self, adapter: str, *, anew: bool = False) -> tuple[str, str] | None:
         """(kind, owner) of the job that first trained an adapter that is in the store; None if no job did.
 
-        Remembered for good: a job's row is there before its adapter is, and fine-tuning never takes a name again.
+        Remembered for good: a job's row is there before its adapter is, and fine-tuning never takes a name again. Only
+        that no job did may change, when an adapter that was imported is trained on: `anew` asks the table again.
         """
-        if adapter not in self._makers:
+        if adapter not in self._makers or (anew and self._makers[adapter] is None):
             query = select(JobRow.kind, JobRow.owner).where(JobRow.adapter == adapter).order_by(JobRow.seq).limit(1)
             async with self._database.read() as session:
                 found = (await session.execute(query)).first()

@@ -289,3 +289,17 @@ def test_an_adapter_whose_trainer_is_not_on_record_is_shown_to_admins_only(world
     admin = {"Authorization": f"Bearer {ADMIN_KEY}"}
     assert world.post("/v1/chat/completions", chat_body(model="orphan"), headers=tenants[0].headers).status_code == 404
     assert world.post("/v1/chat/completions", chat_body(model="orphan"), headers=admin).status_code == 200
+
+
+def test_an_adapter_of_everyone_stays_everyones_when_it_is_trained_on(world: World, tenants: list[Tenant]) -> None:
+    """Nobody had trained it when a key first asked, and that was remembered."""
+    admin = {"Authorization": f"Bearer {ADMIN_KEY}"}
+    world.publish("shared")
+    body = chat_body(model="shared")
+    assert world.post("/v1/chat/completions", body, headers=tenants[0].headers).status_code == 200
+    (world.home.root / "datasets" / "shared.jsonl").parent.mkdir(exist_ok=True)
+    (world.home.root / "datasets" / "shared.jsonl").write_text('{"text": "x"}\n')
+    ok(world.post("/admin/retrain", {"adapter": "shared", "dataset": "shared.jsonl"}, headers=admin))
+    source = lora_folder(world.home.root / "peft")
+    world.store.publish(source, "shared", base=IDENTITY, aliases=["ft:tiny-base:onebase:shared:12345678"])
+    assert world.post("/v1/chat/completions", body, headers=tenants[0].headers).status_code == 200
