@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from onebase.errors import AdapterInvalid
-from onebase_server.engine.runner import HostAdapter, RunnerLimits, SampleRow, StepBatch, StepResult
+from onebase_server.engine.runner import HostAdapter, RunnerLimits, SampleRow, Scores, StepBatch, StepResult
 from onebase_server.engine.types import AdapterRef, SamplingParams
 
 EOS = 256
@@ -132,7 +132,9 @@ class FakeRunner:
         self.reads.append(ref.digest)
         if ref.digest in self.broken:
             raise AdapterInvalid(str(ref.path), [f"{ref.id} is broken"])
-        return FakeHostAdapter(ref.digest, int(ref.path.name))
+        # the last part of a `fake_adapter`'s path is its rank, of a version in a store its number
+        rank = 8 if ref.path.parent.name == "versions" else int(ref.path.name)
+        return FakeHostAdapter(ref.digest, rank)
 
     @property
     def used_rows(self) -> int:
@@ -189,7 +191,17 @@ class FakeRunner:
             logprobs=np.array([self.logprob_of(token) for token in tokens], dtype=np.float32),
             top_ids=[None if ids is None else ids for ids in top],
             top_logprobs=[None if ids is None else np.full(len(ids), -0.5, dtype=np.float32) for ids in top],
+            scores=self._score(batch) if len(batch.scored) else None,
         )
+
+    def _score(self, batch: StepBatch) -> Scores:
+        """The alternatives tell after which token they come."""
+        count, top = len(batch.scored), batch.score_top
+        said = batch.token_ids[batch.scored]
+        ids = ((said[:, None] + np.arange(top, dtype=np.int32)) % VOCAB).astype(np.int32)
+        logprobs = [self.logprob_of(token) for token in batch.score_targets.tolist()]
+        values = np.full((count, top), -0.5, dtype=np.float32)
+        return Scores(np.array(logprobs, dtype=np.float32), ids, values)
 
     def _digest(self, slot: int) -> str | None:
         return None if slot < 0 else self._slots[slot].digest

@@ -31,6 +31,10 @@ class CompletionPlan:
     requests: tuple[GenerationRequest, ...]
     echoes: tuple[str, ...]
     """Text in front of each prompt's choices: the prompt with `echo`, else ""."""
+    scores_prompt: bool
+    """`echo` with `logprobs`: the prompt's tokens have theirs too."""
+    only_scores: bool
+    """No token beyond the prompt was asked for: one is made all the same, and left out."""
     n: int
     """Choices a prompt that are returned; `best_of` of them are generated."""
     best_of: int
@@ -50,8 +54,6 @@ def check_completion(body: CompletionRequest, max_choices: int) -> int:
         )
     if body.best_of is not None and body.best_of > n:
         check_best_of(body, body.best_of, max_choices)
-    if body.echo and body.logprobs is not None:
-        raise unsupported("echo", "'echo' together with 'logprobs' is not supported.")
     return n
 
 
@@ -68,6 +70,10 @@ def check_best_of(body: CompletionRequest, best_of: int, max_choices: int) -> No
             param="best_of",
             code="integer_above_max_value",
         )
+
+
+def scores_prompt(body: CompletionRequest) -> bool:
+    return bool(body.echo) and body.logprobs is not None
 
 
 def unsupported(param: str, message: str) -> InvalidInput:
@@ -96,6 +102,8 @@ def plan_completion(body: CompletionRequest, n: int, model: ServedModel, backend
         model=model,
         requests=requests,
         echoes=tuple(echoes),
+        scores_prompt=scores_prompt(body),
+        only_scores=scores_prompt(body) and body.max_tokens == 0,
         n=n,
         best_of=best_of,
         wants_logprobs=body.logprobs is not None,
@@ -144,7 +152,9 @@ def _echo(prompt: object, i: int, ids: Sequence[int], backend: Backend) -> str:
 def _extras(body: CompletionRequest, ids: Sequence[int], backend: Backend, *, ranks: bool) -> Extras:
     """`ranks`: the choices will be compared by their logprobs, asked for or not."""
     asked = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    scores = scores_prompt(body)
     return Extras(
-        max_tokens=answer_limit(asked, len(ids), backend.max_context, param="prompt"),
+        max_tokens=answer_limit(max(asked, 1) if scores else asked, len(ids), backend.max_context, param="prompt"),
+        prompt_logprobs=body.logprobs if scores else None,
         top_logprobs=0 if ranks and body.logprobs is None else body.logprobs,
     )

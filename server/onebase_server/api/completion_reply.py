@@ -10,7 +10,7 @@ from onebase.tokenizer import TextTokenizer
 from onebase_server.api.backend import Handle
 from onebase_server.api.completion_plan import CompletionPlan
 from onebase_server.api.generation import complete, raise_if_failed, sum_usage
-from onebase_server.api.logprobs import completion_logprobs
+from onebase_server.api.logprobs import completion_logprobs, echo_logprobs
 from onebase_server.api.schemas_common import UsageBody
 from onebase_server.api.schemas_completions import Completion as CompletionBody
 from onebase_server.api.schemas_completions import CompletionChoice
@@ -58,10 +58,14 @@ def mean_logprob(choice: Completion) -> float:
 
 
 def _choice(plan: CompletionPlan, index: int, choice: Completion, tokenizer: TextTokenizer) -> CompletionChoice:
+    logprobs = completion_logprobs(choice.logprobs, tokenizer) if plan.wants_logprobs else None
+    if plan.scores_prompt:
+        prompt = plan.requests[index // plan.n].prompt_ids
+        logprobs = echo_logprobs(prompt, choice.prompt_logprobs, choice.logprobs, tokenizer)
     return CompletionChoice(
         text=plan.echoes[index // plan.n] + choice.text,
         index=index,
-        logprobs=completion_logprobs(choice.logprobs, tokenizer) if plan.wants_logprobs else None,
+        logprobs=logprobs,
         finish_reason=finish_word(choice.finish_reason),
     )
 
@@ -76,11 +80,12 @@ class CompletionStream:
         choices = plan.n * len(plan.requests)
         self._usages = [Usage(0, 0)] * choices
         self._offsets = [0] * choices
+        self._echoed = [False] * choices
 
     async def events(self, handles: Sequence[Handle]) -> AsyncIterator[bytes]:
         for index in range(len(self._usages)):
             echo = self._plan.echoes[index // self._plan.n]
-            if echo:
+            if echo and not self._plan.scores_prompt:
                 yield self._piece(CompletionChoice(text=echo, index=index, logprobs=None, finish_reason=None))
         async for offset, token in merged(handles, self._plan.n):
             raise_if_failed(token)
@@ -91,6 +96,9 @@ class CompletionStream:
 
     def _choices(self, index: int, token: TokenEvent) -> list[CompletionChoice]:
         choices = []
+        if self._plan.scores_prompt and not self._echoed[index]:
+            self._echoed[index] = True
+            choices.append(self._scored_echo(index, token))
         if token.text or token.logprobs:
             logprobs = None
             if self._plan.wants_logprobs:
@@ -103,6 +111,13 @@ class CompletionStream:
                 CompletionChoice(text="", index=index, logprobs=None, finish_reason=finish_word(token.finish_reason))
             )
         return choices
+
+    def _scored_echo(self, index: int, token: TokenEvent) -> CompletionChoice:
+        """The prompt with its logprobs, which a choice's first event brings."""
+        prompt = index // self._plan.n
+        logprobs = echo_logprobs(self._plan.requests[prompt].prompt_ids, token.prompt_logprobs, (), self._tokenizer)
+        self._offsets[index] = sum(map(len, logprobs.tokens))
+        return CompletionChoice(text=self._plan.echoes[prompt], index=index, logprobs=logprobs, finish_reason=None)
 
     def _piece(self, choice: CompletionChoice) -> bytes:
         return self._body([choice])

@@ -1,6 +1,7 @@
 """`POST /v1/completions`: the bare prompt in, text out."""
 
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 from litestar import Request, post
@@ -45,7 +46,8 @@ class Running:
         try:
             for each in plan.requests:
                 asks_nothing = each.sampling.max_tokens == 0
-                self.handles.append(NothingToDo(each) if asks_nothing else submit_one(each))
+                handle = NothingToDo(each) if asks_nothing else submit_one(each)
+                self.handles.append(PromptOnly(handle) if plan.only_scores else handle)
         except BaseException:
             self.cancel()
             raise
@@ -53,6 +55,35 @@ class Running:
     def cancel(self) -> None:
         for handle in self.handles:
             handle.cancel()
+
+
+class PromptOnly:
+    """A handle that leaves out what was generated: the engine scores a prompt on its way to a token."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    async def events(self) -> AsyncIterator[TokenEvent]:
+        async for event in self._handle.events():
+            usage = event.usage and replace(event.usage, completion_tokens=0)
+            ended = FinishReason.LENGTH if event.finish_reason is FinishReason.STOP else event.finish_reason
+            yield replace(event, text="", token_ids=(), logprobs=(), finish_reason=ended, usage=usage)
+
+    async def complete(self) -> list[Completion]:
+        return [
+            replace(
+                whole,
+                text="",
+                token_ids=(),
+                logprobs=(),
+                finish_reason=FinishReason.LENGTH if whole.finish_reason is FinishReason.STOP else whole.finish_reason,
+                usage=replace(whole.usage, completion_tokens=0),
+            )
+            for whole in await self._handle.complete()
+        ]
+
+    def cancel(self) -> None:
+        self._handle.cancel()
 
 
 class NothingToDo:

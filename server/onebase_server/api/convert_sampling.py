@@ -20,6 +20,7 @@ class Extras:
     stop_token_ids: frozenset[int] = frozenset()
     """The prompt format's own end tokens."""
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
     grammar: str | None = None
     trigger: GrammarTrigger | None = None
 
@@ -39,6 +40,7 @@ def to_sampling(body: SamplingBody, extras: Extras, vocab_size: int) -> Sampling
         logit_bias=_logit_bias(body.logit_bias or {}, vocab_size),
         seed=body.seed,
         top_logprobs=extras.top_logprobs,
+        prompt_logprobs=extras.prompt_logprobs,
         stop=_stop(body) + extras.stop,
         stop_token_ids=_stop_token_ids(body, vocab_size) | (frozenset() if body.ignore_eos else extras.stop_token_ids),
         ignore_eos=bool(body.ignore_eos),

@@ -34,6 +34,17 @@ def _show(raw: bytes) -> str:
     return raw.decode("utf-8", errors="replace")
 
 
+def echo_logprobs(
+    prompt_ids: Sequence[int], scores: Sequence[TokenLogprob], entries: Sequence[TokenLogprob], tokenizer: TextTokenizer
+) -> CompletionLogprobs:
+    """The prompt's tokens, then the answer's. Nothing stands before the first token: it has no logprob."""
+    shown = completion_logprobs([TokenLogprob(prompt_ids[0], 0.0), *scores, *entries], tokenizer)
+    shown.token_logprobs[0] = None
+    if shown.top_logprobs is not None:
+        shown.top_logprobs[0] = None
+    return shown
+
+
 def completion_logprobs(
     entries: Sequence[TokenLogprob], tokenizer: TextTokenizer, *, offset: int = 0
 ) -> CompletionLogprobs:

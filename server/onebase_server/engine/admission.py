@@ -126,7 +126,7 @@ class Admission:
     def _cached_pages(self, sequence: Sequence) -> list[int]:
         """Cached pages of the sequence's start; at least one token is left to compute, or there'd be no logits."""
         page_size = self._scheduler.page_size
-        if not self._scheduler.pages.is_caching:
+        if not self._scheduler.pages.is_caching or sequence.scores_prompt:
             return []
         limit = (len(sequence.ids) - 1) // page_size
         return self._scheduler.pages.find(sequence.needed_keys(page_size), limit)
@@ -154,6 +154,6 @@ class Admission:
     def _is_being_computed(self, sequence: Sequence, num_cached: int, computing: set[PageKey]) -> bool:
         """Whether a running sequence is about to compute this one's next page: then wait and share it."""
         page_size = self._scheduler.page_size
-        if not computing or num_cached >= (len(sequence.ids) - 1) // page_size:
+        if not computing or sequence.scores_prompt or num_cached >= (len(sequence.ids) - 1) // page_size:
             return False
         return sequence.keys[num_cached] in computing

@@ -52,6 +52,7 @@ def pack(plan: StepPlan, tables: BlockTables) -> StepBatch:
         context_lens.append(start + count)
         states.append(sequence.row.state_id)
         slots.append(sequence.slot)
+    scored, targets, top = _scored(plan)
     return StepBatch(
         token_ids=np.array(token_ids, dtype=np.int32),
         positions=np.array(positions, dtype=np.int32),
@@ -61,4 +62,32 @@ def pack(plan: StepPlan, tables: BlockTables) -> StepBatch:
         slots=np.array(slots, dtype=np.int32),
         sample_seqs=np.array(plan.sample_seqs, dtype=np.int32),
         rows=[sequence.row for sequence in plan.sampling],
+        scored=np.array(scored, dtype=np.int32),
+        score_targets=np.array(targets, dtype=np.int32),
+        score_top=top,
     )
+
+
+def _scored(plan: StepPlan) -> tuple[list[int], list[int], int]:
+    """Places among the step's tokens, what follows each in its prompt, and the most alternatives that one wants."""
+    places: list[int] = []
+    targets: list[int] = []
+    top = 0
+    if any(sequence.scores_prompt for sequence in plan.sequences):
+        place = 0
+        for sequence, count in zip(plan.sequences, plan.counts, strict=True):
+            for position in scored_positions(sequence, count):
+                places.append(place + position - sequence.num_computed)
+                targets.append(sequence.ids[position + 1])
+                top = max(top, sequence.row.sampling.prompt_logprobs or 0)
+            place += count
+    return places, targets, top
+
+
+def scored_positions(sequence: Sequence, count: int) -> range:
+    """Of the next `count` tokens, those whose following token is to be scored and has not been yet."""
+    if not sequence.scores_prompt:
+        return range(0)
+    done = len(sequence.group.prompt_logprobs)
+    end = min(sequence.num_computed + count, len(sequence.row.prompt_ids) - 1)
+    return range(max(sequence.num_computed, done), end)

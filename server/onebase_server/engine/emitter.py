@@ -47,20 +47,30 @@ class Emitter:
 
     def _push(self, sequence: Sequence, finish: FinishReason | None, error: Exception | None) -> Waiter | None:
         text, token_ids, logprobs = sequence.detokenizer.take()
+        scores = self._prompt_logprobs(sequence)
         if finish is None:
-            if not token_ids and not text:
+            if not token_ids and not text and not scores:
                 return None
-            return sequence.group.handle.push(TokenEvent(sequence.index, text, token_ids, logprobs))
+            event = TokenEvent(sequence.index, text, token_ids, logprobs, prompt_logprobs=scores)
+            return sequence.group.handle.push(event)
         usage = Usage(
             prompt_tokens=len(sequence.row.prompt_ids),
             completion_tokens=len(sequence.row.output_ids),
             cached_tokens=sequence.cached_tokens or 0,
         )
-        event = TokenEvent(sequence.index, text, token_ids, logprobs, finish, usage, error)
+        event = TokenEvent(sequence.index, text, token_ids, logprobs, finish, usage, error, scores)
         waiter = sequence.group.handle.push(event)
         sequence.is_closed = True
         self._on_close(sequence)
         return waiter
+
+    @staticmethod
+    def _prompt_logprobs(sequence: Sequence) -> tuple[TokenLogprob, ...]:
+        """With a choice's first event only."""
+        if sequence.row.sampling.prompt_logprobs is None or sequence.has_told_prompt:
+            return ()
+        sequence.has_told_prompt = True
+        return tuple(sequence.group.prompt_logprobs)
 
 
 def _logprob(result: StepResult, row: int, token: int) -> TokenLogprob:

@@ -24,6 +24,7 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason
     usage: Usage
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 MAX_UNREAD = 32
@@ -161,6 +162,7 @@ def merge(events: Sequence[TokenEvent]) -> TokenEvent:
         text="".join([event.text for event in events]),
         token_ids=tuple(chain.from_iterable([event.token_ids for event in events])),
         logprobs=tuple(chain.from_iterable([event.logprobs for event in events])),
+        prompt_logprobs=tuple(chain.from_iterable([event.prompt_logprobs for event in events])),
         finish_reason=last.finish_reason,
         usage=last.usage,
         error=last.error,
@@ -180,6 +182,14 @@ def gather_choices(events: Iterable[TokenEvent], n: int) -> list[Completion]:
         assert whole.finish_reason is not None
         assert whole.usage is not None
         completions.append(
-            Completion(index, whole.text, whole.token_ids, whole.logprobs, whole.finish_reason, whole.usage)
+            Completion(
+                index,
+                whole.text,
+                whole.token_ids,
+                whole.logprobs,
+                whole.finish_reason,
+                whole.usage,
+                whole.prompt_logprobs,
+            )
         )
     return completions

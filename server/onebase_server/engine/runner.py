@@ -70,6 +70,11 @@ class StepBatch:
     slots: Int32  # [S] LoRA slot, -1 for the bare base
     sample_seqs: Int32  # [R] which of the S sequences sample after this step (their last token's logits)
     rows: list[SampleRow]  # [R]
+    scored: Int32 = field(default_factory=lambda: np.zeros(0, dtype=np.int32))  # [K] which of the T tokens
+    score_targets: Int32 = field(default_factory=lambda: np.zeros(0, dtype=np.int32))  # [K]
+    """Prompt logprobs: after token `scored[i]` comes `score_targets[i]`, and how likely is that?"""
+    score_top: int = 0
+    """So many alternatives of each are wanted too."""
 
 
 @dataclass(slots=True)
@@ -78,6 +83,15 @@ class StepResult:
     logprobs: NDArray[np.float32]  # [R] of the chosen token, 0 where not asked
     top_ids: list[Int32 | None]  # [R] each [k] or None
     top_logprobs: list[NDArray[np.float32] | None]
+    scores: "Scores | None" = None
+    """Of the batch's `scored` tokens, if there are any."""
+
+
+@dataclass(slots=True)
+class Scores:
+    logprobs: NDArray[np.float32]  # [K]
+    top_ids: Int32  # [K, score_top]
+    top_logprobs: NDArray[np.float32]  # [K, score_top]
 
 
 class HostAdapter(Protocol):

@@ -91,7 +91,7 @@ class CudaRunner(TorchRunner):
     def launch(self, batch: StepBatch) -> Ticket:
         """Start a step and return at once."""
         with _device_errors():
-            decodes = len(batch.token_ids) == len(batch.slots) <= self._graphs.largest
+            decodes = len(batch.token_ids) == len(batch.slots) <= self._graphs.largest and not len(batch.scored)
             if not decodes:
                 self._ahead.forget()
                 return Ticket(batch, logits=self._launch_chunks(batch), done=_record())
@@ -113,7 +113,7 @@ class CudaRunner(TorchRunner):
         with _device_errors():
             batch, rows = ticket.batch, ticket.batch.rows
             if ticket.logits is not None:
-                return self.sampler.sample(ticket.logits.float(), rows)
+                return self.choose(ticket.logits.float(), batch)
             assert ticket.fetched is not None
             ticket.done.synchronize()
             chosen = ticket.fetched.numpy().astype(np.int32)
@@ -163,8 +163,7 @@ class CudaRunner(TorchRunner):
 
     def _launch_chunks(self, batch: StepBatch) -> Tensor:
         meta, active = self.step_meta(batch)
-        last = batch.query_starts[1:][batch.sample_seqs] - 1
-        return self.forward(self._put(batch.token_ids), meta, active, self._put(last.astype(np.int64)))
+        return self.forward(self._put(batch.token_ids), meta, active, self._put(self.logit_places(batch)))
 
 
 def _write_draws(buffers: StepBuffers, batch: StepBatch) -> bool:

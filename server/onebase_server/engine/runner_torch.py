@@ -20,7 +20,7 @@ from onebase_server.engine.host_adapter import TorchHostAdapter, read_host_adapt
 from onebase_server.engine.lora_slots import LoraSlots
 from onebase_server.engine.model_forward import KVCache, ModelForward
 from onebase_server.engine.runner import HostAdapter, RunnerLimits, StepBatch, StepResult
-from onebase_server.engine.sampler import Sampler
+from onebase_server.engine.sampler import Sampler, score
 from onebase_server.engine.types import AdapterRef
 from onebase_server.engine.weights import ModelWeights, read_weights
 from onebase_server.kernels.cpu_ops import CpuKernels
@@ -121,9 +121,22 @@ class TorchRunner:
     def run(self, batch: StepBatch) -> StepResult:
         meta, active = self.step_meta(batch)
         token_ids = self._put(batch.token_ids)
+        logits = self.forward(token_ids, meta, active, self._put(self.logit_places(batch)))
+        return self.choose(logits, batch)
+
+    @staticmethod
+    def logit_places(batch: StepBatch) -> NDArray[np.int64]:
+        """Tokens whose logits are wanted: the last ones of the sampling sequences, then those that are scored."""
         last = batch.query_starts[1:][batch.sample_seqs] - 1
-        logits = self.forward(token_ids, meta, active, self._put(last.astype(np.int64)))
-        return self.sampler.sample(logits, batch.rows)
+        return np.concatenate([last, batch.scored]).astype(np.int64)
+
+    def choose(self, logits: Tensor, batch: StepBatch) -> StepResult:
+        """Logits fp32 of `logit_places` -> what was sampled, and the scores."""
+        count = len(batch.rows)
+        result = self.sampler.sample(logits[:count], batch.rows)
+        if len(batch.scored):
+            result.scores = score(logits[count:], batch.score_targets, batch.score_top)
+        return result
 
     def release_state(self, state_id: int) -> None:
         self.sampler.release(state_id)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from onebase_server.engine.logit_edits import EditState, apply_edits
-from onebase_server.engine.runner import SampleRow, StepResult
+from onebase_server.engine.runner import SampleRow, Scores, StepResult
 from onebase_server.engine.types import SamplingParams
 
 GREEDY_BELOW = 1e-5
@@ -66,6 +66,11 @@ class Sampler:
                 k = rows[i].sampling.top_logprobs or 0
                 top_ids[i], top_logprobs[i] = ids[j, :k], values[j, :k]
         return StepResult(tokens, logprobs, top_ids, top_logprobs)
+
+
+def score(logits: Tensor, targets: NDArray[np.int32], top: int) -> Scores:
+    """Logprobs of given tokens: logits [K, V] fp32, targets [K]."""
+    return Scores(*_logprobs(logits, targets, top))
 
 
 def choose_in_torch(logits: Tensor, rows: list[SampleRow]) -> NDArray[np.int64]:

@@ -9,14 +9,17 @@ from bisect import insort
 from collections.abc import Callable, Iterable
 
 from onebase_server.engine.admission import Admission
-from onebase_server.engine.batch import BlockTables, StepPlan
+from onebase_server.engine.batch import BlockTables, StepPlan, scored_positions
 from onebase_server.engine.config import EngineConfig
 from onebase_server.engine.pages import PagePool
 from onebase_server.engine.residency import Residency
-from onebase_server.engine.runner import Runner, StepResult
+from onebase_server.engine.runner import Runner, Scores, StepResult
 from onebase_server.engine.sequence import Sequence, SequenceStatus
-from onebase_server.engine.types import FinishReason
+from onebase_server.engine.types import FinishReason, TokenLogprob
 from onebase_server.engine.waiting import WaitingQueue
+
+SCORE_CHUNK = 256
+"""Most tokens of one prompt that a step gives logprobs of: each has logits of its own, a vocabulary wide."""
 
 
 def _order(sequence: Sequence) -> tuple[int, int, int]:
@@ -159,6 +162,8 @@ class Scheduler:
     def schedule_chunk(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
         """The next tokens of a sequence, as many as there are pages for; how many that was."""
         count = min(len(sequence.ids) - sequence.num_computed, budget)
+        if sequence.scores_prompt:
+            count = min(count, SCORE_CHUNK)
         page_size = self.page_size
         missing = -(-(sequence.num_computed + count) // page_size) - len(sequence.pages)
         for _ in range(min(missing, self.pages.num_available)):
@@ -197,6 +202,8 @@ class Scheduler:
 
     def advance(self, plan: StepPlan, result: StepResult) -> None:
         """Book what the step computed: KV, forks, and one more token for each sampling sequence."""
+        if result.scores is not None:
+            self._book_scores(plan, result.scores)
         for sequence, count in zip(plan.sequences, plan.counts, strict=True):
             if sequence.status is not SequenceStatus.RUNNING:  # ended while this step ran
                 continue
@@ -220,6 +227,19 @@ class Scheduler:
             elif len(output_ids) >= sequence.max_tokens:
                 sequence.finish = FinishReason.LENGTH
                 self.remove(sequence)
+
+    def _book_scores(self, plan: StepPlan, scores: Scores) -> None:
+        """Logprobs of prompt tokens, in the order in which `pack` asked for them."""
+        row = 0
+        for sequence, count in zip(plan.sequences, plan.counts, strict=True):
+            top = sequence.row.sampling.prompt_logprobs or 0
+            found = []
+            for position in scored_positions(sequence, count):
+                ids, values = scores.top_ids[row, :top].tolist(), scores.top_logprobs[row, :top].tolist()
+                best = tuple(zip(ids, values, strict=True))
+                found.append(TokenLogprob(sequence.ids[position + 1], float(scores.logprobs[row]), best))
+                row += 1
+            sequence.group.prompt_logprobs += found
 
     def _publish_pages(self, sequence: Sequence, computed: int) -> None:
         if not self.pages.is_caching:

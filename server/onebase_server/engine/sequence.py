@@ -16,7 +16,7 @@ from onebase_server.engine.handle import RequestHandle
 from onebase_server.engine.prefix_cache import PageKey, extend_keys
 from onebase_server.engine.residence import Residence
 from onebase_server.engine.runner import SampleRow
-from onebase_server.engine.types import FinishReason, GenerationRequest
+from onebase_server.engine.types import FinishReason, GenerationRequest, TokenLogprob
 
 
 class SequenceStatus(IntEnum):
@@ -59,12 +59,21 @@ class Sequence:
     """The matcher's, used again for each token; `row.mask` is it, or None where all is allowed."""
     finish: FinishReason | None = None
     """Set when the last token is known; the last event follows when it is emitted."""
+    has_told_prompt: bool = False
+    """The logprobs of the prompt are out."""
     is_closed: bool = False
     """The last event has been pushed."""
 
     @property
     def residence(self) -> Residence | None:
         return self.group.residence
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether it still has tokens of the prompt to give logprobs of. Of a group's choices the first does it."""
+        if self.row.sampling.prompt_logprobs is None or self.index:
+            return False
+        return len(self.group.prompt_logprobs) < len(self.row.prompt_ids) - 1
 
     def constrain(self, matcher: GrammarMatcher, vocab_size: int) -> None:
         """Only what the grammar allows may be sampled from now on."""
@@ -104,6 +113,8 @@ class RequestGroup:
     is_queued: bool = True
     """Counts against `max_queued`."""
     awaits_grammar: bool = False
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of the prompt's tokens from the second on, as far as they were scored."""
 
 
 def resolve_seed(seed: int, index: int) -> int:

@@ -63,6 +63,8 @@ class SamplingParams:
     """None: the engine draws one. Choice i of n uses a stream of its own derived from (seed, i)."""
     top_logprobs: int | None = None
     """None: no logprobs; 0..20: the chosen token's logprob and that many alternatives."""
+    prompt_logprobs: int | None = None
+    """As `top_logprobs`, for each token of the prompt but the first: given the tokens before it."""
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     """Eos ids of the base are added by the engine unless `ignore_eos`."""
@@ -107,7 +109,7 @@ class TokenEvent:
     """What comes out for one choice: new text, and on the last event the reason and the usage.
 
     Text never splits a UTF-8 character and never holds a stop string or part of one. Exactly one event of each
-    choice has `finish_reason`; ERROR carries `error`.
+    choice has `finish_reason`; ERROR carries `error`. A choice's first event has the prompt's logprobs, if asked for.
     """
 
     index: int
@@ -117,3 +119,4 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: Exception | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()

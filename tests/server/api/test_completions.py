@@ -103,7 +103,6 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"best_of": 3, "stream": True}, "best_of", "invalid_value"),
     ({"best_of": 1, "n": 2}, "best_of", "integer_below_min_value"),
     ({"best_of": 21}, "best_of", "integer_above_max_value"),
-    ({"echo": True, "logprobs": 1}, "echo", "unsupported_parameter"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
     ({"messages": []}, "messages", "unknown_parameter"),
 ]
@@ -161,6 +160,42 @@ def test_best_of_no_tokens_is_n_empty_choices(world: World) -> None:
 def test_best_of_is_bounded_as_n_is(world: World) -> None:
     reply = with_settings(world, max_choices=2).complete(best_of=3)
     assert (reply.status_code, error_of(reply)["param"]) == (400, "best_of")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_an_echoed_prompt_has_logprobs_of_its_own(own_world: World, max_tokens: int, stream: bool) -> None:
+    own_world.runner.logprob_of = lambda token: -token / 10
+    text = "Once upon a time" * 20  # more than one step scores, and more than one page is cached
+    for _ in range(2):
+        reply = own_world.complete(
+            prompt=[text, "Hi"], n=2, echo=True, logprobs=2, max_tokens=max_tokens, stream=stream
+        )
+        bodies = events_of(reply) if stream else [reply.json()]
+        for index, prompt in enumerate([text, text, "Hi", "Hi"]):
+            parts = [choice for body in bodies for choice in body["choices"] if choice["index"] == index]
+            assert "".join(part["text"] for part in parts) == prompt + "Hello there."[:max_tokens]
+            told = {
+                key: [value for part in parts if part["logprobs"] for value in part["logprobs"][key]]
+                for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+            }
+            said = prompt + "Hello there."[:max_tokens]
+            assert "".join(told["tokens"]) == said
+            assert told["text_offset"] == list(range(len(said)))
+            assert told["token_logprobs"][0] is None
+            assert told["top_logprobs"][0] is None
+            assert told["token_logprobs"][1:] == pytest.approx([-ord(letter) / 10 for letter in said[1:]])
+            before = [next(iter(top)) for top in told["top_logprobs"][1 : len(prompt)]]
+            assert before == list(prompt[:-1]), "each is scored by what stands before it"
+            assert [part["finish_reason"] for part in parts][-1] == "length"
+    if not stream:
+        assert bodies[0]["usage"]["completion_tokens"] == 4 * max_tokens
+
+
+def test_scoring_a_prompt_leaves_others_their_steps_and_holds_nothing(own_world: World) -> None:
+    complete(own_world, prompt="x" * 300, echo=True, logprobs=0, max_tokens=1)
+    stats = own_world.deps.backend.get().engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.pages_held) == (0, 0, 0)
 
 
 def test_logprobs_have_the_older_form_with_equal_lengths(world: World) -> None:
