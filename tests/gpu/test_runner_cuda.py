@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from gpu_runners import Sequence, make_batch, make_rows
@@ -90,3 +91,23 @@ def test_the_same_step_gives_the_same_bits_whatever_was_replayed_between(runners
     again = ours.run(batch)
     for before, after in zip(first.top_logprobs, again.top_logprobs, strict=True):
         assert before.tolist() == after.tolist()
+
+
+def test_scored_tokens_have_the_reference_runners_logprobs(runners) -> None:
+    """A prompt's own logprobs, beside a sequence that decodes; also in a step with one token a sequence."""
+    ours, reference = runners
+    free = list(range(600))
+    live = [Sequence(0, [(j * 29) % 768 for j in range(40)], -1), Sequence(1, [5], -1)]
+    batch = make_batch(live, free)
+    wide = replace(batch, scored=np.arange(39, dtype=np.int32), score_targets=batch.token_ids[1:40], score_top=3)
+    live[0].ids.append(7)
+    live[1].ids.append(9)
+    narrow = make_batch(live, free)
+    narrow = replace(narrow, scored=np.array([1], np.int32), score_targets=np.array([3], np.int32), score_top=1)
+    for step in (wide, narrow):
+        mine, theirs = ours.run(step), reference.run(step)
+        assert mine.scores is not None
+        assert theirs.scores is not None
+        assert abs(mine.scores.logprobs - theirs.scores.logprobs).max() < 0.12
+        assert mine.scores.top_ids.shape == (len(step.scored), step.score_top)
+        assert len(mine.token_ids) == 2
