@@ -1,6 +1,7 @@
 """What tests of every folder share. Imports nothing that costs time."""
 
 import asyncio
+import gc
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return True
     marks = MODULE_MARKS.search(collection_path.read_text("utf-8"))
     return True if marks and re.search(r"mark\.(slow|gpu)\b", marks[1]) else None
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays to the end: the collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ def list_all(home: HomeOption = None) -> None:
     if not rows:
         console.print("no schedule yet: `onebase schedules add NAME --cron '0 3 * * *' --stored-chats` makes one")
         return
-    table = Table(Column("id", no_wrap=True), "adapter", "when", "from", "next", "last run", "note")
+    table = Table(Column("id", no_wrap=True), "adapter", Column("when", no_wrap=True), "from", "next", "last run", "note")
     for row in rows:
         when = f"every {row.every}" if row.every else f"{row.cron} {row.timezone}"
         source = row.request.get("dataset") or row.request.get("training_file") or "stored chats"
