@@ -32,11 +32,12 @@ def list_all(home: HomeOption = None) -> None:
     if not rows:
         console.print("no schedule yet: `onebase schedules add NAME --cron '0 3 * * *' --stored-chats` makes one")
         return
-    table = Table(Column("id", no_wrap=True), "adapter", Column("when", no_wrap=True), "from", "next", "last run", "note")
+    key, when = Column("id", no_wrap=True), Column("when", no_wrap=True)
+    table = Table(key, "adapter", when, "from", "next", "last run", "note")
     for row in rows:
-        when = f"every {row.every}" if row.every else f"{row.cron} {row.timezone}"
+        timing = f"every {row.every}" if row.every else f"{row.cron} {row.timezone}"
         source = row.request.get("dataset") or row.request.get("training_file") or "stored chats"
-        table.add_row(row.id, row.adapter, when, source, stamp(row.next_at), row.last_run or "-", row.note or "-")
+        table.add_row(row.id, row.adapter, timing, source, stamp(row.next_at), row.last_run or "-", row.note or "-")
     console.print(table)
 
 
