@@ -24,7 +24,6 @@ SEED: Final[Mapping[str, Any]] = {
         "save_every": 500,
         "tensorboard": True,
     },
-    "compute": {"gradient_checkpointing": True},
 }
 """georgesung/llm_qlora's QloraTrainer.py and configs, snapshot cc6683e. What differs from it, docs/training.md says."""
 
