@@ -60,24 +60,30 @@ class Load:
         self._http, self._count, self._pause_s, self._tokens = http, streams, pause_s, tokens
         self._last = swaps + 1
         self.alone: dict[tuple[int, str], str] = {}
+        self._subjects: list[str] = []
         self.streams: list[Stream] = []
         self.swaps: list[Swap] = []
         self._is_over = False
 
     async def run(self) -> None:
+        beginnings: dict[str, list[str]] = {subject: [] for subject in SUBJECTS}
         for version in range(1, self._last + 1):
             for stream in await asyncio.gather(*(self._talk(f"{NAME}@{version}", s, self._tokens) for s in SUBJECTS)):
                 assert not stream.error, stream.error
                 self.alone[version, stream.subject] = "".join(stream.pieces)
+                beginnings[stream.subject].append("".join(stream.pieces[: self._tokens // 8]))
             if version > 1:  # on the disk again: a swap must find it cold
                 await self._admin("unload", version)
+        # The shortest answers must tell the versions apart already.
+        self._subjects = [subject for subject, texts in beginnings.items() if len(set(texts)) == len(texts)]
+        assert self._subjects, "the versions answer alike"
         await asyncio.gather(self._swap(), *(self._one(index) for index in range(self._count)))
 
     async def _one(self, index: int) -> None:
         rounds = index
         while not self._is_over:
             length = self._tokens * (1 + (index + rounds) % 4) // 4
-            stream = await self._talk(NAME, SUBJECTS[rounds % len(SUBJECTS)], length)
+            stream = await self._talk(NAME, self._subjects[rounds % len(self._subjects)], length)
             rounds += 1
             if not stream.error:
                 text = "".join(stream.pieces)
@@ -200,8 +206,8 @@ def publish_versions(store: AdapterStore, spec: BaseSpec, count: int, scratch: P
         for module, (out, inner) in spec.linear_shapes.items():
             if module.endswith("v_proj"):
                 prefix = f"base_model.model.{module}"
-                tensors[f"{prefix}.lora_A.weight"] = rng.normal(0, 0.2, (8, inner)).astype(np.float32)
-                tensors[f"{prefix}.lora_B.weight"] = rng.normal(0, 0.2, (out, 8)).astype(np.float32)
+                tensors[f"{prefix}.lora_A.weight"] = rng.normal(0, 0.1, (8, inner)).astype(np.float32)
+                tensors[f"{prefix}.lora_B.weight"] = rng.normal(0, 0.1, (out, 8)).astype(np.float32)
         scratch.mkdir(exist_ok=True)
         save_file(tensors, str(scratch / "adapter_model.safetensors"))
         config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": ["v_proj"]}
