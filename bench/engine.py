@@ -28,6 +28,7 @@ from onebase.base_model import load_base
 from onebase.bases import resolve_base
 from onebase.home import Home, default_home
 from onebase_server.engine.runner_torch import RunnerConfig, TorchRunner, build_runner
+from onebase_server.engine.share_weights import share_on_file
 from onebase_server.engine.types import AdapterRef
 from onebase_server.kernels.cpu_build import load_library
 from onebase_server.kernels.cpu_ops import CpuKernels
@@ -89,7 +90,8 @@ def load_runner(base: Any, home: Home, adapters: list[Path], options: argparse.N
         max_batch_sequences=max(options.batches),
         max_context=2048,
     )
-    runner = build_runner(base, kernels, config)
+    identity = base.spec.identity  # the weights lie where the server's would
+    runner = build_runner(base, kernels, config, place=lambda w: share_on_file(w, kernels, identity, home.cache)[0])
     for slot, path in enumerate(adapters):
         runner.load_slot(slot, runner.read_adapter(AdapterRef(path.name, 1, path.name, path)))
     return runner
