@@ -4,9 +4,9 @@
     python fake_trainer.py PLAN.json evaluate RECIPE --home H --status S --no-base --adapter NAME@N ... --out FILE
 
 The plan (all optional): `steps`, `step_s`, `every` (steps a checkpoint), `ends` (how each attempt ends: "succeed",
-"fail", "give up", "server gone", "crash", "crash early", "hang"; the last repeats), `deaf` (signals do nothing); `loss` and
-`stop_rate` by version for `evaluate`, which takes `evaluate_s`. Steps already done, as its newest checkpoint says, are
-not done again. Each start adds a line to the file `starts`.
+"fail", "give up", "server gone", "crash", "crash early", "hang"; the last repeats), `deaf` (signals do nothing); `loss`
+and `stop_rate` by version for `evaluate`, which takes `evaluate_s`. Steps already done, as its newest checkpoint says,
+are not done again. Each start adds a line to the file `starts`.
 """
 
 import argparse
