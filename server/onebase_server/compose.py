@@ -25,7 +25,6 @@ from onebase_server.loading import load_backend
 from onebase_server.logs import configure_logging
 from onebase_server.memory import keep_one_heap
 from onebase_server.settings import Settings
-from onebase_server.short_slices import take_short_slices
 from onebase_server.startup import (
     allow_many_files,
     check_base_there,
@@ -117,7 +116,6 @@ class Server:
     def run(self) -> None:
         """Until a signal, or until the base turns out not to load. The event loop runs in the calling thread."""
         keep_one_heap()
-        take_short_slices()
         self.http.run()
         logger.info("bye")
 
