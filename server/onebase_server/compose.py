@@ -23,7 +23,6 @@ from onebase_server.jobs.service import JobLimits
 from onebase_server.jobs.supervisor import SupervisorConfig
 from onebase_server.loading import load_backend
 from onebase_server.logs import configure_logging
-from onebase_server.memory import keep_one_heap
 from onebase_server.settings import Settings
 from onebase_server.startup import (
     allow_many_files,
@@ -115,7 +114,6 @@ class Server:
 
     def run(self) -> None:
         """Until a signal, or until the base turns out not to load. The event loop runs in the calling thread."""
-        keep_one_heap()
         self.http.run()
         logger.info("bye")
 

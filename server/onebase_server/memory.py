@@ -1,10 +1,8 @@
-"""How much memory this process may still take: the machine's, or what is left of its container's limit; and its heap.
+"""How much memory this process may still take: the machine's, or what is left of its container's limit.
 
 psutil shows the machine's however small the container is, and who sizes by that is killed by the kernel.
 """
 
-import ctypes
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,19 +11,6 @@ import psutil
 CGROUP = Path("/sys/fs/cgroup")
 NO_LIMIT = 1 << 60
 """The old interface writes a number near 2**63 for none."""
-
-
-_M_ARENA_MAX = -8  # glibc's mallopt(3)
-
-
-def keep_one_heap() -> bool:
-    """From now on threads share one heap: glibc gives each its own, and what lies free in one is lost to the others.
-
-    A server passes objects between its threads all day; its memory would creep up by half a megabyte a minute. The
-    interpreter's lock keeps threads from contending for it. False where the C library has no such setting.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    return mallopt is not None and bool(mallopt(_M_ARENA_MAX, 1))
 
 
 def free_memory(cgroup: Path = CGROUP) -> int:

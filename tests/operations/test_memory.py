@@ -1,8 +1,5 @@
 """What a container may take is what its limit leaves, whichever interface the kernel shows it by."""
 
-import ctypes
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -42,29 +39,3 @@ def test_without_a_limit_the_machines_memory_counts(tmp_path: Path, limit: str |
 def test_a_container_over_its_limit_has_nothing_left(tmp_path: Path) -> None:
     write(tmp_path, max="1000", current="1500")
     assert container_memory_left(tmp_path) == 0
-
-
-def test_threads_share_one_heap() -> None:
-    """glibc says how many heaps there are; in a process of its own, since nothing takes the setting back."""
-    program = """if True:
-        import ctypes, sys, threading
-        from onebase_server.memory import keep_one_heap
-        if "keep" in sys.argv:
-            keep_one_heap()
-        hold = threading.Barrier(9)
-        def use():
-            block = ctypes.create_string_buffer(5000)
-            hold.wait()
-        threads = [threading.Thread(target=use) for _ in range(8)]
-        [thread.start() for thread in threads]
-        ctypes.CDLL(None).malloc_stats()
-        hold.wait()
-        [thread.join() for thread in threads]
-    """
-    if not hasattr(ctypes.CDLL(None), "malloc_stats"):
-        pytest.skip("not glibc")
-    heaps = []
-    for argument in ("keep", "leave"):
-        run = subprocess.run([sys.executable, "-c", program, argument], capture_output=True, text=True, check=True)
-        heaps.append(run.stderr.count("Arena "))
-    assert heaps[0] == 1 < heaps[1]
