@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from api_world import World, open_world
+from api_world import World, obey_masks, open_world
 
 
 @pytest.fixture(scope="session")
@@ -28,4 +28,12 @@ def world(shared_world: World) -> World:
 def own_world(tmp_path_factory: pytest.TempPathFactory, loop: Any) -> Iterator[World]:
     """A server of the test's own, to change its store or break it."""
     with open_world(tmp_path_factory.mktemp("own"), loop) as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def obedient_world(tmp_path_factory: pytest.TempPathFactory, loop: Any) -> Iterator[World]:
+    """Its model obeys the engine's masks, as a real sampler does."""
+    with open_world(tmp_path_factory.mktemp("obedient"), loop) as world:
+        obey_masks(world.runner)
         yield world

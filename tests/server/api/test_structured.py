@@ -4,12 +4,11 @@ The fake model here obeys the engine's masks: it says what it wants where that i
 """
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from api_world import World, error_of, obey_masks, open_world, text_of
+from api_world import World, error_of, text_of
 
 PERSON = {
     "type": "object",
@@ -30,13 +29,6 @@ TREE = {
 }
 LOOK = {"type": "function", "function": {"name": "look", "parameters": PERSON}}
 PUT = {"type": "function", "function": {"name": "put"}}
-
-
-@pytest.fixture(scope="module")
-def obedient_world(tmp_path_factory: pytest.TempPathFactory, loop: Any) -> Iterator[World]:
-    with open_world(tmp_path_factory.mktemp("obedient"), loop) as world:
-        obey_masks(world.runner)
-        yield world
 
 
 @pytest.fixture

@@ -1,12 +1,11 @@
 """Tools: they reach the prompt, calls come back in OpenAI's form, and a stream shows a call only as a call."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from api_world import World, error_of, obey_masks, open_world, text_of
+from api_world import World, error_of, text_of
 from onebase.messages import Message, ToolCall
 from onebase.prompt import HumanResponseRenderer
 from onebase_server.api.tool_calls import CallWatch
@@ -23,13 +22,6 @@ LOOK = {
 PUT = {"type": "function", "function": {"name": "put"}}
 CALL = '### CALL:\n{"name": "look", "arguments": {"q": "tea"}}'
 TWO = CALL + '\n{"name": "put", "arguments": {}}'
-
-
-@pytest.fixture(scope="module")
-def obedient_world(tmp_path_factory: pytest.TempPathFactory, loop: Any) -> Iterator[World]:
-    with open_world(tmp_path_factory.mktemp("tools"), loop) as world:
-        obey_masks(world.runner)
-        yield world
 
 
 @pytest.fixture
