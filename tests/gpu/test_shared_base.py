@@ -1,6 +1,7 @@
 """CUDA: a second process trains on the first one's weights through IPC handles, and notices when they have gone."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,11 +36,10 @@ print("up", flush=True)
 sys.stdin.read()
 """
 
-PATHS = {"PYTHONPATH": ":".join(str(ROOT / part) for part in ("core", "server", "training"))}
+PATHS = os.pathsep.join(str(ROOT / part) for part in ("core", "server", "training"))
 
 
 def test_handles_give_a_second_process_the_same_values_and_it_notices_the_servers_death(tmp_path: Path) -> None:
-    import os
 
     import torch
 
@@ -51,7 +51,7 @@ def test_handles_give_a_second_process_the_same_values_and_it_notices_the_server
     home, spec = tiny_base(tmp_path, hidden=256)
     own = load_base(spec, "cuda")
     code = SERVER.format(tests=str(ROOT / "tests"), home=str(home.root))
-    env = {**os.environ, **PATHS}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([PATHS, os.environ.get("PYTHONPATH", "")])}
     server = subprocess.Popen([sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert server.stdout is not None
