@@ -240,13 +240,13 @@ def unpacking(shape: Shape, device: torch.device) -> None:
     import bitsandbytes.functional as bnb
     from triton.testing import do_bench
 
-    from onebase_training import triton_ops
+    from onebase_training import triton_unpack
 
     for out, into in ((4096, 4096), (11008, 4096), (4096, 11008)):
         weight = torch.randn(out, into, device=device, dtype=torch.bfloat16)
         packed, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=True)
-        equal = torch.equal(triton_ops.unpack(packed, state, torch.bfloat16), bnb.dequantize_4bit(packed, state))
-        us = do_bench(lambda p=packed, s=state: triton_ops.unpack(p, s, torch.bfloat16), return_mode="median") * 1e3
+        equal = torch.equal(triton_unpack.unpack(packed, state, torch.bfloat16), bnb.dequantize_4bit(packed, state))
+        us = do_bench(lambda p=packed, s=state: triton_unpack.unpack(p, s, torch.bfloat16), return_mode="median") * 1e3
         theirs = do_bench(lambda p=packed, s=state: bnb.dequantize_4bit(p, s), return_mode="median") * 1e3
         say(unpack=[out, into], ours_us=round(us, 1), bitsandbytes_us=round(theirs, 1), same_bits=equal)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 pytest.importorskip("bitsandbytes")
 
-from onebase_training import preflight, triton_ops
+from onebase_training import layer_ops, preflight, triton_lora, triton_ops, triton_unpack
 from onebase_training.attention import attend
 from onebase_training.batches import collate, token_weights
 from onebase_training.fused_ops import RmsNorm, Rotary, SwiGlu
@@ -80,7 +80,84 @@ def test_unpacked_weights_are_bitsandbytes_values_to_the_bit(shape, nested, dtyp
     weight = torch.randn(*shape, device="cuda", dtype=dtype)
     packed, state = quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=nested)
 
-    assert torch.equal(triton_ops.unpack(packed, state, dtype), dequantize_4bit(packed, state))
+    assert torch.equal(triton_unpack.unpack(packed, state, dtype), dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize(("n", "k", "folds"), [(64, 64, False), (192, 320, False), (96, 192, False), (256, 4096, True)])
+def test_a_servers_tiles_are_unpacked_to_the_values_of_the_plain_way(n, k, folds, monkeypatch):
+    from bitsandbytes.functional import quantize_4bit
+
+    from onebase_server.kernels.cuda_tiles import CODE_SCALE, fold, repack
+    from onebase_server.kernels.ops import NF4Weight
+    from onebase_training import unpacking
+
+    packed, state = quantize_4bit(torch.randn(n, k, device="cuda").bfloat16(), quant_type="nf4", blocksize=64)
+    weight = NF4Weight(packed.view(n, k // 2), state.absmax.view(n, k // 64), (n, k), state.code)
+    tiles = fold(repack(weight), n) if folds else repack(weight)
+    parts = [(0, n // 2, 0), (n // 2, n // 2, 1)] if folds else [(0, n, None), (n // 2, n - n // 2, None)]
+    for first, rows, turn in parts:
+        source = unpacking.TiledRows(tiles.data, state.code, CODE_SCALE, first, (rows, k), turn)
+        values = source(torch.bfloat16)
+        with monkeypatch.context() as plain:
+            plain.setattr(unpacking, "triton_unpack_for", lambda *_: None)
+            assert torch.equal(values, source(torch.bfloat16))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(
+    ("modules", "rank", "width", "tokens"), [(3, 16, 4096, 300), (2, 64, 576, 33), (1, 128, 1536, 2500)]
+)
+@pytest.mark.parametrize("has_gain", [True, False])
+def test_lora_there_and_back(dtype, tolerance, modules, rank, width, tokens, has_gain):
+    x, a = values(tokens, width, dtype=dtype), values(modules, rank, width, dtype=dtype)
+    gain = values(width, dtype=dtype) if has_gain else None
+    grad_low, grad_x = values(tokens, modules * rank, dtype=dtype), values(tokens, width, dtype=dtype)
+    scales = [0.5, 2.0, 1.0][:modules]
+    found = []
+    for device in ("cpu", "cuda"):
+        kind = torch.float64 if device == "cpu" else dtype
+        own_x, own_a, own_low, own_grad = (t.to(device, kind) for t in (x, a, grad_low, grad_x.clone()))
+        own_gain = None if gain is None else gain.to(device, kind)
+        low = layer_ops.shrink(own_x, own_a, scales, 0.0, 0)
+        grad_a = layer_ops.shrink_back(own_grad, own_x, own_gain, own_low, own_a, scales, 0.0, 0)
+        found.append([t.double().cpu() for t in (low, grad_a, own_grad)])
+    for exact, ours_ in zip(*found, strict=True):
+        assert (exact - ours_).norm() < tolerance * exact.norm()
+
+
+def test_lora_drops_the_same_values_there_and_back_and_others_for_each_module_and_seed():
+    x, a, grad = values(70, 192).cuda(), values(3, 16, 192).cuda(), values(70, 48).cuda()
+    scales = [1.0, 0.5, 2.0]
+
+    there = (triton_lora.shrink(x, a, scales, 0.25, 7) * grad).sum()
+    grad_x = torch.zeros_like(x)
+    grad_a = triton_lora.back(grad_x, x, None, grad, a, scales, 0.25, 7)
+
+    torch.testing.assert_close((grad_x * x).sum(), there, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close((grad_a * a.flatten(0, 1)).sum(), there, rtol=1e-4, atol=1e-2)
+    ones, picks = torch.ones(4000, 64).cuda(), torch.eye(64)[:16].repeat(3, 1, 1).contiguous().cuda()
+    kept = triton_lora.shrink(ones, picks, [1.0] * 3, 0.25, 9).view(4000, 3, 16).bool()
+    assert abs(kept.float().mean().item() - 0.75) < 0.01
+    for other in (
+        kept[:, 1],
+        kept[:, 2],
+        triton_lora.shrink(ones, picks, [1.0] * 3, 0.25, 10).view_as(kept)[:, 0].bool(),
+    ):
+        assert abs((kept[:, 0] != other).float().mean().item() - 2 * 0.75 * 0.25) < 0.02
+
+
+def test_a_layer_that_computes_again_drops_what_it_dropped():
+    arm = ours(SMALL, torch.device("cuda"), {**LORA, "dropout": 0.2}, dtype=torch.float32, b_std=0.05)
+    micro = collate(rows(), token_weights(rows(), "tokens"), packing=True, pad_id=0).to(torch.device("cuda"))
+    found = []
+    for kept in (0, 3):
+        arm.objective.recompute.keep(kept)
+        arm.model.zero_grad()
+        torch.manual_seed(3)
+        arm.objective(micro).loss.backward()
+        found.append([p.grad.clone() for _, p in arm.named])
+    for again, kept_one in zip(*found, strict=True):
+        torch.testing.assert_close(again, kept_one)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 128), (9, 3, 64)])

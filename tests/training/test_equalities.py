@@ -1,6 +1,5 @@
 """What must not change a run's numbers: packing, accumulation, fusing, held weights, checkpointed activations."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gradients import assert_same, loss_and_gradients, make_rows
 from onebase.base_model import LoadedBase, dequantized, load_base
 from onebase.bases import resolve_base
 from onebase.home import Home
@@ -28,17 +28,6 @@ from tiny_base import NAME
 pytestmark = pytest.mark.slow
 
 
-def make_rows(*lengths: int, seed: int = 0) -> list[Row]:
-    """Rows of random tokens; about half of each is learnt, in spans."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for n in lengths:
-        learnt = rng.random(n) < 0.5
-        learnt[0], learnt[-1] = False, True
-        rows.append(Row(rng.integers(3, 600, n).astype(np.int32), learnt))
-    return rows
-
-
 def objective(home: Home, *, fused: bool = True, held: bool = True, seed: int = 1, **settings: Any) -> Objective:
     """The tiny base with a LoRA whose B is not zero, in fp32."""
     base = load_base(resolve_base(home, NAME), compute_dtype="float32")
@@ -53,22 +42,6 @@ def objective(home: Home, *, fused: bool = True, held: bool = True, seed: int = 
     if fused:
         assert fuse(model, torch.float32) > 0
     return Objective(model).train()
-
-
-def loss_and_gradients(target: Objective, batches: Sequence[Any]) -> tuple[float, dict[str, Tensor]]:
-    target.zero_grad(set_to_none=True)
-    losses = [target(batch).loss for batch in batches]
-    total: Any = torch.stack(losses).sum()
-    total.backward()
-    gradients = {name: p.grad.clone() for name, p in target.named_parameters() if p.grad is not None}
-    return sum(loss.item() for loss in losses), gradients
-
-
-def assert_same(one: tuple[float, dict[str, Tensor]], other: tuple[float, dict[str, Tensor]]) -> None:
-    assert one[0] == pytest.approx(other[0], rel=1e-5)
-    assert set(one[1]) == set(other[1])
-    for name, gradient in one[1].items():
-        torch.testing.assert_close(gradient, other[1][name], rtol=2e-4, atol=2e-6)
 
 
 def test_pitfall_9_packed_rows_give_the_loss_and_gradients_of_rows_alone(base_home: Home) -> None:

@@ -20,6 +20,7 @@ from onebase_training import attention, lora
 from onebase_training.config import Recipe
 from onebase_training.dataset import Dataset, load_dataset
 from onebase_training.fuse import fuse
+from onebase_training.fuse_layers import fuse_layers
 from onebase_training.loftq import start_from_rounding_error
 from onebase_training.objective import Objective
 from onebase_training.plan import Plan
@@ -53,6 +54,8 @@ def prepare(base: LoadedBase, recipe: Recipe) -> Objective:
     if recipe.lora.init == "loftq":
         start_from_rounding_error(model, base)
     fuse(model, base.compute_dtype)
+    if base.device.type == "cuda":  # on a CPU the parts are as fast, and its attention has no mask to save
+        fuse_layers(model, base.compute_dtype)
     found_by_preflight = checkpointed and checkpointing == "auto"
     return Objective(model, Recompute(base.model, recipe.compute.memory_gb) if found_by_preflight else None)
 

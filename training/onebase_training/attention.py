@@ -16,7 +16,7 @@ from torch import Tensor
 from onebase_training.packed_cpu import MAX_LENGTH, PackedCausalAttention
 
 NAME: Final = "onebase_packed"
-_FLASH: Final = (torch.bfloat16, torch.float16)
+FLASH_DTYPES: Final = (torch.bfloat16, torch.float16)
 
 
 def packed_attention(
@@ -47,7 +47,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, borders: t
     longest = max(b - a for a, b in pairwise(rows))
     if query.device.type == "cpu" and batch == 1 and longest <= MAX_LENGTH:
         return PackedCausalAttention.apply(query[0], key[0], value[0], rows, scaling).unsqueeze(0)  # type: ignore[no-untyped-call, no-any-return]
-    if len(rows) > 2 and query.is_cuda and query.dtype in _FLASH and query.shape[-1] % 8 == 0:
+    if len(rows) > 2 and query.is_cuda and query.dtype in FLASH_DTYPES and query.shape[-1] % 8 == 0:
         return _varlen(query, key, value, scaling, rows)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if len(rows) == 2:
@@ -74,17 +74,17 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor
 def _varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float, borders: tuple[int, ...]) -> Tensor:
     """All rows in one launch of torch's own FlashAttention, which torch.nn.attention.varlen (its form changes from
     version to version) calls too: this operation's is the same from torch 2.5 to 2.13. -> [1, T, heads, D]."""
-    offsets = _offsets(borders, query.device)
+    at = offsets(borders, query.device)
     longest = max(b - a for a, b in pairwise(borders))
     out = torch.ops.aten._flash_attention_forward(
-        query[0], key[0], value[0], offsets, offsets, longest, longest, 0.0, True, False, scale=scaling
+        query[0], key[0], value[0], at, at, longest, longest, 0.0, True, False, scale=scaling
     )
     rows: Tensor = out[0]
     return rows.unsqueeze(0)
 
 
 @lru_cache(maxsize=4)
-def _offsets(borders: tuple[int, ...], device: torch.device) -> Tensor:
+def offsets(borders: tuple[int, ...], device: torch.device) -> Tensor:
     """The borders on the device, int32: copied once a micro-batch, not once a layer, and without waiting."""
     offsets = torch.tensor(borders, dtype=torch.int32)
     return offsets.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else offsets.to(device)

@@ -17,6 +17,24 @@ def triton_for(*tensors: Tensor) -> ModuleType | None:
     return _triton()
 
 
+def triton_lora_for(*tensors: Tensor) -> ModuleType | None:
+    """`triton_lora`, likewise."""
+    if not all(t.is_cuda and t.dtype in _DTYPES for t in tensors) or _triton() is None:
+        return None
+    from onebase_training import triton_lora
+
+    return triton_lora
+
+
+def triton_unpack_for(*tensors: Tensor) -> ModuleType | None:
+    """`triton_unpack`, likewise."""
+    if not all(t.is_cuda for t in tensors) or _triton() is None:
+        return None
+    from onebase_training import triton_unpack
+
+    return triton_unpack
+
+
 @cache
 def _triton() -> ModuleType | None:
     if importlib.util.find_spec("triton") is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from onebase.base_model import dequantized, linear4bit_modules
 from onebase_training import attention
-from onebase_training.cuda_choice import triton_for
+from onebase_training.cuda_choice import triton_unpack_for
 from onebase_training.fused_ops import FrozenLinear, LoraLinear, RmsNorm, Rotary, SwiGlu
 
 
@@ -26,9 +26,9 @@ def fuse(model: Any, compute_dtype: torch.dtype) -> int:
             forward = _lora_forward(module, compute_dtype)
         elif type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             forward = _NormForward(module, compute_dtype)
-        elif type(module).__name__.endswith("MLP") and isinstance(getattr(module, "act_fn", None), nn.SiLU):
+        elif type(module).__name__.endswith("MLP") and is_silu(getattr(module, "act_fn", None)):
             forward = _MlpForward(module)
-        elif _is_attention(module):
+        elif is_attention(module):
             forward = _AttentionForward(module)
         elif isinstance(module, nn.Embedding):
             forward = _WideEmbedding(module)
@@ -72,25 +72,33 @@ class UnpackedWeight:
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         self._module, self._dtype = module, dtype
 
-    def __call__(self) -> Tensor:
+    def __call__(self, out: Tensor | None = None) -> Tensor:
+        """[out, in], in `out` where it is given."""
         weight: Any = self._module.weight
         state = getattr(weight, "quant_state", None)  # none in a server's layout
-        if state is not None and state.blocksize == 64 and (triton := triton_for(state.code)) is not None:
-            return triton.unpack(weight.data, state, self._dtype)  # type: ignore[no-any-return]
-        return dequantized(self._module, self._dtype)
+        if state is not None and state.blocksize == 64 and (triton := triton_unpack_for(state.code)) is not None:
+            return triton.unpack(weight.data, state, self._dtype, out)  # type: ignore[no-any-return]
+        unpack: Any = getattr(self._module, "unpack", None)
+        if unpack is not None:
+            return unpack(self._dtype, out)  # type: ignore[no-any-return]
+        values = dequantized(self._module, self._dtype)
+        return values if out is None else out.copy_(values)
 
 
 def _lora_forward(module: Any, dtype: torch.dtype) -> Any:
     """None unless it is one plain LoRA on a Linear4bit."""
+    return _LoraForward(module, dtype) if is_plain_lora(module) else None
+
+
+def is_plain_lora(module: Any) -> bool:
     from bitsandbytes.nn import Linear4bit
 
-    plain = (
+    return (
         list(module.lora_A) == ["default"]
         and isinstance(module.lora_dropout["default"], nn.Identity | nn.Dropout)
         and not module.lora_variant
         and isinstance(module.base_layer, Linear4bit)
     )
-    return _LoraForward(module, dtype) if plain else None
 
 
 class _LoraForward:
@@ -141,7 +149,12 @@ class _MlpForward:
         return mlp.down_proj(SwiGlu.apply(mlp.gate_proj(x), mlp.up_proj(x)))  # type: ignore[no-untyped-call, no-any-return]
 
 
-def _is_attention(module: nn.Module) -> bool:
+def is_silu(function: Any) -> bool:
+    """torch's SiLU, or the class that transformers 5.17 has of its own."""
+    return isinstance(function, nn.SiLU) or type(function).__name__ == "SiLUActivation"
+
+
+def is_attention(module: nn.Module) -> bool:
     needed = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling")
     return type(module).__name__ in (
         "LlamaAttention",

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from onebase_training.decoder_layer import DecoderLayerForward
+
 SHARE_OF_FREE = 0.85
 """Of the free memory, when no limit is given: the rest is for the allocator's gaps between rows of other lengths."""
 
@@ -29,7 +31,11 @@ class Recompute:
         """The last `count` layers keep. They go back first, so theirs is free again once others compute anew."""
         self.kept = count
         for index, layer in enumerate(self._layers):
-            layer.gradient_checkpointing = index < len(self._layers) - count  # type: ignore[assignment]
+            again = index < len(self._layers) - count
+            if isinstance(layer.forward, DecoderLayerForward):
+                layer.forward.recompute = again
+            else:
+                layer.gradient_checkpointing = again  # type: ignore[assignment]
 
 
 def layers_that_fit(limit: float, peak_without: float, per_layer: float, layers: int) -> int:

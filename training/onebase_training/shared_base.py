@@ -30,7 +30,7 @@ LOADING_S: Final = 600.0
 """How long a server may take to load its base before a training process loads its own."""
 _LOOK_S: Final = 0.2
 
-Unpack = Callable[[torch.dtype], Tensor]
+Unpack = Callable[[torch.dtype, Tensor | None], Tensor]
 
 
 class Borrowed:
@@ -111,9 +111,12 @@ class SharedLinear(Linear4bit):  # type: ignore[misc]
         # Bytes that bitsandbytes can't read (there is no quant_state): whoever tries gets an error, not garbage.
         self.weight = Params4bit(packed, requires_grad=False, quant_type="nf4", bnb_quantized=True)
 
-    def unpack(self, dtype: torch.dtype) -> Tensor:
-        """[out, in]: the values of the compute dtype, which the forward pass multiplies by."""
-        return self._values(self.compute_dtype).to(dtype)
+    def unpack(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """[out, in]: the values of the compute dtype, which the forward pass multiplies by. In `out` where given."""
+        if dtype == self.compute_dtype:
+            return self._values(dtype, out)
+        values = self._values(self.compute_dtype, None).to(dtype)
+        return values if out is None else out.copy_(values)
 
     def forward(self, x: Tensor) -> Tensor:
         return _FrozenLinear.apply(x, self.unpack, self.bias, self.compute_dtype)  # type: ignore[no-untyped-call, no-any-return]
@@ -125,12 +128,12 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, unpack: Unpack, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         ctx.unpack, ctx.dtype = unpack, dtype
-        return nn.functional.linear(x.to(dtype), unpack(dtype), bias).to(x.dtype)
+        return nn.functional.linear(x.to(dtype), unpack(dtype, None), bias).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows = grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)
-        grad_x = (rows @ ctx.unpack(ctx.dtype)).view(*grad.shape[:-1], -1)
+        grad_x = (rows @ ctx.unpack(ctx.dtype, None)).view(*grad.shape[:-1], -1)
         return grad_x.to(grad.dtype), None, None, None
 
 

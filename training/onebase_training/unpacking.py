@@ -1,7 +1,8 @@
 """Weights in a server's own layout -> the values that they stand for, one module at a time, when they are needed.
 
 The layouts are the server's (kernels/cpu_ops.py, kernels/cuda_tiles.py); a test compares both sides bit for bit. On a
-CPU the server's compiled library unpacks; on CUDA the tiles are put in rows again for bitsandbytes' kernel.
+CPU the server's compiled library unpacks, on CUDA a Triton kernel; without Triton the tiles are put in rows again for
+bitsandbytes' kernel.
 """
 
 import ctypes
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from onebase_training.cuda_choice import triton_unpack_for
 
 BLOCK = 64
 
@@ -41,9 +44,9 @@ class Strips:
     shape: tuple[int, int]
     amx: bool
 
-    def __call__(self, dtype: torch.dtype) -> Tensor:
+    def __call__(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """[out, in] in bfloat16 or float32: code * absmax, rounded once."""
-        out = torch.empty(self.shape, dtype=dtype)
+        out = torch.empty(self.shape, dtype=dtype) if out is None else out
         self.library(self.data, self.code, self.first, out, amx=self.amx)
         return out
 
@@ -59,10 +62,15 @@ class TiledRows:
     shape: tuple[int, int]
     turn: int | None = None
 
-    def __call__(self, dtype: torch.dtype) -> Tensor:
+    def __call__(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """[out, in]. absmax has been through a division, so a value may be 1 ulp of fp32 off before it is rounded."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
+        if (triton := triton_unpack_for(self.data)) is not None:
+            found: Tensor = triton.unpack_tiles(
+                self.data, self.code, self.code_scale, self.first, self.shape, self.turn, dtype, out
+            )
+            return found
         (n, k), quads = self.shape, self.data
         if self.turn is None:
             begin = self.first // 64
@@ -79,7 +87,7 @@ class TiledRows:
             dtype=dtype,
         )
         values: Tensor = dequantize_4bit(packed[:, : k // 2].reshape(-1, 1), state)
-        return values.view(self.shape)
+        return values.view(self.shape) if out is None else out.copy_(values.view(self.shape))
 
 
 def rows_of(tiles: Tensor) -> tuple[Tensor, Tensor]:
