@@ -84,8 +84,8 @@ Reply = Callable[[str | None, tuple[int, ...]], Sequence[int]]
 class FakeRunner:
     """Implements `Runner`. `reply(digest, prompt_ids)` scripts the answers (eos follows); without it they are hashes.
 
-    Knobs for faults: `broken` digests can't be read; `fail_next` is raised by the next step; `copy_polls` is how often
-    `slot_ready` says no.
+    Knobs for faults: `broken` digests can't be read, `not_finite` ones are refused when their copy has arrived;
+    `fail_next` is raised by the next step; `copy_polls` is how often `slot_ready` says no.
     """
 
     def __init__(
@@ -116,6 +116,7 @@ class FakeRunner:
         self.reply = reply
         self.logprob_of: Callable[[int], float] = lambda token: -0.5
         self.broken: set[str] = set()
+        self.not_finite: set[str] = set()
         self.fail_next: Exception | None = None
         self.num_failed = 0
         self.reads: list[str] = []
@@ -159,7 +160,10 @@ class FakeRunner:
 
     def slot_ready(self, slot: int) -> bool:
         self._polls[slot] -= 1
-        return self._polls[slot] < 0
+        is_ready = self._polls[slot] < 0
+        if is_ready and (digest := self._slots[slot].digest) in self.not_finite:
+            raise AdapterInvalid(digest, ["its values are not finite"])
+        return is_ready
 
     def clear_slot(self, slot: int) -> None:
         self._slots.pop(slot, None)

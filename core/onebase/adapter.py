@@ -13,9 +13,9 @@ from pathlib import Path
 from onebase.errors import AdapterInvalid, InvalidInput
 from onebase.lora_config import LoraConfigData
 from onebase.manifest import BaseIdentity, Manifest
-from onebase.safetensors_header import TensorInfo, read_header
+from onebase.safetensors_header import SafetensorsHeader, TensorInfo, read_header
 
-__all__ = ["AdapterFiles", "BaseIdentity", "LoraConfigData", "Manifest", "digest", "validate_adapter"]
+__all__ = ["AdapterFiles", "BaseIdentity", "LoraConfigData", "Manifest", "check_base", "digest", "validate_adapter"]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -32,15 +32,25 @@ class AdapterFiles:
 
     path: Path
     config: LoraConfigData
-    tensors: Mapping[str, TensorInfo]
+    header: SafetensorsHeader
     manifest: Manifest | None
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self.header.tensors
+
+    @property
+    def shape_key(self) -> tuple[bytes, str]:
+        """Equal for folders whose settings and tensors (names, shapes, places) are the same: what has been checked
+        or planned for one of them holds for all, save who the base is."""
+        return self.header.digest, repr(self.config.raw)
 
     @classmethod
     def read(cls, path: Path) -> "AdapterFiles":
         """Raises AdapterInvalid with every file that is missing, broken or of a refused kind."""
         problems: list[str] = []
         config: LoraConfigData | None = None
-        tensors: Mapping[str, TensorInfo] = {}
+        header: SafetensorsHeader | None = None
         manifest: Manifest | None = None
         if not path.is_dir():
             raise AdapterInvalid(str(path), ["it is not a folder"])
@@ -51,7 +61,7 @@ class AdapterFiles:
         except InvalidInput as error:
             problems.append(error.message)
         try:
-            tensors = read_header(path / WEIGHTS).tensors
+            header = read_header(path / WEIGHTS)
         except FileNotFoundError:
             problems.append(_missing_weights(path))
         except InvalidInput as error:
@@ -62,9 +72,9 @@ class AdapterFiles:
             pass  # a folder that PEFT wrote has none
         except InvalidInput as error:
             problems.append(error.message)
-        if problems or config is None:
+        if problems or config is None or header is None:
             raise AdapterInvalid(str(path), problems)
-        return cls(path, config, tensors, manifest)
+        return cls(path, config, header, manifest)
 
     def modules(self) -> dict[str, dict[str, TensorInfo]]:
         """Layer path in the base -> {"A": ..., "B": ...}, as far as the tensor names are LoRA's."""
@@ -106,6 +116,13 @@ def validate_adapter(
         problems += _pair_problems(files.config, module, pair, base_shapes)
     if not files.tensors:
         problems.append("it holds no tensors")
+    if problems:
+        raise AdapterInvalid(str(files.path), problems)
+
+
+def check_base(files: AdapterFiles, base: BaseIdentity | None) -> None:
+    """The part of `validate_adapter` that does not follow from `shape_key`. Raises AdapterInvalid."""
+    problems = _base_problems(files, base) if base is not None else []
     if problems:
         raise AdapterInvalid(str(files.path), problems)
 

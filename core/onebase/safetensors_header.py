@@ -4,11 +4,13 @@ Format: 8 bytes little-endian header length, that many bytes of JSON (name -> dt
 data without holes or overlaps. Source: the safetensors format description; limits are ours and stricter.
 """
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -17,6 +19,8 @@ from onebase.errors import InvalidInput
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 8
+MAX_KEPT_BYTES = 256 << 10
+"""Headers up to this size are parsed once for all files that have the same: adapters of one recipe have."""
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -36,10 +40,13 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsHeader:
-    """All tensors of a file by name, and its free-text metadata."""
+    """All tensors of a file by name, and its free-text metadata. Two files with one `digest` have the same header."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
+    data_start: int
+    """Where in the file the data begins, which `TensorInfo` counts from."""
+    digest: bytes
 
 
 def read_header(path: Path) -> SafetensorsHeader:
@@ -65,15 +72,23 @@ def _read(file: BinaryIO) -> SafetensorsHeader:
         raise _BrokenError(f"its header claims {length} bytes, more than the limit of {MAX_HEADER_BYTES}")
     if length > size - 8:
         raise _BrokenError(f"its header claims {length} bytes, but only {size - 8} follow: the file is cut off")
-    entries = _parse(file.read(length))
+    raw, data_bytes = file.read(length), size - 8 - length
+    return _parse_kept(raw, data_bytes) if length <= MAX_KEPT_BYTES else _parse_header(raw, data_bytes)
+
+
+def _parse_header(raw: bytes, data_bytes: int) -> SafetensorsHeader:
+    entries = _parse(raw)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _BrokenError("__metadata__ must map texts to texts")
     if len(entries) > MAX_TENSORS:
         raise _BrokenError(f"it holds {len(entries)} tensors, more than the limit of {MAX_TENSORS}")
     tensors = {name: _tensor(name, entry) for name, entry in entries.items()}
-    _check_layout(tensors, size - 8 - length)
-    return SafetensorsHeader(tensors, metadata)
+    _check_layout(tensors, data_bytes)
+    return SafetensorsHeader(tensors, metadata, 8 + len(raw), hashlib.blake2b(raw, digest_size=16).digest())
+
+
+_parse_kept = lru_cache(maxsize=32)(_parse_header)
 
 
 def _parse(raw: bytes) -> dict[str, Any]:

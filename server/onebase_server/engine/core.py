@@ -30,7 +30,7 @@ from onebase_server.engine.types import FinishReason
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.0005
+POLL_S = 0.0001
 """Between looks while an adapter is being copied to the device and nothing else can run."""
 WAIT_S = 0.01
 """Between looks while requests wait for a load or a slot and nothing else can run."""

@@ -4,6 +4,7 @@ Padding-free: an adapter of rank 8 owns 8 rows of every pool, one of rank 64 own
 when the free ones are scattered, the owners are moved together. Nothing here knows names, versions or requests.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,11 @@ class SlotRows:
 
     start: int
     rank: int
-    module_ranks: dict[str, tuple[int, ...]]
+    module_ranks: Mapping[str, tuple[int, ...]]
+
+    @property
+    def span(self) -> slice:
+        return slice(self.start, self.start + self.rank)
 
 
 class LoraSlots:
@@ -47,6 +52,8 @@ class LoraSlots:
         self._owners: dict[int, SlotRows] = {}
         self.rank_table = np.zeros((rows, 8), dtype=np.int32)
         """[rows, 8]: at an adapter's first row, the true rank of each of its modules (q k v o gate up down)."""
+        self.num_moves = 0
+        """How often rows of adapters in use had to be moved together."""
 
     @property
     def nbytes(self) -> int:
@@ -62,20 +69,32 @@ class LoraSlots:
         """Whether so many rows are free (gaps are closed when need be)."""
         return sum(own.rank for own in self._owners.values()) + rank <= self.rows
 
-    def load(self, slot: int, adapter: TorchHostAdapter, *, non_blocking: bool = False) -> None:
+    def load(self, slot: int, adapter: TorchHostAdapter) -> None:
         """Copy an adapter into free rows. Replaces what the slot held. Raises EngineError when the rows run out."""
+        self.write(self.claim(slot, adapter.rank, adapter.module_ranks), adapter)
+
+    def claim(self, slot: int, rank: int, module_ranks: Mapping[str, tuple[int, ...]]) -> SlotRows:
+        """Free rows for an adapter whose values will follow, instead of what the slot held; may move other adapters'
+        rows (`num_moves`). Raises EngineError when the rows run out."""
         self.clear(slot)
-        start = self._claim(adapter.rank)
-        end = start + adapter.rank
+        start = self._claim(rank)
+        self._owners[slot] = own = SlotRows(start, rank, module_ranks)
+        self._note_ranks(own)
+        return own
+
+    def write(self, own: SlotRows, adapter: TorchHostAdapter, *, non_blocking: bool = False) -> None:
+        """The adapter's values into its rows."""
         for name in self.a:
             if any(adapter.module_ranks[name]):
-                self.a[name][:, :, start:end].copy_(adapter.a[name], non_blocking=non_blocking)
-                self.b[name][:, start:end].copy_(adapter.b[name], non_blocking=non_blocking)
+                self.a[name][:, :, own.span].copy_(adapter.a[name], non_blocking=non_blocking)
+                self.b[name][:, own.span].copy_(adapter.b[name], non_blocking=non_blocking)
             else:
-                self.a[name][:, :, start:end].zero_()
-                self.b[name][:, start:end].zero_()
-        self._owners[slot] = own = SlotRows(start, adapter.rank, adapter.module_ranks)
-        self._note_ranks(own)
+                self.blank(own, name)
+
+    def blank(self, own: SlotRows, name: str) -> None:
+        """Zeros in the rows of one projection."""
+        self.a[name][:, :, own.span].zero_()
+        self.b[name][:, own.span].zero_()
 
     def clear(self, slot: int) -> None:
         """The slot's rows are free. Their values stay until they are overwritten; no token points at them."""
@@ -96,6 +115,7 @@ class LoraSlots:
         start = self._first_fit(rank)
         if start is None:
             self._close_gaps()
+            self.num_moves += 1
             start = used
         return start
 

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 
-from onebase.errors import Conflict, EngineError
+from onebase.errors import AdapterInvalid, Conflict, EngineError
 from onebase_server.engine.config import EngineConfig
 from onebase_server.engine.residence import AdapterStatus, Place, Residence, Want, status_of, without_frames
 from onebase_server.engine.runner import HostAdapter, Runner
@@ -98,7 +98,7 @@ class Residency:
             return Want.FAILED if entry.error is not None and not entry.is_loading else Want.LOADING
         try:
             has_place = self.slots.place(entry)
-        except EngineError as error:
+        except (EngineError, AdapterInvalid) as error:
             self._fail(entry, error)
             return Want.FAILED
         if not has_place:
@@ -108,13 +108,16 @@ class Residency:
         return Want.READY if entry.is_copied else Want.LOADING
 
     def poll(self) -> bool:
-        """Whether a copy to a slot has finished since the last call."""
-        copied = self.slots.poll()
+        """Whether a copy to a slot has finished since the last call, one way or the other."""
+        copied, refused = self.slots.poll()
         for entry in copied:
+            _resolve(entry.preloads)
             self._drop_if_told(entry)
+        for entry, error in refused:
+            self._fail(entry, error)
         if copied:
             self._trim_host()
-        return bool(copied)
+        return bool(copied or refused)
 
     def on_loaded(self, entry: Residence, host: HostAdapter | None, error: Exception | None, seconds: float) -> None:
         """A read has finished, one way or the other."""
@@ -135,10 +138,11 @@ class Residency:
             return
         try:
             self.slots.place_if_free(entry)
-        except EngineError as copy_error:
+        except (EngineError, AdapterInvalid) as copy_error:
             self._fail(entry, copy_error)
             return
-        _resolve(entry.preloads)
+        if entry.place is not Place.COPYING:  # else its values may yet turn out to be bad
+            _resolve(entry.preloads)
         self._trim_host()
 
     def take_failed(self) -> list[tuple[Residence, Exception]]:
@@ -157,6 +161,9 @@ class Residency:
                 done.set_exception(Conflict(f"{pinned} adapters are pinned; at least one slot must stay free to swap"))
                 return
             entry.is_pinned = True
+        if entry.place is Place.COPYING:
+            entry.preloads.append(done)
+            return
         if entry.host is not None or entry.slot is not None:
             done.set_result(None)
             return
@@ -251,6 +258,8 @@ class Residency:
     def _fail(self, entry: Residence, error: Exception) -> None:
         logger.warning("adapter %s can't be served: %s", entry.ref.id, error)
         without_frames(error)
+        if isinstance(error, AdapterInvalid):
+            self._drop_host(entry)
         entry.error, entry.failed_at = error, self._clock()
         self._failed.append((entry, error))
         _resolve(entry.preloads, error)

@@ -110,7 +110,8 @@ class Runner(Protocol):
     def read_adapter(self, ref: AdapterRef) -> HostAdapter:
         """Disk -> host (pinned on CUDA). Thread-safe; called off the engine thread.
 
-        Raises AdapterInvalid when the files don't fit the base."""
+        Raises AdapterInvalid when the files don't fit the base. Whether the values are finite may be seen here or,
+        where the device looks, by `slot_ready`."""
         ...
 
     def can_load(self, adapter: HostAdapter) -> bool:
@@ -122,7 +123,9 @@ class Runner(Protocol):
         ...
 
     def slot_ready(self, slot: int) -> bool:
-        """True once a started copy can be used by the next step."""
+        """True once a started copy can be used by the next step.
+
+        Raises AdapterInvalid if the values turned out not to be finite: the slot is then to be cleared."""
         ...
 
     def clear_slot(self, slot: int) -> None:

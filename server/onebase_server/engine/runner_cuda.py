@@ -75,13 +75,10 @@ class CudaRunner(TorchRunner):
         self._ahead = RunAhead(config.page_size, weights.geometry.max_context)
 
     def load_slot(self, slot: int, adapter: HostAdapter) -> None:
-        """As the base class; and if the copy moves other adapters' rows, the next step waits for it."""
-        assert self._copies is not None
-        self._copies.wait_stream(torch.cuda.current_stream())
-        before = {s: own.start for s in range(self.config.num_slots) if s != slot and (own := self.slots.owner(s))}
+        """As the base class; a step started ahead would be followed by one with the rows' old places."""
+        moves = self.slots.num_moves
         super().load_slot(slot, adapter)
-        if any((own := self.slots.owner(s)) is None or own.start != start for s, start in before.items()):
-            torch.cuda.current_stream().wait_stream(self._copies)
+        if self.slots.num_moves != moves:
             self._ahead.forget()
 
     def run(self, batch: StepBatch) -> StepResult:

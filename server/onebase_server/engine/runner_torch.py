@@ -16,11 +16,12 @@ from torch import Tensor
 from onebase.adapter import BaseIdentity
 from onebase_server.engine.cpu_choose import cpu_chooser
 from onebase_server.engine.cpu_forward import CpuForward, covers
-from onebase_server.engine.host_adapter import TorchHostAdapter, read_host_adapter
+from onebase_server.engine.host_adapter import PackedAdapter, TorchHostAdapter, layout_of
 from onebase_server.engine.lora_slots import LoraSlots
 from onebase_server.engine.model_forward import KVCache, ModelForward
 from onebase_server.engine.runner import HostAdapter, RunnerLimits, StepBatch, StepResult
 from onebase_server.engine.sampler import Sampler, score
+from onebase_server.engine.slot_loader import make_loader
 from onebase_server.engine.types import AdapterRef
 from onebase_server.engine.weights import ModelWeights, read_weights
 from onebase_server.kernels.cpu_ops import CpuKernels
@@ -42,6 +43,8 @@ class RunnerConfig:
     max_batch_tokens: int = 512
     max_batch_sequences: int = 64
     max_context: int | None = None
+    pinned_bytes: int | None = None
+    """CUDA: host memory pinned at the start for adapters' files; None: for as many as the slots hold, 1 GiB at most."""
 
 
 class TorchRunner:
@@ -66,8 +69,7 @@ class TorchRunner:
         self.forward: Forward = _forward(weights, kernels, self.cache, self.slots)
         choose = cpu_chooser(kernels) if isinstance(kernels, CpuKernels) else None
         self.sampler = Sampler(weights.geometry.vocab, self.device, eos_token_ids, choose)
-        self._copies: Any = _copy_stream(self.device)
-        self._loading: dict[int, Any] = {}
+        self._loader = make_loader(self.slots, layout_of(weights), identity, self.device, config)
         self._limits = RunnerLimits(
             vocab_size=weights.geometry.vocab,
             max_context=weights.geometry.max_context,
@@ -83,36 +85,21 @@ class TorchRunner:
     def limits(self) -> RunnerLimits:
         return self._limits
 
-    def read_adapter(self, ref: AdapterRef) -> TorchHostAdapter:
-        return read_host_adapter(ref.path, self.weights, self.identity, self.config.max_lora_rank)
+    def read_adapter(self, ref: AdapterRef) -> HostAdapter:
+        return self._loader.read(ref.path)
 
     def can_load(self, adapter: HostAdapter) -> bool:
-        return self.slots.fits(cast(TorchHostAdapter, adapter).rank)
+        return self.slots.fits(cast(TorchHostAdapter | PackedAdapter, adapter).rank)
 
     def load_slot(self, slot: int, adapter: HostAdapter) -> None:
         """CUDA: on a stream of its own, so that decoding goes on; CPU: at once."""
-        host = cast(TorchHostAdapter, adapter)
-        if self._copies is None:
-            self.slots.load(slot, host)
-            return
-        with torch.cuda.stream(self._copies):
-            self.slots.load(slot, host, non_blocking=True)
-            self._loading[slot] = self._copies.record_event()
+        self._loader.load(slot, adapter)
 
     def slot_ready(self, slot: int) -> bool:
-        event = self._loading.get(slot)
-        if event is None:
-            return self.slots.owner(slot) is not None
-        if not event.query():
-            return False
-        del self._loading[slot]
-        return True
+        return self._loader.is_ready(slot)
 
     def clear_slot(self, slot: int) -> None:
-        event = self._loading.pop(slot, None)
-        if event is not None:
-            event.synchronize()
-        self.slots.clear(slot)
+        self._loader.clear(slot)
 
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
         self.cache.copy_pages(pairs)
@@ -180,11 +167,6 @@ class TorchRunner:
         wide = array.dtype == np.int64
         tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64 if wide else np.int32))
         return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
-
-
-def _copy_stream(device: torch.device) -> Any:
-    """The CUDA stream that adapters are copied on; None on the CPU."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def _forward(weights: ModelWeights, kernels: Kernels, cache: KVCache, slots: LoraSlots) -> Forward:

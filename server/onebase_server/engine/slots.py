@@ -7,7 +7,7 @@ Knows the runner's slots, nothing of files or host memory. Engine thread only.
 import logging
 from collections import OrderedDict
 
-from onebase.errors import EngineError
+from onebase.errors import AdapterInvalid, EngineError
 from onebase_server.engine.residence import Residence
 from onebase_server.engine.runner import HostAdapter, Runner
 
@@ -43,7 +43,7 @@ class DeviceSlots:
     def place(self, entry: Residence) -> bool:
         """Start the copy to a slot, evicting who may leave; False if there is no room now.
 
-        Raises EngineError if there never will be, or the copy fails."""
+        Raises EngineError if there never will be, or the copy fails; AdapterInvalid if its values are bad."""
         assert entry.host is not None
         slot = self._take(entry, entry.host)
         if slot is None:
@@ -60,19 +60,26 @@ class DeviceSlots:
         if self._free and not self._is_reserved_for_other(entry) and self._runner.can_load(entry.host):
             self._copy(self._free.pop(), entry, entry.host)
 
-    def poll(self) -> list[Residence]:
-        """Versions whose copy has finished since the last call."""
+    def poll(self) -> tuple[list[Residence], list[tuple[Residence, AdapterInvalid]]]:
+        """Versions whose copy has finished since the last call, and those that lost their slot again, as what has
+        arrived can't be served."""
         if not self._copying:
-            return []
+            return [], []
         copied: list[Residence] = []
+        refused: list[tuple[Residence, AdapterInvalid]] = []
         still: list[Residence] = []
         for entry in self._copying:
             assert entry.slot is not None
-            (copied if self._runner.slot_ready(entry.slot) else still).append(entry)
+            try:
+                (copied if self._runner.slot_ready(entry.slot) else still).append(entry)
+            except AdapterInvalid as error:
+                refused.append((entry, error))
         self._copying = still
         for entry in copied:
             entry.is_copied = True
-        return copied
+        for entry, _ in refused:
+            self.clear(entry)
+        return copied, refused
 
     def clear(self, entry: Residence) -> None:
         """The version leaves its slot."""
@@ -101,7 +108,13 @@ class DeviceSlots:
             self._runner.clear_slot(slot)
             self._free.append(slot)
             raise EngineError(f"{entry.ref.id} could not be copied to the device: {error}") from error
-        entry.slot, entry.is_copied = slot, self._runner.slot_ready(slot)
+        try:
+            is_copied = self._runner.slot_ready(slot)
+        except AdapterInvalid:
+            self._runner.clear_slot(slot)
+            self._free.append(slot)
+            raise
+        entry.slot, entry.is_copied = slot, is_copied
         self._entries[entry.ref.digest] = entry
         if not entry.is_copied:
             self._copying.append(entry)

@@ -255,6 +255,40 @@ def test_a_version_is_not_used_before_its_copy_has_finished() -> None:
     world.check_end()
 
 
+@pytest.mark.parametrize("copy_polls", [0, 3])
+def test_a_version_that_the_device_finds_not_finite_is_refused_and_its_slot_serves_the_next(copy_polls: int) -> None:
+    world = World(FakeRunner(num_slots=1, copy_polls=copy_polls))
+    world.runner.not_finite.add("bad@1")
+    bad = [world.ask([index], fake_adapter("bad"), n=2) for index in range(2)]
+    good = world.ask([1], fake_adapter("good"))
+    world.settle()
+    for asked in bad:
+        for index in range(2):
+            assert isinstance(asked.of(index)[-1].error, AdapterInvalid)
+    assert good.events[-1].error is None
+    line = status(world, fake_adapter("bad"))
+    assert (line.place, line.host_bytes) == (Place.DISK, 0)
+    assert "not finite" in str(line.error)
+    world.check_end()
+
+
+@pytest.mark.parametrize("copy_polls", [0, 3])
+def test_preload_waits_for_what_the_device_says_of_the_values(copy_polls: int) -> None:
+    world = World(FakeRunner(copy_polls=copy_polls))
+    world.runner.not_finite.add("bad@1")
+    first = world.engine.preload(fake_adapter("bad"))
+    world.core.serve()
+    world.executor.run_all()
+    world.core.serve()
+    second = world.engine.preload(fake_adapter("good"))
+    load_all(world)
+    for _ in range(4):
+        world.tick()
+    with pytest.raises(AdapterInvalid, match="not finite"):
+        first.result(0)
+    assert second.result(0) is None
+
+
 def test_known_versions_are_bounded() -> None:
     world = World(FakeRunner(num_slots=2), EngineConfig(host_budget_bytes=0, max_known_adapters=8))
     for index in range(30):
