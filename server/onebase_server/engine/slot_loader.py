@@ -91,9 +91,9 @@ class StreamLoader:
         self._memory = memory
         pool = next(iter(slots.a.values()))
         widest = max(*layout.columns.values(), *(offsets[-1] for offsets in layout.offsets.values()))
-        chunk_bytes = max(chunk_bytes, 4 * max_rank * widest)
-        self.reader = AdapterReader(layout, identity, max_rank, chunk_bytes=chunk_bytes)
-        self._scratch = torch.empty(chunk_bytes + 16, dtype=torch.uint8, device=pool.device)
+        self.chunk_bytes = max(chunk_bytes, 4 * max_rank * widest)
+        self._reader = AdapterReader(layout, identity, max_rank, chunk_bytes=self.chunk_bytes)
+        self._scratch = torch.empty(self.chunk_bytes + 16, dtype=torch.uint8, device=pool.device)
         count = 2 * layout.layers * sum(map(len, layout.modules.values()))
         self._largest = torch.zeros(count, dtype=pool.dtype, device=pool.device)
         is_cuda = pool.device.type == "cuda"
@@ -102,7 +102,7 @@ class StreamLoader:
         self._loading: dict[int, _Loading] = {}
 
     def read(self, path: Path) -> PackedAdapter:
-        return self.reader.read_packed(path, self._memory)
+        return self._reader.read_packed(path, self._memory)
 
     def load(self, slot: int, adapter: HostAdapter) -> None:
         """Enqueue all of it. The bytes travel while steps compute; rows are written, and others' moved, behind the
