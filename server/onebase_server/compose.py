@@ -23,6 +23,7 @@ from onebase_server.jobs.service import JobLimits
 from onebase_server.jobs.supervisor import SupervisorConfig
 from onebase_server.loading import load_backend
 from onebase_server.logs import configure_logging
+from onebase_server.memory import keep_what_stands
 from onebase_server.settings import Settings
 from onebase_server.startup import (
     allow_many_files,
@@ -150,6 +151,7 @@ class Server:
             self.http.should_exit = True
             self.loaded.set()
             return
+        keep_what_stands()
         self.deps.backend.fill(backend)
         self.loaded.set()
         logger.info("ready: %s at %s/v1 (prompt format %s)", backend.base.id, self.url, backend.base_format)

@@ -1,10 +1,12 @@
-"""What a container may take is what its limit leaves, whichever interface the kernel shows it by."""
+"""What a container may take is what its limit leaves; what a server has loaded is no work for the collector."""
 
+import gc
 from pathlib import Path
 
 import psutil
 import pytest
 
+from live_server import live_server
 from onebase_server.memory import container_memory_left, free_memory
 
 
@@ -39,3 +41,10 @@ def test_without_a_limit_the_machines_memory_counts(tmp_path: Path, limit: str |
 def test_a_container_over_its_limit_has_nothing_left(tmp_path: Path) -> None:
     write(tmp_path, max="1000", current="1500")
     assert container_memory_left(tmp_path) == 0
+
+
+@pytest.mark.slow
+def test_the_collector_leaves_alone_what_stands_when_a_server_is_ready(tmp_path: Path) -> None:
+    frozen = gc.get_freeze_count()
+    with live_server(tmp_path):
+        assert gc.get_freeze_count() > frozen

@@ -297,6 +297,7 @@ class EngineCore:
         if group.num_open == 0:
             self._leave_queue(group)
             del self.groups[group.handle]
+            group.sequences = []  # they point back at it: all of a request would wait for the garbage collector
             self.counters.note_duration(self._clock() - group.submitted_at)
             if len(self._deadlines) > 2 * len(self.groups) + 64:
                 self._deadlines = [item for item in self._deadlines if item[2].num_open]

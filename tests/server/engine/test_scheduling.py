@@ -1,12 +1,14 @@
 """Who runs when: budgets, chunks, turns, priorities, starvation, preemption, sharing."""
 
+import gc
+
 import pytest
 
 from fakes import EOS, FakeRunner, fake_adapter
 from fakes_world import Asked, World
 from onebase.errors import ContextLengthExceeded, DeadlineExceeded, InvalidInput, Overloaded
 from onebase_server.engine.config import EngineConfig
-from onebase_server.engine.sequence import resolve_seed
+from onebase_server.engine.sequence import Sequence, resolve_seed
 from onebase_server.engine.types import AdapterRef, FinishReason
 
 
@@ -437,3 +439,22 @@ def test_a_queue_that_is_never_empty_forgets_the_adapters_that_are_through() -> 
             world.tick()
         assert len(waiting) > 0, "or this says nothing"
     assert len(waiting._next_tag) < 270
+
+
+def test_a_request_that_has_ended_is_freed_without_the_garbage_collector() -> None:
+    world = make_world()
+    gc.collect()
+    gc.disable()
+    try:
+        for index in range(20):
+            world.ask([index], n=3, max_tokens=4, deadline=2000.0)
+        cancelled = world.ask([99], n=2, max_tokens=50)
+        world.tick()
+        cancelled.handle.cancel()
+        world.settle()
+        world.asked.clear()
+        world.runner.batches.clear()
+        left = sum(isinstance(each, Sequence) for each in gc.get_objects())
+    finally:
+        gc.enable()
+    assert left == 0
