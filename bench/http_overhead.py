@@ -1,9 +1,17 @@
 """What HTTP costs on this CPU: one engine with 8 adapters, given the same streams in its own process and through HTTP.
 
-The server runs as a process of its own: SmolLM2 in NF4, the real app and uvicorn. Rounds take turns: all streams
-straight from the engine, read by an event loop as the app reads it; then over sockets by this process, which does
-nothing but split events (its share of the processor is in the result: on a small machine it takes it from the server).
-Then single requests in turns, for the time to the first token. One JSON line goes to --out.
+The server runs as a process of its own: SmolLM2 in NF4, the real app and uvicorn. Rounds: all streams straight from the
+engine, read by an event loop as the app reads it; and over sockets by this process, which does nothing but split events
+(its share of the processor is in the result: on a small machine it takes it from the server). Then single requests of
+both kinds, for the time to the first token. One JSON line goes to --out.
+
+Both kinds are given the same: bodies of the same words, which differ in a number of as many tokens at their beginning
+(so that neither finds the other's pages), and for the engine these bodies are planned by the app's own code beforehand,
+so that sampling, limits and the prompt format's stop strings are the same. Which of a pair goes first, and which number
+it gets, takes turns. "First token" is the first event with text, in which a beginning that may become a stop string is
+held back on both sides alike. HTTP's time begins before the request is written to a connection that is open and ends
+when this process has the text: parsing, the key's check, rendering, tokenising, and what client and event loop take
+from the threads that compute are all in it. The engine's begins at `submit` and ends in the reader.
 
     PYTHONPATH=core:server:training python bench/http_overhead.py --out bench/results/http-overhead.jsonl
 """
@@ -136,28 +144,33 @@ def wave(address: tuple[str, int], bodies: Sequence[bytes]) -> Wave:
 def measure(served: Served, options: argparse.Namespace) -> Json:
     models = served.about["models"]
 
-    def bodies(seed: int, count: int, tokens: int) -> list[bytes]:
+    def bodies(turn: int, kind: int, count: int, tokens: int) -> list[Json]:
+        """Of one turn, for one of its two kinds."""
         return [
-            json.dumps(chat(models[i % len(models)], prompt(seed * 1000 + i, options.words), tokens)).encode()
+            chat(models[(turn + i) % len(models)], prompt(turn + i, 2000 * turn + 2 * i + kind, options.words), tokens)
             for i in range(count)
         ]
 
-    def both(seed: int) -> tuple[Json, Json]:
-        prompts = [prompt(seed * 1000 + 500 + i, options.words) for i in range(options.streams)]
-        engine = served.ask(prompts=prompts, tokens=options.tokens)
-        before = served.ask()
-        seen = wave(served.address, bodies(seed, options.streams, options.tokens))
-        after = served.ask()
-        return engine, over_http(seen, before, after, options)
+    def both(turn: int, count: int, tokens: int) -> tuple[Json, Json]:
+        """What the engine did, what HTTP did. The kinds swap numbers every turn, and places every second one."""
+        engine_kind, http_first = turn % 2, turn // 2 % 2
+        answers: dict[bool, Json] = {}
+        for is_http in (True, False) if http_first else (False, True):
+            asked = bodies(turn, 1 - engine_kind if is_http else engine_kind, count, tokens)
+            answers[is_http] = over_http(served, asked) if is_http else served.ask(bodies=asked)
+        return answers[False], answers[True]
 
-    both(0)  # adapters are loaded and memory is touched: not counted
-    rounds = [both(seed) for seed in range(1, options.rounds + 1)]
-    singles = [one_each(served, options, models, seed) for seed in range(100, 100 + options.singles)]
+    both(0, options.streams, options.tokens)  # adapters are loaded and memory is touched: not counted
+    rounds = [both(turn, options.streams, options.tokens) for turn in range(1, options.rounds + 1)]
+    singles = [both(turn, 1, 4) for turn in range(100, 100 + options.singles)]
     return summary(rounds, singles[2:], served.about, options)
 
 
-def over_http(seen: Wave, before: Json, after: Json, options: argparse.Namespace) -> Json:
-    tokens = options.streams * options.tokens
+def over_http(served: Served, asked: list[Json]) -> Json:
+    before = served.ask()
+    seen = wave(served.address, [json.dumps(body).encode() for body in asked])
+    after = served.ask()
+    tokens = sum(body["max_tokens"] for body in asked)
     loop_s = after["loop_cpu_s"] - before["loop_cpu_s"]
     return {
         "tok_s": tokens / seen.total_s,
@@ -169,16 +182,9 @@ def over_http(seen: Wave, before: Json, after: Json, options: argparse.Namespace
     }
 
 
-def one_each(served: Served, options: argparse.Namespace, models: list[str], seed: int) -> tuple[float, float]:
-    """Seconds to the first token: straight from the engine, and over HTTP. Prompts of one length, none seen before."""
-    model = models[seed % len(models)]
-    alone = served.ask(prompts=[prompt(seed * 1000, options.words)], tokens=4, model=model)
-    body = json.dumps(chat(model, prompt(seed * 1000 + 1, options.words), 4)).encode()
-    return alone["first_s"], wave(served.address, [body]).first_s[0]
-
-
-def prompt(seed: int, words: int) -> str:
-    return " ".join(WORDS[(seed * 7919 + i * (seed % 13 + 3)) % len(WORDS)] for i in range(words)) + f" {seed:07d}"
+def prompt(seed: int, number: int, words: int) -> str:
+    """As many tokens for every number: this tokenizer makes one of each digit."""
+    return f"{number:07d} " + " ".join(WORDS[(seed * 7919 + i * (seed % 13 + 3)) % len(WORDS)] for i in range(words))
 
 
 def chat(model: str, text: str, tokens: int) -> Json:
@@ -194,12 +200,13 @@ def chat(model: str, text: str, tokens: int) -> Json:
 
 
 def summary(
-    rounds: list[tuple[Json, Json]], singles: list[tuple[float, float]], about: Json, options: argparse.Namespace
+    rounds: list[tuple[Json, Json]], singles: list[tuple[Json, Json]], about: Json, options: argparse.Namespace
 ) -> Json:
     def middle(values: Sequence[float], digits: int) -> float:
         return round(statistics.median(values), digits)
 
-    added_ms = [(http - alone) * 1e3 for alone, http in singles]
+    alone_ms, http_ms = ([pair[kind]["first_s"] * 1e3 for pair in singles] for kind in (0, 1))
+    added_ms = [http - alone for alone, http in zip(alone_ms, http_ms, strict=True)]
     overhead = [1 - http["tok_s"] / engine["tok_s"] for engine, http in rounds]
     return {
         "case": "http overhead on the CPU",
@@ -209,9 +216,10 @@ def summary(
         "overhead_of_rounds": [round(each, 4) for each in overhead],
         "engine_first_s_at_once": middle([engine["first_s"] for engine, _ in rounds], 3),
         "http_first_s_at_once": middle([http["first_s"] for _, http in rounds], 3),
-        "engine_first_ms_alone": middle([alone * 1e3 for alone, _ in singles], 2),
-        "http_first_ms_alone": middle([http * 1e3 for _, http in singles], 2),
+        "engine_first_ms_alone": middle(alone_ms, 2),
+        "http_first_ms_alone": middle(http_ms, 2),
         "first_ms_added": middle(added_ms, 2),
+        "first_ms_added_quartiles": [round(each, 2) for each in statistics.quantiles(added_ms)],
         **{
             name: middle([http[name] for _, http in rounds], 4)
             for name in rounds[0][1]

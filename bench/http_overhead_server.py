@@ -1,6 +1,6 @@
 """The served side of `http_overhead.py`: the whole server in this process, and its engine on order without HTTP.
 
-An order is a line of JSON on stdin: `prompts` and `tokens` run those on the engine; {} asks for the event loop's
+An order is a line of JSON on stdin: `bodies` of chat requests run those on the engine; {} asks for the event loop's
 processor time. Every answer is a line on stdout.
 """
 
@@ -19,12 +19,12 @@ from safetensors.numpy import save_file
 
 from onebase.bases import BaseSpec
 from onebase.home import Home
-from onebase.messages import Message
 from onebase.store import AdapterStore
 from onebase_server.api.backend import Backend
+from onebase_server.api.chat_plan import check_chat, plan_chat
 from onebase_server.api.models_lookup import look_up
+from onebase_server.api.schemas_chat import ChatRequest
 from onebase_server.compose import SWITCH_S, Server
-from onebase_server.engine.types import GenerationRequest, SamplingParams
 from onebase_server.loading import find_base, load_backend
 from onebase_server.settings import Settings
 
@@ -55,7 +55,7 @@ def main() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         if asked:
-            tell(asyncio.run(in_engine(backend, store, models, asked)))
+            tell(asyncio.run(in_engine(backend, store, asked["bodies"])))
         else:
             tell({"loop_cpu_s": time.clock_gettime(clock)})
     server.stop()
@@ -85,16 +85,13 @@ def publish(store: AdapterStore, spec: BaseSpec, name: str) -> str:
         return store.publish(folder, name, base=spec.identity).name
 
 
-async def in_engine(backend: Backend, store: AdapterStore, models: list[str], asked: Json) -> Json:
-    """The prompts as the app would submit them, rendered beforehand; their events are read and dropped."""
-    names = [asked["model"]] * len(asked["prompts"]) if "model" in asked else models
-    served = [look_up(name, backend, store) for name in names]
-    sampling = SamplingParams(max_tokens=asked["tokens"], temperature=0.0, ignore_eos=True)
+async def in_engine(backend: Backend, store: AdapterStore, bodies: list[Json]) -> Json:
+    """The requests that the app would submit for these bodies, made beforehand; their events are read and dropped."""
     requests = []
-    for index, text in enumerate(asked["prompts"]):
-        model = served[index % len(served)]
-        ids = tuple(model.renderer.render_prompt([Message("user", text)]))
-        requests.append(GenerationRequest(f"bench-{index}", ids, sampling, model.adapter))
+    for body in bodies:
+        asked = ChatRequest.model_validate(body)
+        given = check_chat(asked, asked.n or 1)
+        requests.append(plan_chat(asked, given, look_up(asked.model, backend, store), backend).request)
     firsts: list[float] = []
     begin = time.perf_counter()
     handles = [backend.engine.submit(request) for request in requests]
