@@ -1,16 +1,18 @@
 """`/v1/models`: the base and every adapter, as OpenAI lists models; deleting one takes an admin key."""
 
+from contextlib import suppress
 from typing import Annotated, Any
 
 from litestar import Request, delete, get
 from litestar.params import FromPath, QueryParameter
 
-from onebase.errors import Forbidden
+from onebase.errors import EngineError, Forbidden, NotReady
 from onebase.store import Version
+from onebase.store_read import is_alias
 from onebase_server.api.backend import Backend
 from onebase_server.api.caller import caller_of
 from onebase_server.api.deps import Deps
-from onebase_server.api.models_lookup import find_version
+from onebase_server.api.models_lookup import find_version, to_ref
 from onebase_server.api.schemas_models import ModelCard, ModelDeleted, ModelList
 from onebase_server.api.visible import may_use, may_use_base, visible_model, visible_version
 
@@ -56,8 +58,12 @@ async def delete_model(model_id: FromPath[str], deps: Deps) -> ModelDeleted:
     name = model_id.removeprefix("/")
     if name == backend.base.id:
         raise Forbidden(f"The base `{name}` can't be deleted: only fine-tuned models can.")
-    find_version(name, backend, deps.store)
+    version = find_version(name, backend, deps.store)
+    entry = None if "@" in name or is_alias(name) else deps.store.get(name)
     deps.store.remove(name)
+    for each in entry.versions if entry is not None else (version,):
+        with suppress(EngineError, NotReady):  # it has died or is going down, and its memory with it
+            backend.engine.unload(to_ref(each), forget=True)
     return ModelDeleted(id=name, object="model", deleted=True)
 
 

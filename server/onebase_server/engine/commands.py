@@ -32,6 +32,7 @@ class Preload:
 class Unload:
     done: "Future[None]"
     ref: AdapterRef
+    forget: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,7 +219,7 @@ class EngineCore:
             case commands.Preload():
                 self.residency.preload(command.ref, command.done, pin=command.pin)
             case commands.Unload():
-                self.residency.unload(command.ref, command.done)
+                self.residency.unload(command.ref, command.done, forget=command.forget)
             case commands.Unpin():
                 self.residency.unpin(command.ref, command.done)
             case commands.ListAdapters():

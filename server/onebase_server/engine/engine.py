@@ -103,10 +103,13 @@ class Engine:
         done: Future[None] = Future()
         return self._order(commands.Unpin(done, ref), done)
 
-    def unload(self, ref: AdapterRef) -> "Future[None]":
-        """Free a version's memory once its running and waiting requests have ended; done then."""
+    def unload(self, ref: AdapterRef, *, forget: bool = False) -> "Future[None]":
+        """Free a version's memory once its running and waiting requests have ended; done then.
+
+        `forget`: its counters too, for it will not come back.
+        """
         done: Future[None] = Future()
-        return self._order(commands.Unload(done, ref), done)
+        return self._order(commands.Unload(done, ref, forget), done)
 
     def publish(self, ref: AdapterRef, replaces: AdapterRef | None = None) -> "Future[None]":
         """A new version is current: load it, let the one that it replaces drain. Done when the new one is in memory."""

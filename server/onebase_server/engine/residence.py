@@ -49,6 +49,8 @@ class Residence:
     failed_at: float = 0.0
     preloads: "list[Future[None]]" = field(default_factory=list)
     unloads: "list[Future[None]]" = field(default_factory=list)
+    is_deleted: bool = False
+    """Nothing of it stays when it is unloaded."""
     num_hits: int = 0
     """Leases taken while it was in host memory or a slot."""
     num_misses: int = 0

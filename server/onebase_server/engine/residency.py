@@ -177,13 +177,14 @@ class Residency:
         self._trim_host()
         done.set_result(None)
 
-    def unload(self, ref: AdapterRef, done: "Future[None]") -> None:
-        """Free the version's memory once its last lease ends; `done` then."""
+    def unload(self, ref: AdapterRef, done: "Future[None]", *, forget: bool = False) -> None:
+        """Free the version's memory once its last lease ends; `done` then. `forget`: its counters with it."""
         entry = self._known.get(ref.digest)
         if entry is None:
             done.set_result(None)
             return
         entry.is_pinned = False
+        entry.is_deleted |= forget
         entry.unloads.append(done)
         self._drop_if_told(entry)
 
@@ -290,6 +291,8 @@ class Residency:
             self.slots.clear(entry)
         self._drop_host(entry)
         _resolve(entry.unloads)
+        if entry.is_deleted:
+            del self._known[entry.ref.digest]
 
 
 def _resolve(futures: "list[Future[None]]", error: Exception | None = None) -> None:

@@ -66,6 +66,18 @@ def test_a_deleted_adapter_is_gone_from_list_and_chat(own_world: World) -> None:
     assert own_world.request("DELETE", "/v1/models/pirate").status_code == 404
 
 
+@pytest.mark.parametrize(("path", "left"), [("pirate@1", ["pirate@2"]), ("ft:one", ["pirate@2"]), ("pirate", [])])
+def test_deleted_versions_leave_the_engine_s_memory_too(own_world: World, path: str, left: list[str]) -> None:
+    for _ in range(2):
+        own_world.publish("pirate")
+    own_world.store.set_alias("ft:one", "pirate@1")
+    for model in ("pirate@1", "pirate@2"):
+        assert own_world.chat(model=model).status_code == 200
+    assert own_world.request("DELETE", f"/v1/models/{path}").status_code == 200
+    known = own_world.deps.backend.get().engine.adapters().result()
+    assert [status.ref.id for status in known] == left
+
+
 @pytest.mark.parametrize("path", ["tiny/base", "tiny%2Fbase"])
 def test_the_base_cannot_be_deleted(world: World, path: str) -> None:
     reply = world.request("DELETE", f"/v1/models/{path}")

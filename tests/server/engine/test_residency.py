@@ -103,6 +103,26 @@ def test_a_thousand_swaps_leave_no_byte_behind() -> None:
     world.check_end()
 
 
+def test_a_deleted_version_is_forgotten_once_its_last_request_has_ended() -> None:
+    ref, other = fake_adapter("a"), fake_adapter("b")
+    world = World(FakeRunner())
+    world.ask([1], ref, max_tokens=4, ignore_eos=True)
+    world.ask([1], other, max_tokens=4, ignore_eos=True)
+    load_all(world)
+    deleted, unloaded = world.engine.unload(ref, forget=True), world.engine.unload(other)
+    world.tick()
+    assert status(world, ref).leases == 1
+    world.settle()
+    assert deleted.done()
+    assert unloaded.done()
+    assert [each.ref for each in world.core.residency.status()] == [other]
+    assert world.runner.loaded == {}
+    world.ask([1], ref, max_tokens=1)  # its content came back under another name
+    world.settle()
+    assert status(world, ref).misses == 1
+    world.check_end()
+
+
 def test_unloading_waits_for_running_and_waiting_requests_and_then_frees() -> None:
     ref = fake_adapter("a")
     world = World(FakeRunner(max_batch_sequences=1))
