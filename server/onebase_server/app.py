@@ -48,7 +48,8 @@ def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
     kept = ResponseStore(max_bytes=deps.settings.response_memory_mb * 1_000_000)
     deps.durable.scheduler.order_of = partial(admin_schedules.scheduled_order, deps=deps)
     deps.durable.supervisor.bring_near = lambda version: bring_near([version], deps)
-    guard = require(KeyRing(deps.settings, deps.keys), deps.limiter, deps.settings)
+    keys = KeyRing(deps.settings, deps.keys)
+    guard = require(keys, deps.limiter, deps.settings)
     inference = Router(
         "/v1",
         guards=[guard],
@@ -131,8 +132,8 @@ def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
         request_max_body_size=deps.settings.max_body_mb * 1_000_000,
         cors_config=cors(deps.settings),
         openapi_config=openapi,
-        on_startup=[deps.durable.start],
-        on_shutdown=[deps.durable.stop],
+        on_startup=[deps.durable.start, keys.open],
+        on_shutdown=[keys.close, deps.durable.stop],
         logging_config=None,
     )
 

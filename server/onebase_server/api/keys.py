@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from onebase.errors import NotReady, Unauthenticated
 from onebase_server.api.caller import LOCAL, SCOPES, Caller, KeyLimits, Scope
+from onebase_server.api.fresh_keys import FreshKeys
 from onebase_server.records.keys import KeyRecords
 from onebase_server.records.tables import KeyRow
 from onebase_server.settings import Settings
@@ -96,16 +97,19 @@ class KeyRing:
         self._now = now
         self._clock = clock
         self._cache: OrderedDict[str, tuple[KeyRow | None, float]] = OrderedDict()
+        """By hash, with when it was asked for, the longest ago first; what is stale is dropped at the next answer."""
         self._locked = bool(self._api)
         self._looked_at = float("-inf")
-        self._noted: dict[str, float] = {}
+        self._noted: OrderedDict[str, float] = OrderedDict()
         self._asking: dict[str, asyncio.Future[Any]] = {}
         """What the table is being asked just now: a key's hash, or "" for whether there is any."""
+        self._fresh = FreshKeys(self._renew)
 
     async def identify(self, header: str | None) -> Caller:
         """Whose key it is. Raises Unauthenticated, or NotReady while the table can't be asked."""
         key = bearer(header)
         if not await self._is_locked():
+            self._fresh.note("")
             return LOCAL
         if key is None:
             raise Unauthenticated(NO_KEY)
@@ -120,7 +124,27 @@ class KeyRing:
         if row.expires_at is not None and row.expires_at <= self._now():
             raise Unauthenticated(f"The API key '{row.name}' has expired.")
         self._note_use(row)
+        self._fresh.note(digest)
         return self._from_row(row)
+
+    async def open(self) -> None:
+        """Ask the table ahead of need, until `close`."""
+        self._fresh.open()
+
+    async def close(self) -> None:
+        """Ask the table nothing more on its own account."""
+        await self._fresh.close()
+
+    async def _renew(self, name: str) -> None:
+        """Bring an answer of the table up to date. Raises NotReady while the table can't be asked."""
+        if not name:
+            if not self._locked:
+                await self._look()
+            return
+        try:
+            await self._fetch(name)
+        except (SQLAlchemyError, OSError) as error:
+            raise unreachable() from error
 
     async def _is_locked(self) -> bool:
         """Whether a key is needed. Once a key was made it always is: revoking the last one opens nothing."""
@@ -129,11 +153,13 @@ class KeyRing:
         return self._locked
 
     async def _look(self) -> None:
+        asked_at = self._clock()
         try:
-            self._locked = await self._records.any()
+            found = await self._records.any()
         except (SQLAlchemyError, OSError) as error:
             raise unreachable() from error
-        self._looked_at = self._clock()
+        self._locked = self._locked or found  # of two that ask at once, the earlier may be answered later
+        self._looked_at = max(self._looked_at, asked_at)
 
     async def _find(self, digest: str) -> KeyRow | None:
         cached = self._cache.get(digest)
@@ -154,25 +180,36 @@ class KeyRing:
         cached = self._cache.get(digest)
         asked_at = self._clock()
         try:
-            row = await self._records.by_hash(digest)
+            return await self._fetch(digest)
         except (SQLAlchemyError, OSError) as error:
             if cached is not None and cached[0] is not None and asked_at - cached[1] < STALE_S:
                 logger.warning("the key table can't be read; a key it knew %.0f s ago is let in", asked_at - cached[1])
                 return cached[0]
             raise unreachable() from error
+
+    async def _fetch(self, digest: str) -> KeyRow | None:
+        """Ask the table and keep the answer, unless a later question has been answered meanwhile."""
+        asked_at = self._clock()
+        row = await self._records.by_hash(digest)
+        known = self._cache.get(digest)
+        if known is not None and known[1] > asked_at:
+            return known[0]
         self._cache[digest] = (row, asked_at)
         self._cache.move_to_end(digest)
-        while len(self._cache) > MAX_CACHED:
+        while len(self._cache) > MAX_CACHED or next(iter(self._cache.values()))[1] <= asked_at - STALE_S:
             self._cache.popitem(last=False)
         return row
 
     def _note_use(self, row: KeyRow) -> None:
         """Write the last use down, once a minute at most, without making the request wait."""
-        if self._clock() - self._noted.get(row.id, float("-inf")) < NOTE_USE_S:
+        now = self._clock()
+        if now - self._noted.get(row.id, float("-inf")) < NOTE_USE_S:
             return
-        if len(self._noted) >= MAX_CACHED:
-            self._noted.clear()  # then some are written down more often than they need be
-        self._noted[row.id] = self._clock()
+        self._noted[row.id] = now
+        self._noted.move_to_end(row.id)
+        # one dropped for want of room is only written down more often than it need be
+        while len(self._noted) > MAX_CACHED or next(iter(self._noted.values())) <= now - NOTE_USE_S:
+            self._noted.popitem(last=False)
         self._records.note_use(row.id, int(self._now()))
 
     def _from_settings(self, key: str, scopes: Sequence[Scope]) -> Caller:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -230,6 +230,20 @@ def test_while_the_database_is_away_only_keys_that_it_just_vouched_for_get_in(lo
     assert whose(loop, ring, key).id == row.id
 
 
+def test_keys_that_were_not_used_for_a_minute_are_not_remembered(loop: Any) -> None:
+    clock, table = Clock(), Table()
+    ring = ring_over(table, clock)
+    for index in range(200):
+        row, key = new_key(KeyOrder(f"job-{index}"), 1000)
+        table.rows[row.hash] = row
+        clock.now += 1.0
+        assert whose(loop, ring, key).id == row.id
+        with pytest.raises(Unauthenticated):
+            whose(loop, ring, f"sk-ob-wrong-{index}")
+    assert len(ring._cache) <= 2 * STALE_S
+    assert len(ring._noted) <= 60
+
+
 def test_the_table_is_asked_once_for_a_burst_even_of_wrong_keys(loop: Any) -> None:
     clock, table = Clock(), Table(new_key(KeyOrder("ann"), 1000)[0])
     ring = ring_over(table, clock)
@@ -292,3 +306,71 @@ def test_settings_give_limits_to_keys_that_have_none(loop: Any) -> None:
     assert [whose(loop, ring, key).limits.parallel for _, key in rows] == [2, 2]
     assert whose(loop, ring, ADMIN).limits.rpm is None
     assert replace(whose(loop, ring, ADMIN)).is_admin
+
+
+# The table is asked ahead of need
+
+
+def ring_in_haste(table: Table, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> KeyRing:
+    ring = ring_over(table, clock)
+    monkeypatch.setattr(ring._fresh, "_every_s", 0.001)
+    return ring
+
+
+async def until(reached: Callable[[], bool]) -> None:
+    while not reached():
+        await asyncio.sleep(0.001)
+
+
+def test_a_request_after_a_quiet_moment_asks_the_table_nothing(loop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        row, key = new_key(KeyOrder("ann"), 1000)
+        table, clock = Table(row), Clock()
+        ring = ring_in_haste(table, clock, monkeypatch)
+        await ring.open()
+        await ring.identify(f"Bearer {key}")
+        clock.now += 0.9 * FRESH_S
+        count = table.asked
+        await until(lambda: table.asked > count + 1)
+        await ring.close()
+        count = table.asked
+        clock.now += 0.9 * FRESH_S
+        assert (await ring.identify(f"Bearer {key}")).id == row.id
+        assert table.asked == count
+
+    loop.run_until_complete(scenario())
+
+
+def test_a_key_revoked_in_a_quiet_moment_is_refused(loop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        row, key = new_key(KeyOrder("ann"), 1000)
+        table, clock = Table(row), Clock()
+        ring = ring_in_haste(table, clock, monkeypatch)
+        await ring.open()
+        await ring.identify(f"Bearer {key}")
+        table.rows[row.hash] = new_key(KeyOrder("ann"), 1000)[0]
+        count = table.asked
+        await until(lambda: table.asked > count + 1)
+        with pytest.raises(Unauthenticated):  # although the clock stands still
+            await ring.identify(f"Bearer {key}")
+        await ring.close()
+
+    loop.run_until_complete(scenario())
+
+
+def test_a_server_learns_in_a_quiet_moment_that_its_first_key_was_made(
+    loop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        table, clock = Table(), Clock()
+        ring = ring_in_haste(table, clock, monkeypatch)
+        await ring.open()
+        assert (await ring.identify(None)).is_admin
+        row, _ = new_key(KeyOrder("ann"), 1000)
+        table.rows[row.hash] = row
+        await until(lambda: ring._locked)
+        with pytest.raises(Unauthenticated):
+            await ring.identify(None)
+        await ring.close()
+
+    loop.run_until_complete(scenario())
