@@ -15,7 +15,7 @@ from onebase.errors import RateLimited
 from onebase_server.api.caller import STATE_KEY, Caller
 
 MINUTE = 60.0
-MANY_BUCKETS = 1024
+MANY_BUCKETS = 128
 """Past so many, full ones are dropped: a bucket that is made anew is full."""
 LIMIT_HEADERS = tuple(
     f"x-ratelimit-{what}-{word}" for word in ("requests", "tokens") for what in ("limit", "remaining", "reset")
