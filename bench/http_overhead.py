@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--singles", type=int, default=40, help="requests of each kind for the first-token time")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds of quiet before each of those")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -151,18 +152,19 @@ def measure(served: Served, options: argparse.Namespace) -> Json:
             for i in range(count)
         ]
 
-    def both(turn: int, count: int, tokens: int) -> tuple[Json, Json]:
+    def both(turn: int, count: int, tokens: int, pause_s: float = 0.0) -> tuple[Json, Json]:
         """What the engine did, what HTTP did. The kinds swap numbers every turn, and places every second one."""
         engine_kind, http_first = turn % 2, turn // 2 % 2
         answers: dict[bool, Json] = {}
         for is_http in (True, False) if http_first else (False, True):
+            time.sleep(pause_s)
             asked = bodies(turn, 1 - engine_kind if is_http else engine_kind, count, tokens)
             answers[is_http] = over_http(served, asked) if is_http else served.ask(bodies=asked)
         return answers[False], answers[True]
 
     both(0, options.streams, options.tokens)  # adapters are loaded and memory is touched: not counted
     rounds = [both(turn, options.streams, options.tokens) for turn in range(1, options.rounds + 1)]
-    singles = [both(turn, 1, 4) for turn in range(100, 100 + options.singles)]
+    singles = [both(turn, 1, 4, options.pause) for turn in range(100, 100 + options.singles)]
     return summary(rounds, singles[2:], served.about, options)
 
 

@@ -2,13 +2,19 @@
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
+import httpx
 import pytest
 
+from live_server import live_server
 from onebase.errors import NotReady
 from onebase_server.api import fresh_keys
 from onebase_server.api.fresh_keys import MAX_KEPT, FreshKeys
+from onebase_server.api.keys import digest_of
+from onebase_server.records.tables import KeyRow
 
 SOON_S = 0.001
 
@@ -105,3 +111,22 @@ def test_nothing_is_asked_before_it_is_opened(loop: Any) -> None:
         await fresh.close()
 
     loop.run_until_complete(scenario())
+
+
+def test_a_running_server_asks_for_the_key_that_was_used_and_ends_cleanly(tmp_path: Path) -> None:
+    questions: SimpleQueue[str] = SimpleQueue()
+    with live_server(tmp_path, settings={"admin_key": "sk-admin"}) as live:
+        records = live.server.deps.keys
+        by_hash = records.by_hash
+
+        async def heard(digest: str) -> KeyRow | None:
+            questions.put(digest)
+            return await by_hash(digest)
+
+        records.by_hash = heard  # type: ignore[method-assign]
+        with httpx.Client(base_url=live.url) as http:
+            admin = {"Authorization": "Bearer sk-admin"}
+            key = http.post("/admin/keys", headers=admin, json={"name": "ann"}).json()["key"]
+            assert http.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+        assert questions.get() == digest_of(key)  # the request's own
+        assert questions.get() == digest_of(key)
