@@ -18,6 +18,7 @@ from litestar import Litestar
 from safetensors.numpy import save_file
 
 from fakes import EOS, FakeRunner, FakeTokenizer
+from migrated import give_tables
 from onebase.bases import BaseSpec
 from onebase.home import Home
 from onebase.store import AdapterStore, Version
@@ -153,6 +154,8 @@ def open_world(root: Path, loop: asyncio.AbstractEventLoop, **options: Any) -> I
         limits=JobLimits(settings.retrain_queue),
         supervisor=SupervisorConfig(look_s=0.05, times=times),
     )
+    if settings.database is None:
+        give_tables(home.root / "onebase.db")
     durable = assemble(home, store, command, config, lambda _: SCRIPTED_BASE)
     runner = FakeRunner(reply=lambda digest, prompt: world_reply(world, digest), **options.get("runner", {}))
     backend = start_backend(settings, spec, runner, cast(TextTokenizer, FakeTokenizer()))

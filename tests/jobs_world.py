@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fake_trainer
+from migrated import give_tables
 from onebase.home import Home
 from onebase.store import AdapterStore
 from onebase_server.jobs.files import FileService
@@ -88,7 +89,10 @@ class JobsWorld:
 async def jobs_world(root: Path, *, start: bool = True, **options: Any) -> AsyncIterator[JobsWorld]:
     """`times`: RunTimes; `running`, `waiting`: limits; `database`: a URL. On a `root` used before: a restart."""
     home = Home(root).create()
-    database = Database.at(options["database"]) if "database" in options else Database.file(root / "onebase.db")
+    path = root / "onebase.db"
+    if "database" not in options:
+        give_tables(path)
+    database = Database.at(options["database"]) if "database" in options else Database.file(path)
     await database.migrate()
     ledger = Ledger(JobRecords(database))
     files = FileService(home.files, FileRecords(database))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from migrated import give_tables
 from onebase.errors import InvalidInput, NotFound
 from onebase_server.jobs.files import FileService
 from onebase_server.records.database import Database
@@ -41,6 +42,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 async def files(tmp_path: Path, folder: Path, clock: Clock, anyio_backend: str) -> AsyncIterator[FileService]:
+    give_tables(tmp_path / "x.db")
     database = Database.file(tmp_path / "x.db")
     await database.migrate()
     yield FileService(folder, FileRecords(database), limit=1000, now=clock)
