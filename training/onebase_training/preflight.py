@@ -49,6 +49,8 @@ def check(trainer: PlanTrainer, setting: bool | str, console: Console) -> None:
         ) from error
     finally:
         objective.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what loading and the trials left behind is not the run's to hold
     console.print(f"preflight: {batch.ids.numel()} tokens at once fit{_told(device, peak)}{kept}")
 
 
