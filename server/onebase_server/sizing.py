@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 CPU_SHARE, CUDA_SHARE = 0.25, 0.75
-"""Of the free memory. On a CPU the rest of the machine lives in it too; on CUDA the graphs and workspaces (some 9 GB at 7B)
-and a training job beside (some 4 GB)."""
+"""Of the free memory. On a CPU the rest of the machine lives in it too; on CUDA the graphs and workspaces (some 9 GB at
+7B) and a training job beside (some 4 GB)."""
 CPU_LIMIT_BYTES = 1 << 30
 PAGE_SIZE = 16
 
