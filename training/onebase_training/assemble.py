@@ -54,7 +54,7 @@ def prepare(base: LoadedBase, recipe: Recipe) -> Objective:
     if recipe.lora.init == "loftq":
         start_from_rounding_error(model, base)
     fuse(model, base.compute_dtype)
-    if base.device.type == "cuda":  # on a CPU the parts are as fast, and its attention has no mask to save
+    if base.device.type == "cuda":  # what it saves is the host's time to start kernels: a CPU has none to start
         fuse_layers(model, base.compute_dtype)
     found_by_preflight = checkpointed and checkpointing == "auto"
     return Objective(model, Recompute(base.model, recipe.compute.memory_gb) if found_by_preflight else None)

@@ -19,7 +19,7 @@ def triton_for(*tensors: Tensor) -> ModuleType | None:
 
 def triton_lora_for(*tensors: Tensor) -> ModuleType | None:
     """`triton_lora`, likewise."""
-    if not all(t.is_cuda and t.dtype in _DTYPES for t in tensors) or _triton() is None:
+    if triton_for(*tensors) is None:
         return None
     from onebase_training import triton_lora
 
@@ -27,7 +27,7 @@ def triton_lora_for(*tensors: Tensor) -> ModuleType | None:
 
 
 def triton_unpack_for(*tensors: Tensor) -> ModuleType | None:
-    """`triton_unpack`, likewise."""
+    """`triton_unpack`, for packed bytes of any type."""
     if not all(t.is_cuda for t in tensors) or _triton() is None:
         return None
     from onebase_training import triton_unpack

@@ -91,6 +91,7 @@ def _lora_forward(module: Any, dtype: torch.dtype) -> Any:
 
 
 def is_plain_lora(module: Any) -> bool:
+    """One LoRA and no variant of it, on a 4-bit linear."""
     from bitsandbytes.nn import Linear4bit
 
     return (

@@ -96,6 +96,7 @@ def test_a_table_that_is_away_is_asked_on(loop: Any) -> None:
         fresh = opened(asked)
         fresh.note("ann")
         await until(lambda: len(asked.names) >= 2)
+        assert set(asked.names) == {"ann"}
         await fresh.close()
 
     loop.run_until_complete(scenario())
