@@ -45,13 +45,14 @@ class HttpServer(uvicorn.Server):
     def __init__(self, app: Litestar, settings: Settings, lifecycle: Lifecycle) -> None:
         config = uvicorn.Config(
             BoundedBodies(app, settings.slow_client_s),
-            http=protocol_within(settings.slow_client_s),
+            http=protocol_within(settings.slow_client_s, settings.max_connections),
             limit_concurrency=settings.max_connections,
             host=settings.host,
             port=settings.port,
             log_config=None,
             access_log=False,
             server_header=False,
+            timeout_keep_alive=settings.keep_alive_s,
             timeout_graceful_shutdown=5,
         )
         super().__init__(config)

@@ -103,6 +103,7 @@ class Settings:
     max_choices: int = setting(128, integer(1, 128), "largest n")
     max_request_s: float = setting(600.0, seconds, "seconds that one generation may take; 0: no limit")
     slow_client_s: float = setting(30.0, seconds, "seconds a client may take over headers, and between body pieces")
+    keep_alive_s: int = setting(75, integer(1, 86_400), "seconds a connection is kept between requests")
     max_connections: int = setting(4096, integer(8, 10**6), "connections at a time; more get 503")
     ping_s: float = setting(15.0, seconds, "seconds of silence before a stream's keep-alive comment")
     drain_s: float = setting(30.0, seconds, "seconds that running requests get at shutdown")

@@ -1,6 +1,8 @@
 """Clients that send slowly on purpose, or for ever: a bound on headers and on bodies, so that none holds a connection.
 
-Headers must come within the limit. A body may take as long as it likes at `MIN_RATE` bytes a second or more. A client
+Headers must come within the limit. Between two requests a connection is kept for longer than clients keep theirs: one
+that both end at the same moment (5 s in uvicorn and in httpx, so in OpenAI's client) fails the request that the client
+had just sent on it. A body may take as long as it likes at `MIN_RATE` bytes a second or more. A client
 that reads slowly is no trouble: its events merge in its own channel (engine/handle.py).
 """
 
@@ -17,8 +19,10 @@ MIN_RATE = 1000.0
 TIMED_OUT = 408
 
 
-def protocol_within(limit_s: float) -> type[H11Protocol]:
-    """uvicorn's protocol, which closes a connection whose request's head is not whole after `limit_s`."""
+def protocol_within(limit_s: float, most: int) -> type[H11Protocol]:
+    """uvicorn's protocol for one server: a request's head must be whole `limit_s` after its first byte (after the
+    connection, for the first), and of `most` connections those that wait for no answer make way for new ones."""
+    idle: dict[H11Protocol, None] = {}
 
     class BoundedProtocol(H11Protocol):
         _head_timer: asyncio.TimerHandle | None = None
@@ -26,18 +30,27 @@ def protocol_within(limit_s: float) -> type[H11Protocol]:
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._watch()
+            if len(self.connections) >= most and idle:
+                next(iter(idle)).shutdown()  # idle for longest
 
         def data_received(self, data: bytes) -> None:
+            idle.pop(self, None)
             super().data_received(data)
             self._watch()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            self._watch()
+            if self.cycle.response_complete and not self.transport.is_closing():
+                idle[self] = None
 
         def connection_lost(self, exc: Exception | None) -> None:
+            idle.pop(self, None)
             self._stop_watching()
             super().connection_lost(exc)
+
+        def shutdown(self) -> None:
+            idle.pop(self, None)
+            super().shutdown()
 
         def _watch(self) -> None:
             """One timer from when a head is due until it is whole: bytes in between don't wind it up again."""

@@ -1,5 +1,6 @@
 """Clients that send a byte now and then, or nothing, or too much: over real sockets, with the limit set low."""
 
+import contextlib
 import json
 import socket
 import threading
@@ -65,12 +66,33 @@ def test_a_connection_that_says_nothing_is_cut(live: Live) -> None:
         assert conn.recv(1) == b""
 
 
+def say_healthz(conn: socket.socket) -> bytes:
+    conn.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+    answer = b""
+    while not answer.endswith(b'"ok"}') and (piece := conn.recv(65536)):
+        answer += piece
+    return answer
+
+
+def test_a_connection_is_kept_between_requests_for_longer_than_clients_keep_theirs(live: Live) -> None:
+    """httpx, and so OpenAI's client, drops one after 5 s: a server that does so too resets what is just being sent."""
+    assert live.settings.keep_alive_s > 60 > 5 > LIMIT_S
+    with closing(connect(live)) as conn:
+        assert say_healthz(conn)
+        time.sleep(LIMIT_S * 2)
+        assert say_healthz(conn)
+
+
+def test_idle_connections_make_way_for_new_ones(live: Live) -> None:
+    with contextlib.ExitStack() as crowd:
+        for _ in range(200):
+            conn = crowd.enter_context(closing(connect(live)))
+            assert say_healthz(conn).startswith(b"HTTP/1.1 200")
+
+
 def test_a_second_head_on_a_kept_connection_is_bounded_too(live: Live) -> None:
     with closing(connect(live)) as conn:
-        conn.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-        answer = b""
-        while not answer.endswith(b'"ok"}'):
-            answer += conn.recv(65536)
+        assert say_healthz(conn)
         conn.sendall(b"GET /healthz HTTP/1.1\r\nX-Slow: ")
         assert dribble(conn, b"a") == b""
 

@@ -35,6 +35,7 @@ def test_bounds_in_the_security_document_are_the_defaults() -> None:
     defaults = {each.name: each.default for each in fields(Settings)}
     for name, words in {
         "max_body_mb": "{} MB, checked", "max_file_mb": "uploads {} MB", "slow_client_s": "{:.0f} s for the head",
+        "keep_alive_s": "| {} s (longer",
         "max_connections": "| {} |", "queue_limit": "{} sequences", "max_request_s": "{:.0f} s |",
     }.items():  # fmt: skip
         assert words.format(defaults[name]) in text, name
