@@ -1,10 +1,10 @@
 """One base for a server and a training job: what each costs the other, and what memory holds.
 
-    python bench/train_while_serving.py [--seconds 20] [--policy serve-first] [--device cpu] [--note ...]
+    python bench/train_while_serving.py [--seconds 20] [--policy serve-first 0.7 ...] [--device cpu] [--note ...]
 
 Trains alone; serves alone (16 streams, then a third of the request rate that they reached); then both at once, in the
-same three loads (idle, 16 streams, a third). Appends one JSON line to --out. The job is started as the server starts
-its own: same command, same priority. About ten times --seconds on two CPU cores.
+same three loads (idle, 16 streams, a third), for each policy. Appends one JSON line a policy to --out. The job is started as the server starts
+its own: same command, same priority. About six times --seconds on two CPU cores, and four times more for each policy.
 """
 
 import argparse
@@ -42,7 +42,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace, spec: BaseSpec, home: Home) -> None:
         self.options, self.spec, self.home = options, spec, home
         self.env = {**os.environ, "ONEBASE_HOME": str(home.root), "ONEBASE_BASE": str(spec.path)}
-        self.env |= {"ONEBASE_PORT": "0", "ONEBASE_DEVICE": options.device, "ONEBASE_TRAIN_POLICY": options.policy}
+        self.env |= {"ONEBASE_PORT": "0", "ONEBASE_DEVICE": options.device}
 
     # Processes
 
@@ -65,7 +65,7 @@ class Bench:
             child.wait()
 
     @contextmanager
-    def trainer(self, name: str) -> Iterator["Trainer"]:
+    def trainer(self, name: str, policy: str = "serve-first") -> Iterator["Trainer"]:
         """A job that never ends, past its first steps."""
         folder = RunFolder(self.home.runs, name)
         folder.create()
@@ -79,7 +79,8 @@ class Bench:
         }
         folder.recipe.write_text(yaml.safe_dump(recipe), "utf-8")
         arguments = ["train", str(folder.recipe), "--home", str(self.home.root), "--status", str(folder.status)]
-        process = RunCommand(env=self.env).start([*arguments, "--run-dir", str(folder.work)], folder)
+        env = self.env | {"ONEBASE_TRAIN_POLICY": policy}
+        process = RunCommand(env=env).start([*arguments, "--run-dir", str(folder.work)], folder)
         assert process is not None
         trainer = Trainer(process, folder)
         try:
@@ -111,7 +112,8 @@ class Bench:
             raise SystemExit(f"{seen['errors']} requests failed: {seen['first_error']}")
         return seen
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Iterator[dict[str, Any]]:
+        """A record for each policy; what each side does alone is measured once."""
         seconds = self.options.seconds
         record: dict[str, Any] = {}
         with self.trainer("solo") as trainer:
@@ -129,18 +131,19 @@ class Bench:
                 "third": brief(self.streams(url, count_third, third)),
                 "memory_mb": memory_mb(pid),
             }
-            with self.trainer("beside") as trainer:
-                record["both"] = {
-                    "idle": {"trainer": trainer.speed_during(lambda: time.sleep(seconds))},
-                    "16_streams": self.both(trainer, url, count),
-                    "third": self.both(trainer, url, count_third, third),
-                    "trainer_memory_mb": memory_mb(trainer.pid),
-                    "server_memory_mb": memory_mb(pid),
-                    "trainer_says": next((line for line in trainer.log() if "MB" in line), ""),
-                }
-                if self.options.device != "cpu":
-                    record["both"]["nvidia_smi"] = nvidia_smi()
-        return record | {"ratios": ratios(record)}
+            for policy in self.options.policy:
+                with self.trainer(f"beside-{policy}", policy) as trainer:
+                    record["both"] = {
+                        "idle": {"trainer": trainer.speed_during(lambda: time.sleep(seconds))},
+                        "16_streams": self.both(trainer, url, count),
+                        "third": self.both(trainer, url, count_third, third),
+                        "trainer_memory_mb": memory_mb(trainer.pid),
+                        "server_memory_mb": memory_mb(pid),
+                        "trainer_says": next((line for line in trainer.log() if "MB" in line), ""),
+                    }
+                    if self.options.device != "cpu":
+                        record["both"]["nvidia_smi"] = nvidia_smi()
+                yield {"policy": policy} | record | {"ratios": ratios(record)}
 
     def both(self, trainer: "Trainer", url: str, count: int, rate: float | None = None) -> dict[str, Any]:
         seen: dict[str, Any] = {}
@@ -228,15 +231,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default=EMBEDDED_ID)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--policy", default="serve-first", choices=["serve-first", "fair", "train-first"])
+    parser.add_argument("--policy", default=["serve-first"], nargs="+", help="one or more")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
     parser.add_argument("--home", type=Path, default=default_home(os.environ), help="where the base is")
     parser.add_argument("--note", default="")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/train_while_serving.jsonl")
     options = parser.parse_args()
     spec = find_base(Home(options.home).create(), options.base)
-    with tempfile.TemporaryDirectory(prefix="onebase-bench-") as scratch:
-        record = Bench(options, spec, Home(Path(scratch) / "home").create()).run()
     head = {
         "note": options.note,
         "when": time.strftime("%Y-%m-%d"),
@@ -245,13 +246,14 @@ def main() -> None:
         "load_before": round(os.getloadavg()[0], 1),
         "device": options.device,
         "base": spec.id,
-        "policy": options.policy,
         "seconds": options.seconds,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(head | record) + "\n")
-    print(json.dumps(head | record, indent=1))
+    with tempfile.TemporaryDirectory(prefix="onebase-bench-") as scratch:
+        for record in Bench(options, spec, Home(Path(scratch) / "home").create()).run():
+            with options.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(head | record) + "\n")
+            print(json.dumps(head | record, indent=1), flush=True)
 
 
 if __name__ == "__main__":

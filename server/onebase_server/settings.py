@@ -12,6 +12,7 @@ from typing import Any
 
 from onebase.errors import InvalidInput
 from onebase.home import Home, default_home
+from onebase.train_policy import share_of
 
 SECRETS = ("ONEBASE_API_KEYS", "ONEBASE_ADMIN_KEY", "ONEBASE_DATABASE")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -61,6 +62,11 @@ def one_of(*allowed: str) -> Callable[[str], str]:
         return raw
 
     return parse
+
+
+def train_policy(raw: str) -> str:
+    share_of(raw)
+    return raw
 
 
 def setting(default: Any, parse: Callable[[str], Any], about: str) -> Any:
@@ -124,9 +130,7 @@ class Settings:
     retrain_queue: int = setting(16, integer(1, 1000), "training jobs that may wait")
     training_jobs: int = setting(1, integer(1, 64), "training jobs that run at a time")
     retrain_nice: int = setting(10, integer(0, 19), "niceness of the training process")
-    train_policy: str = setting(
-        "serve-first", one_of("serve-first", "fair", "train-first"), "how training makes way for requests"
-    )
+    train_policy: str = setting("serve-first", train_policy, "how training makes way for requests")
     trainer_env: Mapping[str, str] = field(default_factory=dict, repr=False)
     """The environment that training processes get: the server's own, without its keys."""
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from onebase.serving_note import ServerNote
-from onebase_training.yielding import PATIENCE, STUCK_S, Policy, Yielder
+from onebase.train_policy import SHARES, share_of
+from onebase_training.yielding import STUCK_S, Yielder
 
 CORE = Path(__file__).parents[2] / "core"
 
@@ -38,7 +39,7 @@ class World:
     def sign(self) -> None:
         self.signs += 1
 
-    def yielder(self, policy: Policy, device: str = "cpu") -> Yielder:
+    def yielder(self, policy: str, device: str = "cpu") -> Yielder:
         return Yielder(
             self.folder,
             policy,
@@ -65,13 +66,13 @@ def world(tmp_path: Path) -> Iterator[World]:
     world.note.close()
 
 
-@pytest.mark.parametrize("policy", list(PATIENCE))
-def test_nobody_waits_for_an_idle_server(world: World, policy: Policy) -> None:
+@pytest.mark.parametrize("policy", [*SHARES, "0.7"])
+def test_nobody_waits_for_an_idle_server(world: World, policy: str) -> None:
     assert world.train(world.yielder(policy), layers=20) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(("policy", "share"), [("serve-first", 0.1), ("fair", 0.5), ("train-first", 1.0)])
-def test_under_endless_load_training_keeps_its_policys_share(world: World, policy: Policy, share: float) -> None:
+@pytest.mark.parametrize(("policy", "share"), [("serve-first", 0.1), ("fair", 0.5), ("train-first", 1.0), ("0.7", 0.7)])
+def test_under_endless_load_training_keeps_its_policys_share(world: World, policy: str, share: float) -> None:
     world.serve()
     assert world.train(world.yielder(policy), layers=20) == pytest.approx(share, rel=0.02)
 
@@ -80,6 +81,12 @@ def test_under_endless_load_training_keeps_its_policys_share(world: World, polic
 def test_the_share_is_the_same_for_fast_and_slow_layers(world: World, each_s: float) -> None:
     world.serve()
     assert world.train(world.yielder("serve-first"), layers=10, each_s=each_s) == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.mark.parametrize("policy", ["", "serve", "0", "-1", "1.1", "nan", "inf"])
+def test_a_policy_that_is_none_says_what_may_stand_there(policy: str) -> None:
+    with pytest.raises(ValueError, match=r"must be serve-first, fair, train-first, or a share .* from 0.01 to 1"):
+        share_of(policy)
 
 
 def test_training_goes_on_as_soon_as_the_last_request_has_ended(world: World) -> None:

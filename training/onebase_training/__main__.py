@@ -7,7 +7,6 @@ it used has ended), 130 stopped by a signal. The environment is read here only; 
 import gc
 import logging
 import os
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +16,7 @@ from rich.console import Console
 from onebase.errors import DatasetError, OnebaseError
 from onebase.home import Home, default_home
 from onebase.serving_note import RESUME_EXIT
+from onebase.train_policy import share_of
 from onebase_training.stop import ServerGone
 
 CANCELLED = 130
@@ -39,17 +39,22 @@ data_app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, hel
 app.add_typer(data_app, name="data")
 
 
-class PolicyName(StrEnum):
-    """`yielding.Policy`, as the command line knows it."""
-
-    SERVE_FIRST = "serve-first"
-    FAIR = "fair"
-    TRAIN_FIRST = "train-first"
+def _policy(given: str) -> str:
+    try:
+        share_of(given)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return given
 
 
 PolicyOption = Annotated[
-    PolicyName,
-    typer.Option("--train-policy", envvar="ONEBASE_TRAIN_POLICY", help="How it makes way for a server on this home."),
+    str,
+    typer.Option(
+        "--train-policy",
+        envvar="ONEBASE_TRAIN_POLICY",
+        callback=_policy,
+        help="How it makes way for a server on this home: serve-first, fair, train-first, or a share as 0.7.",
+    ),
 ]
 
 HomeOption = Annotated[
@@ -72,7 +77,7 @@ def train(
     alias: Annotated[
         list[str] | None, typer.Option("--alias", help="A further name of the version, such as ft:...")
     ] = None,
-    policy: PolicyOption = PolicyName.SERVE_FIRST,
+    policy: PolicyOption = "serve-first",
 ) -> None:
     """Train an adapter and publish it as the next version of its name. Ctrl-C once saves a checkpoint."""
     # Under `accelerate launch` every process trains, and the first one speaks.
@@ -96,7 +101,7 @@ def train(
                 run_dir or place.runs / loaded.name,
                 writer,
                 console,
-                RunOptions(resume, make_current, tuple(alias or ()), policy.value),
+                RunOptions(resume, make_current, tuple(alias or ()), policy),
             )
         )
     if result.state == "cancelled":
@@ -117,7 +122,7 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(help="Longest greedy answer, in tokens.")] = 200,
     out: Annotated[Path | None, typer.Option("--out", help="Write the results as JSON.")] = None,
     status: Annotated[Path | None, typer.Option("--status", help="Say there what is being measured.")] = None,
-    policy: PolicyOption = PolicyName.SERVE_FIRST,
+    policy: PolicyOption = "serve-first",
 ) -> None:
     """Measure adapters beside the base on held-out conversations: loss, accuracy, stop rate, checks."""
     console = Console(stderr=True)
@@ -140,7 +145,7 @@ def evaluate(
             max_new_tokens=max_tokens,
             console=console,
             status=StatusWriter.taken_up(status),
-            policy=policy.value,
+            policy=policy,
         )
         if out is not None:
             measuring.write_json(results, out)

@@ -18,7 +18,7 @@ from onebase.errors import OnebaseError
 from onebase.tokenizer import TextTokenizer
 from onebase_training.boundaries import Boundaries
 from onebase_training.shared_base import Borrowed, find_shared
-from onebase_training.yielding import Policy, Yielder
+from onebase_training.yielding import Yielder
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Beside:
     def __init__(
         self,
         folder: Path,
-        policy: Policy,
+        policy: str,
         device: torch.device,
         *,
         sign_of_life: Callable[[str], None] = lambda message: None,

@@ -30,7 +30,6 @@ from onebase_training.objective import Objective
 from onebase_training.rows import Row
 from onebase_training.status import StatusWriter
 from onebase_training.trainer import eval_batches, held_out_metrics
-from onebase_training.yielding import Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ def evaluate(
     max_new_tokens: int = 200,
     console: Console | None = None,
     status: StatusWriter | None = None,
-    policy: Policy = "serve-first",
+    policy: str = "serve-first",
 ) -> list[Measurement]:
     """Measure the base (first) and each adapter on the recipe's held-out rows. Raises OnebaseError."""
     console, status = console or Console(), status or StatusWriter(None)

@@ -37,7 +37,6 @@ from onebase_training.smoke import check_speaks
 from onebase_training.status import StatusWriter
 from onebase_training.stop import ServerGone, StopRequest
 from onebase_training.trainer import PlanTrainer, held_out_metrics
-from onebase_training.yielding import Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ class RunOptions:
     make_current: bool = True
     aliases: tuple[str, ...] = ()
     """Further names of the version, such as a job's `ft:...`."""
-    policy: Policy = "serve-first"
+    policy: str = "serve-first"
     """How it makes way for servers on the same home."""
 
 

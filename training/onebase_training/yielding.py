@@ -1,21 +1,18 @@
 """Making way for requests: between two layers a training process looks whether a server on its home works, and waits.
 
-How long is the policy's: so many times as long as the layer before took, at most. So training goes on at a known
-share of its speed under any load, on any device, without a setting in seconds. No torch: the clock is the caller's.
+How long is the policy's: so many times as long as the layer before took, at most, that training keeps the policy's
+share (`onebase.train_policy`) of its time. So it goes on at a known share of its speed under any load, on any device,
+without a setting in seconds. No torch: the clock is the caller's.
 """
 
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 from onebase.serving_note import Load, SeenServer, living_servers
+from onebase.train_policy import share_of
 
-Policy = Literal["serve-first", "fair", "train-first"]
-
-PATIENCE: Final[dict[str, float]] = {"serve-first": 9.0, "fair": 1.0, "train-first": 0.0}
-"""While requests run or wait, a layer that took t is followed by a wait of at most this times t: training keeps a tenth
-of its time under serve-first, half of it under fair."""
 POLL_S: Final = 0.002
 LOOK_S: Final = 1.0
 """Between looks for servers that have come or gone."""
@@ -42,13 +39,13 @@ class _Watched:
 
 
 class Yielder:
-    """`at_boundary()` between layers. `hurries`: no more waiting, as when the run is asked to stop; `on_wait` is called
-    while it waits, as a sign of life."""
+    """`at_boundary()` between layers. `policy` as in `train_policy.share_of`. `hurries`: no more waiting, as when the
+    run is asked to stop; `on_wait` is called while it waits, as a sign of life."""
 
     def __init__(
         self,
         folder: Path,
-        policy: Policy,
+        policy: str,
         device: str,
         *,
         hurries: Callable[[], bool] = lambda: False,
@@ -57,7 +54,7 @@ class Yielder:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._folder, self._device = folder, _with_index(device)
-        self._patience = PATIENCE[policy]
+        self._patience = 1 / share_of(policy) - 1
         self._hurries, self._on_wait, self._clock, self._sleep = hurries, on_wait, clock, sleep
         self._watched: dict[Path, _Watched] = {}
         self._looked_at = float("-inf")

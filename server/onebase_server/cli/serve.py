@@ -22,7 +22,7 @@ def serve(
         bool | None, typer.Option("--allow-no-keys", help="Listen beyond loopback without any key.")
     ] = None,
     train_policy: Annotated[
-        str | None, typer.Option(help="How training jobs make way: serve-first, fair or train-first.")
+        str | None, typer.Option(help="How training jobs make way: serve-first, fair, train-first, or a share as 0.7.")
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
