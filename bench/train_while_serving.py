@@ -3,8 +3,9 @@
     python bench/train_while_serving.py [--seconds 20] [--policy serve-first 0.7 ...] [--device cpu] [--note ...]
 
 Trains alone; serves alone (16 streams, then a third of the request rate that they reached); then both at once, in the
-same three loads (idle, 16 streams, a third), for each policy. Appends one JSON line a policy to --out. The job is started as the server starts
-its own: same command, same priority. About six times --seconds on two CPU cores, and four times more for each policy.
+same three loads (idle, 16 streams, a third), for each policy. Appends one JSON line a policy to --out. The job is
+started as the server starts its own: same command, same priority. About six times --seconds on two CPU cores, and four
+times more for each policy.
 """
 
 import argparse
