@@ -110,7 +110,7 @@ class World:
     def settle(self, limit: int = 5_000) -> int:
         """Load everything and step until all requests have ended; how many ticks that took."""
         for count in range(limit):
-            if all(asked.handle.is_finished for asked in self.asked) and not self.core.groups:
+            if all(asked.handle.is_finished for asked in self.asked) and not self.core.has_requests:
                 self._read()
                 return count
             self.executor.run_all()
@@ -133,7 +133,7 @@ class World:
         states = [sequence.row.state_id for sequence in scheduler.running]
         assert len(set(states)) == len(states) == self.runner.limits.max_batch_sequences - len(scheduler._free_states)
         assert scheduler.running == sorted(scheduler.running, key=lambda sequence: sequence.order)
-        live = [s for group in self.core.groups.values() for s in group.sequences if not s.is_closed]
+        live = [s for group in self.core.requests.groups.values() for s in group.sequences if not s.is_closed]
         leases = Counter(s.residence.ref.digest for s in live if s.residence is not None)
         running = Counter(s.residence.ref.digest for s in scheduler.running if s.residence is not None)
         for entry in residency._known.values():
@@ -142,17 +142,17 @@ class World:
             assert entry.num_running == 0 or entry.slot is not None
         in_slots = {entry.slot: digest for digest, entry in residency.slots._entries.items()}
         assert in_slots == self.runner.loaded
-        assert residency.host_bytes == sum(e.host.nbytes for e in residency._hosts.values() if e.host is not None)
+        assert residency.hosts.bytes == sum(e.host.nbytes for e in residency.hosts.entries if e.host is not None)
         for sequence in live:
             assert sequence.status is not SequenceStatus.NEW
-        queued = sum(group.request.n for group in self.core.groups.values() if group.is_queued)
+        queued = sum(group.request.n for group in self.core.requests.groups.values() if group.is_queued)
         assert self.engine._num_queued >= queued
 
     def check_end(self) -> None:
         """Everything has come back, and every choice was answered once, with its own adapter's words."""
         self.check()
         assert self.core.counters.num_failed_steps == self.runner.num_failed, "a step failed by the engine's fault"
-        assert not self.core.groups
+        assert not self.core.has_requests
         assert not self.core.scheduler.running
         assert not len(self.core.scheduler.waiting)
         assert self.core.scheduler.pages.num_held == 0

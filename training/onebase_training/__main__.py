@@ -5,7 +5,6 @@ it used has ended), 130 stopped by a signal. The environment is read here only; 
 """
 
 import gc
-import logging
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,13 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from onebase.errors import DatasetError, OnebaseError
 from onebase.home import Home, default_home
-from onebase.serving_note import RESUME_EXIT
-from onebase.train_policy import share_of
-from onebase_training.stop import ServerGone
-
-CANCELLED = 130
+from onebase_training.command_parts import CANCELLED, HomeOption, PolicyOption, UserErrors, one_of, quiet_libraries
 
 
 class _DefaultsToTrain(typer.core.TyperGroup):
@@ -37,29 +31,6 @@ app = typer.Typer(
 
 data_app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Training files.")
 app.add_typer(data_app, name="data")
-
-
-def _policy(given: str) -> str:
-    try:
-        share_of(given)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    return given
-
-
-PolicyOption = Annotated[
-    str,
-    typer.Option(
-        "--train-policy",
-        envvar="ONEBASE_TRAIN_POLICY",
-        callback=_policy,
-        help="How it makes way for a server on this home: serve-first, fair, train-first, or a share as 0.7.",
-    ),
-]
-
-HomeOption = Annotated[
-    Path | None, typer.Option("--home", help="Home folder. Default: $ONEBASE_HOME, else ~/.onebase", metavar="DIR")
-]
 
 
 @app.command()
@@ -83,12 +54,12 @@ def train(
     # Under `accelerate launch` every process trains, and the first one speaks.
     speaks = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=True, quiet=not speaks)
-    _quiet_libraries()
+    quiet_libraries()
     from onebase_training.config import load_recipe
     from onebase_training.status import StatusWriter
 
     writer = StatusWriter(status if speaks else None)
-    with _UserErrors(console, writer):
+    with UserErrors(console, writer):
         loaded = load_recipe(recipe)
         console.print(f"{loaded.name} on {loaded.base}: starting", highlight=False)
         from onebase_training.train import Run, RunOptions, carry_out
@@ -126,11 +97,11 @@ def evaluate(
 ) -> None:
     """Measure adapters beside the base on held-out conversations: loss, accuracy, stop rate, checks."""
     console = Console(stderr=True)
-    _quiet_libraries()
+    quiet_libraries()
     from onebase_training.config import load_recipe, recipe_for_file
     from onebase_training.status import StatusWriter
 
-    with _UserErrors(console):
+    with UserErrors(console):
         place = Home(home or default_home(os.environ)).create()
         is_recipe = recipe.suffix in (".yaml", ".yml")
         loaded = load_recipe(recipe) if is_recipe else recipe_for_file(recipe, place, adapter or [])
@@ -171,12 +142,12 @@ def export(
 ) -> None:
     """Write a version as a PEFT folder, merged into its base, or as GGUF (LoRA or merged) for llama.cpp."""
     console = Console(stderr=True)
-    _quiet_libraries()
-    _one_of("--form", form, ("peft", "merged", "gguf-lora", "gguf-merged"))
-    _one_of("--gguf-type", gguf_type, ("f16", "bf16", "q8_0"))
-    _one_of("--onto", onto, ("base", "nf4"))
-    _one_of("--dtype", dtype, ("bfloat16", "float32"))
-    with _UserErrors(console):
+    quiet_libraries()
+    one_of("--form", form, ("peft", "merged", "gguf-lora", "gguf-merged"))
+    one_of("--gguf-type", gguf_type, ("f16", "bf16", "q8_0"))
+    one_of("--onto", onto, ("base", "nf4"))
+    one_of("--dtype", dtype, ("bfloat16", "float32"))
+    with UserErrors(console):
         import torch
 
         from onebase_training import export as exporting
@@ -209,10 +180,10 @@ def data_check(
 ) -> None:
     """Say what a training file holds: counts, broken lines, duplicates, lengths, and what will be learnt."""
     console = Console(stderr=True)
-    _quiet_libraries()
+    quiet_libraries()
     from onebase_training import config, inspect_data
 
-    with _UserErrors(console):
+    with UserErrors(console):
         source = {"path": str(file.resolve()), "format": format}
         content: dict[str, Any] = {"name": "checked", "data": {"train": [source], "max_tokens": max_tokens}}
         recipe = config.make_recipe(content | ({"base": base} if base else {}))
@@ -224,56 +195,6 @@ def data_check(
             inspect_data.show(report, Console(), tokenizer, show)
     if not report.ok:
         raise typer.Exit(1)
-
-
-def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}", param_hint=option)
-
-
-class _UserErrors:
-    """Known errors become one line (or one line a broken record) and exit code 1, not a traceback."""
-
-    def __init__(self, console: Console, status: Any = None) -> None:
-        self._console, self._status = console, status
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, _trace: Any) -> None:
-        if isinstance(error, KeyboardInterrupt):
-            self._console.print("stopped")
-            raise typer.Exit(CANCELLED)
-        if isinstance(error, ServerGone):
-            self._console.print(f"[yellow]stopped[/]: {error}; to be started again with --resume", highlight=False)
-            raise typer.Exit(RESUME_EXIT)
-        if not isinstance(error, OnebaseError):
-            return
-        if self._status is not None and self._status.status.state != "failed":
-            self._status.enter(
-                "failed",
-                error.message,
-                error={"code": error.code or "invalid_recipe", "message": error.message, "param": error.param},
-            )
-        lines = [error.message]
-        if isinstance(error, DatasetError):
-            lines = [*error.problems[:50]]
-            if len(error.problems) > 50:
-                lines.append(f"and {len(error.problems) - 50} more")
-        for line in lines:
-            self._console.print(f"[red]error[/]: {line}", highlight=False)
-        raise typer.Exit(1)
-
-
-def _quiet_libraries() -> None:
-    """Their bars and hints would tear ours; their warnings stay."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # A thread that waits at a barrier sleeps instead of spinning: training shares its cores with the server.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Micro-batches differ in length: without this, gaps between freed CUDA blocks would take memory of their own.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def main() -> None:

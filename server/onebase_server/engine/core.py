@@ -3,7 +3,6 @@
 `step` is the whole of it: schedule, launch, emit, collect, advance. Knows no torch, no HTTP and no threads.
 """
 
-import heapq
 import logging
 import queue
 import time
@@ -11,15 +10,14 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import suppress
 
-from onebase.errors import DeadlineExceeded, EngineError, NotReady
+from onebase.errors import EngineError, NotReady
 from onebase.serving_note import ServerNote
 from onebase_server.engine import commands
 from onebase_server.engine.batch import StepPlan, pack
 from onebase_server.engine.config import EngineConfig
 from onebase_server.engine.constrained import ConstrainedDecoding
-from onebase_server.engine.emitter import Emitter
 from onebase_server.engine.grammar import GrammarBackend
-from onebase_server.engine.handle import RequestHandle
+from onebase_server.engine.requests import OpenRequests
 from onebase_server.engine.residence import Residence
 from onebase_server.engine.residency import Residency
 from onebase_server.engine.runner import DeviceLost, HostAdapter, OverlappingRunner, Runner, StepResult
@@ -55,20 +53,15 @@ class EngineCore:
         self._overlapping = runner if isinstance(runner, OverlappingRunner) else None
         self._config = config
         self._inbox = inbox
-        self._on_unqueued = on_unqueued
         self._clock = clock
         self.residency = Residency(runner, config, executor, self._post_loaded, clock)
-        self.scheduler = Scheduler(runner, self.residency, config, self._on_admit)
-        self._emitter = Emitter(self._on_close)
-        self.groups: dict[RequestHandle, RequestGroup] = {}
-        self._deadlines: list[tuple[float, int, RequestGroup]] = []
+        self.counters = Counters()
+        self.requests = OpenRequests(self.counters, self._give_back, on_unqueued, clock)
+        self.scheduler = Scheduler(runner, self.residency, config, self.requests.admitted)
         self._unemitted: tuple[StepPlan, StepResult] | None = None
-        self._closed_in_flight: list[Sequence] | None = None
-        """Sequences that ended while a step runs, until it is collected; None between steps."""
         self.constrained = ConstrainedDecoding(grammar, executor, inbox, runner.limits.vocab_size)
         self._stop_at: float | None = None
         self._failures_in_row = 0
-        self.counters = Counters()
 
     # The loop
 
@@ -78,6 +71,11 @@ class EngineCore:
             self._tell_load()
             self.step()
             self._tell_load()
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether one has come that has not ended."""
+        return bool(self.requests.groups)
 
     def _tell_load(self) -> None:
         """To training processes, which make way while there is something to do."""
@@ -94,23 +92,19 @@ class EngineCore:
         while not inbox.empty():
             self._obey(inbox.get())
         now = self._clock()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            group = heapq.heappop(self._deadlines)[2]
-            self._end_group(group, FinishReason.ERROR, DeadlineExceeded("the request's deadline has passed"))
-        return self._stop_at is None or (bool(self.groups) and now < self._stop_at)
+        self.requests.expire(now)
+        return self._stop_at is None or (self.has_requests and now < self._stop_at)
 
     def idle_s(self) -> float | None:
         """How long to wait for a command before the next step; None: until one comes."""
-        is_over = self._stop_at is not None and not self.groups
+        is_over = self._stop_at is not None and not self.has_requests
         if self.scheduler.running or self._unemitted is not None or is_over:
             return 0.0
         if self.residency.slots.is_copying:
             return POLL_S
         if len(self.scheduler.waiting):
             return WAIT_S
-        times = [self._stop_at] if self._stop_at is not None else []
-        if self._deadlines:
-            times.append(self._deadlines[0][0])
+        times = [time for time in (self._stop_at, self.requests.next_deadline) if time is not None]
         return max(0.0, min(times) - self._clock()) if times else None
 
     def step(self) -> bool:
@@ -129,7 +123,7 @@ class EngineCore:
             return True
         self._failures_in_row = 0
         self._unemitted = (plan, result)
-        self.constrained.advance(plan.sampling, self._fail)
+        self.constrained.advance(plan.sampling, self.requests.fail)
         if self._overlapping is None or not self.scheduler.running:
             self._emit()
         counters = self.counters
@@ -150,22 +144,17 @@ class EngineCore:
             result = self._runner.run(batch)
         else:
             ticket = self._overlapping.launch(batch)
-            self._closed_in_flight = []
-            try:
+            with self.requests.step_in_flight():
                 self._emit()
                 begin = time.perf_counter()
                 result = self._overlapping.collect(ticket)
-            finally:
-                closed, self._closed_in_flight = self._closed_in_flight, None
-                for sequence in closed:
-                    self._release(sequence)
         return result, time.perf_counter() - begin
 
     def _emit(self) -> None:
         if self._unemitted is not None:
             plan, result = self._unemitted
             self._unemitted = None
-            self._emitter.emit(plan, result)
+            self.requests.emitter.emit(plan, result)
 
     def _follow_adapters(self) -> None:
         """Note finished copies, and fail the requests of versions that can't be loaded."""
@@ -173,7 +162,7 @@ class EngineCore:
             self.scheduler.admission.is_stale = True
         for entry, error in self.residency.take_failed():
             for sequence in [s for s in self.scheduler.waiting if s.residence is entry]:
-                self._end_group(sequence.group, FinishReason.ERROR, error)
+                self.requests.end_group(sequence.group, FinishReason.ERROR, error)
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
         """The runner failed: all in this batch end with an error; the rest goes on unless the device is lost."""
@@ -187,7 +176,7 @@ class EngineCore:
         cause.__cause__ = error
         for sequence in dict.fromkeys((*plan.sequences, *plan.sampling)):
             for member in (sequence, *sequence.group.followers):
-                self._end(member, FinishReason.ERROR, cause)
+                self.requests.fail(member, cause)
 
     # Commands
 
@@ -196,18 +185,18 @@ class EngineCore:
             case commands.Submit():
                 self._accept(command.group)
             case commands.Cancel():
-                group = self.groups.get(command.handle)
+                group = self.requests.groups.get(command.handle)
                 if group is not None:
-                    self._end_group(group, FinishReason.CANCELLED)
+                    self.requests.end_group(group, FinishReason.CANCELLED)
             case commands.AdapterLoaded():
                 self.counters.num_loads += 1
                 self.counters.load_s += command.seconds
                 self.residency.on_loaded(command.residence, command.host, command.error, command.seconds)
                 self.scheduler.admission.is_stale = True
             case commands.GrammarCompiled(group, None, error):
-                self._end_group(group, FinishReason.ERROR, error)
+                self.requests.end_group(group, FinishReason.ERROR, error)
             case commands.GrammarCompiled():
-                self.constrained.start(command, self._fail)
+                self.constrained.start(command, self.requests.fail)
                 self.scheduler.admission.is_stale = True
             case commands.Stop():
                 self._stop_at = command.deadline
@@ -227,10 +216,7 @@ class EngineCore:
 
     def _accept(self, group: RequestGroup) -> None:
         request = group.request
-        self.groups[group.handle] = group
-        self.counters.prompt_tokens += len(request.prompt_ids)
-        if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, group.sequences[0].order[1], group))
+        self.requests.add(group)
         if request.adapter is not None:
             group.residence = self.residency.lease(request.adapter, request.n)
         self.constrained.compile(group)
@@ -252,69 +238,20 @@ class EngineCore:
             command = self._inbox.get()
             match command:
                 case commands.Submit():
-                    self.groups[command.group.handle] = command.group
+                    self.requests.add(command.group)
                 case commands.Preload() | commands.Unload() | commands.Unpin() | commands.ListAdapters():
                     if command.done.set_running_or_notify_cancel():
                         command.done.set_exception(cause)
-        for group in list(self.groups.values()):
-            for sequence in group.sequences:
-                if not sequence.is_closed:
-                    try:
-                        self._emitter.close(sequence, FinishReason.ERROR, cause)
-                    except Exception:
-                        logger.exception("could not free a sequence of request %s", group.request.id)
+        self.requests.fail_all(cause)
         self.residency.abort(cause)
 
-    def _end_group(self, group: RequestGroup, reason: FinishReason, error: Exception | None = None) -> None:
-        for sequence in group.sequences:
-            self._end(sequence, reason, error)
-
-    def _end(self, sequence: Sequence, reason: FinishReason, error: Exception | None = None) -> None:
-        """End a sequence outside a step, unless it has ended already (its last event may still be on its way)."""
-        if sequence.finish is None:
-            self._emitter.close(sequence, reason, error)
-
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
-        self._end(sequence, FinishReason.ERROR, error)
-
-    def _on_close(self, sequence: Sequence) -> None:
-        if self._closed_in_flight is None:
-            self._release(sequence)
-        else:  # a stop string ended it; the step under way still works on its pages and state
-            self._closed_in_flight.append(sequence)
-
-    def _release(self, sequence: Sequence) -> None:
+    def _give_back(self, sequence: Sequence) -> None:
         """The one place where a sequence's pages, state, place and lease come back."""
         if sequence.status is not SequenceStatus.FINISHED:
             self.scheduler.remove(sequence)
         self.constrained.forget(sequence)
-        group = sequence.group
-        if group.residence is not None:
-            self.residency.release(group.residence)
-        assert sequence.finish is not None
-        self.counters.finished[sequence.finish] += 1
-        group.num_open -= 1
-        if group.num_open == 0:
-            self._leave_queue(group)
-            del self.groups[group.handle]
-            group.sequences = []  # they point back at it: all of a request would wait for the garbage collector
-            self.counters.note_duration(self._clock() - group.submitted_at)
-            if len(self._deadlines) > 2 * len(self.groups) + 64:
-                self._deadlines = [item for item in self._deadlines if item[2].num_open]
-                heapq.heapify(self._deadlines)
-
-    def _on_admit(self, sequence: Sequence) -> None:
-        if sequence.group.is_queued:
-            self._leave_queue(sequence.group)
-            self.counters.cached_tokens += sequence.cached_tokens or 0
-            waited = self._clock() - sequence.group.submitted_at
-            self.counters.waits_s.add(waited)
-            sequence.group.handle.queue_s = waited
-
-    def _leave_queue(self, group: RequestGroup) -> None:
-        if group.is_queued:
-            group.is_queued = False
-            self._on_unqueued(group.request.n)
+        if sequence.group.residence is not None:
+            self.residency.release(sequence.group.residence)
 
 
 def _last_words(error: BaseException | None) -> Exception:

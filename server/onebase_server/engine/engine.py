@@ -93,7 +93,7 @@ class Engine:
                     f"{self._num_queued} requests are waiting, and this server queues {self.config.max_queued}.",
                     retry_after_s=self._estimate_retry_s(),
                 )
-            was_idle = not self._num_queued and not self.core.groups
+            was_idle = not self._num_queued and not self.core.has_requests
             self._num_queued += request.n
             self._inbox.put(commands.Submit(group))
         if was_idle:
@@ -153,7 +153,7 @@ class Engine:
             pages_idle=pages.num_idle,
             pages_evicted=pages.num_evicted,
             num_preempted=scheduler.num_preempted,
-            host_bytes=self.core.residency.host_bytes,
+            host_bytes=self.core.residency.hosts.bytes,
             num_steps=counters.num_steps,
             num_failed_steps=counters.num_failed_steps,
             step_s=counters.step_s,

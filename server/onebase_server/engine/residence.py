@@ -117,3 +117,15 @@ def without_frames(error: BaseException) -> None:
         seen.add(id(link))
         link.__traceback__ = None
         link = link.__cause__ or link.__context__
+
+
+def resolve(futures: "list[Future[None]]", error: Exception | None = None) -> None:
+    """Tell everybody who waits, once: all is well, or `error`."""
+    for future in futures:
+        if future.done():
+            continue
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+    futures.clear()

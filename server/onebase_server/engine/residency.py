@@ -2,7 +2,7 @@
 
 Everything is keyed by digest. All methods run on the engine thread; only reading files happens elsewhere, one flight
 a version, and comes back as a call of `on_loaded`. A lease (a live sequence) keeps a version wanted; a running
-sequence keeps it in its slot. Least recently used goes first.
+sequence keeps it in its slot. Who leaves for whom: host_cache.py, slots.py.
 """
 
 import logging
@@ -13,7 +13,8 @@ from concurrent.futures import Executor, Future
 
 from onebase.errors import AdapterInvalid, Conflict, EngineError
 from onebase_server.engine.config import EngineConfig
-from onebase_server.engine.residence import AdapterStatus, Place, Residence, Want, status_of, without_frames
+from onebase_server.engine.host_cache import HostCache
+from onebase_server.engine.residence import AdapterStatus, Place, Residence, Want, resolve, status_of, without_frames
 from onebase_server.engine.runner import HostAdapter, Runner
 from onebase_server.engine.slots import DeviceSlots
 from onebase_server.engine.types import AdapterRef
@@ -40,14 +41,10 @@ class Residency:
         self._executor = executor
         self._post_loaded = post_loaded
         self._clock = clock
-        self._known: OrderedDict[str, Residence] = OrderedDict()
-        self._hosts: OrderedDict[str, Residence] = OrderedDict()  # least recently used first
+        self._known: OrderedDict[str, Residence] = OrderedDict()  # least recently used first
+        self.hosts = HostCache(config)
         self.slots = DeviceSlots(runner)
         self._failed: list[tuple[Residence, Exception]] = []
-        self._num_loading = 0
-        self._overdraft: Residence | None = None
-        """The one version that may be read although the host budget is spent: the first in its turn."""
-        self.host_bytes = 0
 
     # Leases
 
@@ -61,7 +58,7 @@ class Residency:
         else:
             entry.num_misses += 1
         self._touch(entry)
-        if self._has_host_room():
+        if self.hosts.has_room():
             self._start_load(entry)
         return entry
 
@@ -71,7 +68,7 @@ class Residency:
         assert entry.num_leases >= entry.num_running >= 0
         if entry.num_leases == 0:
             self._drop_if_told(entry)
-            self._trim_host()
+            self.hosts.trim()
 
     def enter(self, entry: Residence) -> int:
         """A sequence starts to run on the version's slot."""
@@ -93,7 +90,7 @@ class Residency:
         if entry.slot is not None:
             return Want.READY if entry.is_copied else Want.LOADING
         if entry.host is None:
-            if self._has_host_room() or self._may_overdraw(entry):
+            if self.hosts.may_read(entry):
                 self._start_load(entry)
             return Want.FAILED if entry.error is not None and not entry.is_loading else Want.LOADING
         try:
@@ -104,36 +101,35 @@ class Residency:
         if not has_place:
             return Want.NO_SLOT
         if entry.is_copied:
-            self._trim_host()
+            self.hosts.trim()
         return Want.READY if entry.is_copied else Want.LOADING
 
     def poll(self) -> bool:
         """Whether a copy to a slot has finished since the last call, one way or the other."""
         copied, refused = self.slots.poll()
         for entry in copied:
-            _resolve(entry.preloads)
+            resolve(entry.preloads)
             self._drop_if_told(entry)
         for entry, error in refused:
             self._fail(entry, error)
         if copied:
-            self._trim_host()
+            self.hosts.trim()
         return bool(copied or refused)
 
     def on_loaded(self, entry: Residence, host: HostAdapter | None, error: Exception | None, seconds: float) -> None:
         """A read has finished, one way or the other."""
         entry.is_loading = False
-        self._num_loading -= 1
+        self.hosts.num_loading -= 1
         if host is None:
             assert error is not None
             self._fail(entry, error)
             return
-        entry.host, entry.error, entry.load_s = host, None, seconds
+        entry.error, entry.load_s = None, seconds
         entry.num_loads += 1
-        self.host_bytes += host.nbytes
-        self._hosts[entry.ref.digest] = entry
+        self.hosts.add(entry, host)
         logger.info("adapter %s read in %.1f ms (%d bytes)", entry.ref.id, seconds * 1e3, host.nbytes)
         if entry.unloads and entry.num_leases == 0:
-            _resolve(entry.preloads)
+            resolve(entry.preloads)
             self._drop_if_told(entry)
             return
         try:
@@ -142,8 +138,8 @@ class Residency:
             self._fail(entry, copy_error)
             return
         if entry.place is not Place.COPYING:  # else its values may yet turn out to be bad
-            _resolve(entry.preloads)
-        self._trim_host()
+            resolve(entry.preloads)
+        self.hosts.trim()
 
     def take_failed(self) -> list[tuple[Residence, Exception]]:
         """Versions that failed to load since the last call: their waiting sequences must fail."""
@@ -174,7 +170,7 @@ class Residency:
     def unpin(self, ref: AdapterRef, done: "Future[None]") -> None:
         """It may leave memory again when others need the room."""
         self._entry(ref).is_pinned = False
-        self._trim_host()
+        self.hosts.trim()
         done.set_result(None)
 
     def unload(self, ref: AdapterRef, done: "Future[None]", *, forget: bool = False) -> None:
@@ -194,8 +190,8 @@ class Residency:
     def abort(self, error: Exception) -> None:
         """The engine ends: nobody waits for a load or an unload any more."""
         for entry in self._known.values():
-            _resolve(entry.preloads, error)
-            _resolve(entry.unloads, error)
+            resolve(entry.preloads, error)
+            resolve(entry.unloads, error)
 
     # Inside
 
@@ -214,10 +210,8 @@ class Residency:
                 return
 
     def _touch(self, entry: Residence) -> None:
-        digest = entry.ref.digest
-        self._known.move_to_end(digest)
-        if digest in self._hosts:
-            self._hosts.move_to_end(digest)
+        self._known.move_to_end(entry.ref.digest)
+        self.hosts.touch(entry)
         self.slots.touch(entry)
 
     def _start_load(self, entry: Residence) -> None:
@@ -229,22 +223,8 @@ class Residency:
                 return
             entry.error = None
         entry.is_loading = True
-        self._num_loading += 1
+        self.hosts.num_loading += 1
         self._executor.submit(self._read, entry)
-
-    def _has_host_room(self) -> bool:
-        """Whether another read is likely to stay inside the budget, counting those in flight at the mean size."""
-        mean = self.host_bytes / len(self._hosts) if self._hosts else 0.0
-        if not self._hosts and self._num_loading >= 2 * self._config.loader_threads:
-            return False
-        return self.host_bytes + (self._num_loading + 1) * mean <= self._config.host_budget_bytes
-
-    def _may_overdraw(self, entry: Residence) -> bool:
-        holder = self._overdraft
-        if holder is None or holder is entry or holder.slot is not None or holder.num_leases == 0:
-            self._overdraft = entry
-            return True
-        return False
 
     def _read(self, entry: Residence) -> None:
         """On a loader thread."""
@@ -260,28 +240,11 @@ class Residency:
         logger.warning("adapter %s can't be served: %s", entry.ref.id, error)
         without_frames(error)
         if isinstance(error, AdapterInvalid):
-            self._drop_host(entry)
+            self.hosts.drop(entry)
         entry.error, entry.failed_at = error, self._clock()
         self._failed.append((entry, error))
-        _resolve(entry.preloads, error)
+        resolve(entry.preloads, error)
         self._drop_if_told(entry)
-
-    def _trim_host(self) -> None:
-        if self.host_bytes <= self._config.host_budget_bytes:
-            return
-        for entry in list(self._hosts.values()):
-            in_use = entry.num_leases > 0 and entry.slot is None
-            copying = entry.slot is not None and not entry.is_copied
-            if not (in_use or copying or entry.is_pinned):
-                self._drop_host(entry)
-                if self.host_bytes <= self._config.host_budget_bytes:
-                    return
-
-    def _drop_host(self, entry: Residence) -> None:
-        if entry.host is not None:
-            self.host_bytes -= entry.host.nbytes
-            entry.host = None
-            del self._hosts[entry.ref.digest]
 
     def _drop_if_told(self, entry: Residence) -> None:
         """Free all memory of a version that was told to unload, once nobody holds or moves it."""
@@ -289,18 +252,7 @@ class Residency:
             return
         if entry.slot is not None:
             self.slots.clear(entry)
-        self._drop_host(entry)
-        _resolve(entry.unloads)
+        self.hosts.drop(entry)
+        resolve(entry.unloads)
         if entry.is_deleted:
             del self._known[entry.ref.digest]
-
-
-def _resolve(futures: "list[Future[None]]", error: Exception | None = None) -> None:
-    for future in futures:
-        if future.done():
-            continue
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)
-    futures.clear()

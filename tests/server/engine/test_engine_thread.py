@@ -56,7 +56,7 @@ def request(
 
 
 def wait_until_idle(engine: Engine) -> None:
-    while engine.core.groups or engine.core.scheduler.running:
+    while engine.core.has_requests or engine.core.scheduler.running:
         time.sleep(0.001)
 
 

@@ -106,7 +106,7 @@ def test_a_grammar_that_does_not_compile_fails_its_request_with_the_reason() -> 
     bench.executor.run_all()
     bench.engine.core.serve()
     assert [type(event.error) for event in handle.take()] == [InvalidInput, InvalidInput]
-    assert not bench.engine.core.groups
+    assert not bench.engine.core.has_requests
 
 
 def test_a_request_cancelled_while_its_grammar_is_compiled_stays_ended() -> None:
@@ -127,7 +127,7 @@ def test_a_token_outside_the_grammar_ends_its_request_only() -> None:
     handle = bench.ask("word")
     plain = bench.engine.submit(GenerationRequest("p", (1,), SamplingParams(max_tokens=3)))
     core = bench.engine.core
-    while core.groups or not plain.is_finished:
+    while core.has_requests or not plain.is_finished:
         bench.executor.run_all()
         core.serve()
         core.step()

@@ -60,8 +60,8 @@ def test_host_memory_stays_in_its_budget_and_drops_the_oldest() -> None:
     for index in range(10):
         world.ask([1], fake_adapter(f"a{index}"))
         world.settle()
-        assert world.core.residency.host_bytes <= 2500
-    assert world.core.residency.host_bytes == 2400
+        assert world.core.residency.hosts.bytes <= 2500
+    assert world.core.residency.hosts.bytes == 2400
     world.check_end()
 
 
@@ -74,7 +74,7 @@ def test_many_versions_wanted_at_once_overdraw_the_budget_by_little() -> None:
         world.executor.run_all()
         world.clock.now += 0.02
         world.tick()
-        most = max(most, world.core.residency.host_bytes)
+        most = max(most, world.core.residency.hosts.bytes)
     assert most <= 2500 + 4 * 800
     world.settle()
     world.check_end()
@@ -90,14 +90,14 @@ def test_a_thousand_swaps_leave_no_byte_behind() -> None:
         world.ask([version % 250, 2], ref, max_tokens=2)
         world.settle()
         world.check_choice(world.asked.pop(), 0)
-        assert world.core.residency.host_bytes <= 1000
+        assert world.core.residency.hosts.bytes <= 1000
         assert world.runner.used_rows <= 10
         old = ref
     assert old is not None
     done = world.engine.unload(old)
     world.tick()
     assert done.done()
-    assert world.core.residency.host_bytes == 0
+    assert world.core.residency.hosts.bytes == 0
     assert world.runner.loaded == {}
     assert len(world.core.residency._known) <= 16
     world.check_end()

@@ -125,7 +125,7 @@ def test_an_adapter_without_a_slot_gets_in_past_the_wait_threshold_although_othe
     waiting: Asked | None = None
     begin = world.clock.now
     for index in range(400):
-        if len(world.core.groups) < 6:
+        if len(world.core.requests.groups) < 6:
             world.ask([index % 200], hot, max_tokens=20, ignore_eos=True)
         if index == 10:
             waiting = world.ask([7], starved, max_tokens=2)
@@ -191,7 +191,7 @@ def test_an_adapter_that_needs_the_rows_of_two_gets_in_although_small_ones_keep_
     world = make_world(config, num_slots=2, rows=64, max_batch_sequences=8)
     waiting: Asked | None = None
     for index in range(300):
-        if len(world.core.groups) < 6:
+        if len(world.core.requests.groups) < 6:
             world.ask([index % 200], small[index % 6], max_tokens=10, ignore_eos=True)
         if index == 10:
             waiting = world.ask([7], large, max_tokens=2)

@@ -70,15 +70,15 @@ class Bench:
         core = self.engine.core
         for _ in range(3000):
             self.tick()
-            if not core.groups:
+            if not core.has_requests:
                 break
-        assert not core.groups, "requests hang"
+        assert not core.has_requests, "requests hang"
         assert core.counters.num_failed_steps == 0
         assert core.scheduler.pages.num_held == 0
         for ref in refs:
             self.engine.unload(ref)
         self.tick()
-        assert core.residency.host_bytes == 0
+        assert core.residency.hosts.bytes == 0
         assert core.residency.slots.residents == []
 
 
@@ -171,7 +171,7 @@ def test_memory_that_torch_is_refused_costs_that_step_and_spoils_nothing(
     assert any(handle.is_finished for handle in hurt)
     healed = [bench.engine.submit(request) for request in requests]
     bench.tick()
-    while core.groups:
+    while core.has_requests:
         bench.tick()
     for handle, tokens in zip(healed, alone, strict=True):
         [event] = handle.take()

@@ -40,7 +40,7 @@ def test_they_equal_a_plain_forwards(backend: str, models: Path, make_runner: Ca
     # the first fills the prefix cache, from which a prompt that is scored must not be read
     handles = [engine.submit(GenerationRequest("plain", PROMPT, greedy))]
     handles += [engine.submit(GenerationRequest(f"scored-{i}", PROMPT[: 70 - i], scored, n=2)) for i in range(2)]
-    while engine.core.groups or not handles[0].is_finished:
+    while engine.core.has_requests or not handles[0].is_finished:
         engine.core.serve()
         engine.core.step()
     for cut, handle in enumerate(handles[1:]):
