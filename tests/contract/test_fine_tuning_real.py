@@ -143,7 +143,7 @@ def test_openais_node_client_does_the_same_loop(client: OpenAI, url: str, tmp_pa
     names = dict(said)
     assert names["status"].strip() == "succeeded"
     assert names["model"].startswith(f"ft:{BASE}:onebase:from-node:")
-    assert names["checkpoint"] == f"{names['model']}:ckpt-step-3"
+    assert names["checkpoint"] == f"{names['model']}:ckpt-step-6"
     assert names["results"].startswith("step,train_loss")
     assert ask(client, names["model"], "How do I cook rice?").choices[0].message.content
 

@@ -19,6 +19,7 @@ from onebase.adapter import WEIGHTS
 from onebase.home import Home
 from onebase.store import AdapterStore
 from onebase_training import checkpoint
+from onebase_training import train as training
 from onebase_training.config import make_recipe
 from onebase_training.status import StatusWriter
 from onebase_training.train import Run, RunOptions, RunResult, carry_out
@@ -109,6 +110,24 @@ def test_pitfall_14_a_killed_run_goes_on_to_the_very_same_weights(
     train(home, content, whole)
 
     assert_equal_bits(weights(killed), weights(whole))
+
+
+def test_the_last_epoch_leaves_a_checkpoint_too_and_from_there_on_only_publishing_is_left(
+    home: Home, tmp_path: Path, content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content["train"] |= {"epochs": 1, "save_every": "epoch"}
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "_publish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(home, content, tmp_path / "cut")
+    assert checkpoint.last_checkpoint(tmp_path / "cut") == tmp_path / "cut/checkpoint-5"
+
+    result, said = train(home, content, tmp_path / "cut", resume=True)
+    train(home, content, tmp_path / "whole")
+
+    assert (result.state, result.metrics["steps"]) == ("succeeded", 5)
+    assert "going on from" in said
+    assert_equal_bits(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("step", [1, 6])

@@ -90,7 +90,7 @@ class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
         finished = step == len(self._plan)
         control.should_log = finished or step % self._config.log_every == 0 or step == 1
         control.should_evaluate = self._has_eval and _due(self._config.eval_every, step, at_epoch_end, finished)
-        control.should_save = not finished and _due(self._config.save_every, step, at_epoch_end, False)
+        control.should_save = _due(self._config.save_every, step, at_epoch_end, False)
 
     def on_part(self, step: int, share: float) -> None:
         """So much of the step that follows `step` is done."""
