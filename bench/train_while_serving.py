@@ -66,7 +66,7 @@ class Bench:
             child.wait()
 
     @contextmanager
-    def trainer(self, name: str, policy: str = "serve-first") -> Iterator["Trainer"]:
+    def trainer(self, name: str, **env: str) -> Iterator["Trainer"]:
         """A job that never ends, past its first steps."""
         folder = RunFolder(self.home.runs, name)
         folder.create()
@@ -80,8 +80,7 @@ class Bench:
         }
         folder.recipe.write_text(yaml.safe_dump(recipe), "utf-8")
         arguments = ["train", str(folder.recipe), "--home", str(self.home.root), "--status", str(folder.status)]
-        env = self.env | {"ONEBASE_TRAIN_POLICY": policy}
-        process = RunCommand(env=env).start([*arguments, "--run-dir", str(folder.work)], folder)
+        process = RunCommand(env=self.env | env).start([*arguments, "--run-dir", str(folder.work)], folder)
         assert process is not None
         trainer = Trainer(process, folder)
         try:
@@ -133,7 +132,8 @@ class Bench:
                 "memory_mb": memory_mb(pid),
             }
             for policy in self.options.policy:
-                with self.trainer(f"beside-{policy}", policy) as trainer:
+                env = {"ONEBASE_TRAIN_POLICY": policy} | dict(each.split("=", 1) for each in self.options.trainer_env)
+                with self.trainer(f"beside-{policy}", **env) as trainer:
                     record["both"] = {
                         "idle": {"trainer": trainer.speed_during(lambda: time.sleep(seconds))},
                         "16_streams": self.both(trainer, url, count),
@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument("--base", default=EMBEDDED_ID)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--policy", default=["serve-first"], nargs="+", help="one or more")
+    parser.add_argument("--trainer-env", nargs="*", default=[], help="NAME=VALUE for the trainer beside the server")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
     parser.add_argument("--home", type=Path, default=default_home(os.environ), help="where the base is")
     parser.add_argument("--note", default="")
@@ -247,6 +248,7 @@ def main() -> None:
         "load_before": round(os.getloadavg()[0], 1),
         "device": options.device,
         "base": spec.id,
+        "trainer_env": options.trainer_env,
         "seconds": options.seconds,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
