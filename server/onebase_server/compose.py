@@ -23,7 +23,7 @@ from onebase_server.jobs.service import JobLimits
 from onebase_server.jobs.supervisor import SupervisorConfig
 from onebase_server.loading import load_backend
 from onebase_server.logs import configure_logging
-from onebase_server.memory import keep_what_stands
+from onebase_server.memory import keep_giving_back, keep_what_stands
 from onebase_server.settings import Settings
 from onebase_server.startup import (
     allow_many_files,
@@ -152,6 +152,7 @@ class Server:
             self.loaded.set()
             return
         keep_what_stands()
+        keep_giving_back(self.ended)
         self.deps.backend.fill(backend)
         self.loaded.set()
         logger.info("ready: %s at %s/v1 (prompt format %s)", backend.base.id, self.url, backend.base_format)

@@ -1,15 +1,19 @@
-"""How much memory this process may still take: the machine's, or what is left of its container's limit; its collector.
+"""How much memory this process may still take: the machine's, or what is left of its container's limit; its collector;
+what is freed and goes back to the kernel.
 
 psutil shows the machine's however small the container is, and who sizes by that is killed by the kernel.
 """
 
+import ctypes
 import gc
+import threading
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
 CGROUP = Path("/sys/fs/cgroup")
+TRIM_S = 10.0
 NO_LIMIT = 1 << 60
 """The old interface writes a number near 2**63 for none."""
 
@@ -23,6 +27,24 @@ def keep_what_stands() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def give_back_free() -> None:
+    """Return to the kernel what the C library keeps of freed memory between pieces in use. Does nothing where it is not
+    glibc. Takes less than a millisecond; without it the holes creep up under mixed load for hours.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_giving_back(over: threading.Event) -> None:
+    """Every `TRIM_S`, in a thread of its own, until `over`."""
+
+    def work() -> None:
+        while not over.wait(TRIM_S):
+            give_back_free()
+
+    threading.Thread(target=work, name="onebase-trim", daemon=True).start()
 
 
 def free_memory(cgroup: Path = CGROUP) -> int:

@@ -1,13 +1,14 @@
 """What a container may take is what its limit leaves; what a server has loaded is no work for the collector."""
 
 import gc
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
 from live_server import live_server
-from onebase_server.memory import container_memory_left, free_memory
+from onebase_server.memory import container_memory_left, free_memory, give_back_free
 
 
 def write(folder: Path, **files: str) -> Path:
@@ -23,6 +24,17 @@ def test_the_limit_of_a_container_counts(tmp_path: Path, stat: str | None) -> No
     write(tmp_path, **files)
     assert container_memory_left(tmp_path) == (800 if stat and "inactive" in stat else 500)
     assert free_memory(tmp_path) == container_memory_left(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_freed_memory_between_pieces_in_use_goes_back_to_the_kernel() -> None:
+    pieces = [b"x" * 4000 + bytes([number % 256]) for number in range(20_000)]
+    kept = pieces[::50]
+    full = psutil.Process().memory_info().rss
+    pieces.clear()
+    give_back_free()
+    assert psutil.Process().memory_info().rss < full - 40_000_000
+    assert len(kept) == 400
 
 
 def test_the_old_interface_is_read_too(tmp_path: Path) -> None:
