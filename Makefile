@@ -6,12 +6,13 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.set-up
 CLIENTS := .venv-clients
+SOAK    := tests/faults/test_soak.py
 # Compiled modules are kept, whatever the environment says: else every server and trainer that a test starts compiles
 # all of ours again.
 unexport PYTHONDONTWRITEBYTECODE
 SAY     = @printf '\n\033[1m== %s\033[0m\n'
 
-.PHONY: help setup demo test lint test-fast test-slow test-gpu map openapi serve clean
+.PHONY: help setup demo test lint test-fast test-soak test-slow test-gpu map openapi serve clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -41,7 +42,9 @@ demo: setup  ## train two adapters, serve them, chat, retrain one live
 	$(SAY) "demo"
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) clients/python/demo.py
 
-test: setup lint test-fast test-slow  ## set up, then pass every check and test
+test: setup lint  ## set up, then pass every check and test
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-fast test-soak
+	@$(MAKE) --no-print-directory test-slow
 
 lint: setup  ## style, types, import contracts, openapi.yaml drift
 	$(SAY) "style, types, contracts"
@@ -54,9 +57,14 @@ test-fast: setup  ## the tests that need no torch (seconds)
 	$(SAY) "fast tests (no torch)"
 	@$(PY) -m pytest -q -n 2 -m "not slow and not gpu"
 
+# It takes its three minutes however fast the machine is, so it runs beside the fast tests, which go first.
+test-soak: setup  ## three minutes of mixed load, a thousand open streams (SOAK_SECONDS=180)
+	$(SAY) "soak, and a crowd of streams"
+	@SOAK_SECONDS=$${SOAK_SECONDS:-180} nice -n 10 $(PY) -m pytest -q $(SOAK)
+
 test-slow: setup $(CLIENTS)/.set-up  ## real models, real servers, real clients (minutes)
 	$(SAY) "slow tests (real weights)"
-	@$(PY) -m pytest -q -m "slow and not gpu" --durations=15
+	@$(PY) -m pytest -q -m "slow and not gpu" --ignore=$(SOAK) --durations=15
 
 test-gpu: setup  ## the CUDA tests, on a machine with a GPU
 	@$(PY) -m pytest -q -m gpu tests/gpu

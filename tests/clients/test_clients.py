@@ -13,6 +13,7 @@ import pytest
 
 from api_world import BASE
 from live_server import Live, live_server
+from node_example import run_example
 
 CLIENTS = Path(__file__).parents[2] / "clients"
 sys.path.insert(0, str(CLIENTS / "python"))
@@ -130,14 +131,9 @@ def test_curl(live: Live) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("npm") is None, reason="needs Node and npm")
 def test_node(live: Live, tmp_path: Path) -> None:
-    for name in ("package.json", "chat.mjs"):
-        shutil.copy(CLIENTS / "node" / name, tmp_path / name)
-    npm = ["npm", "install", "--silent", "--no-audit", "--no-fund"]
-    subprocess.run(npm, cwd=tmp_path, check=True, capture_output=True)
-    command = ["node", "chat.mjs", "pirate"]
-    out = subprocess.run(command, cwd=tmp_path, env=environment(live), capture_output=True, text=True, check=True)
+    out = run_example(tmp_path, "chat.mjs", "pirate", ONEBASE_URL=f"{live.url}/v1")
+    assert out.returncode == 0, out.stdout + out.stderr
     lines = out.stdout.splitlines()
     assert lines == [
         f"models: {BASE}, pirate",

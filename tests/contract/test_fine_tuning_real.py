@@ -6,7 +6,6 @@ from chats that were found good, behind the gate.
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -20,11 +19,11 @@ import openai
 import pytest
 from openai import OpenAI
 
+from node_example import run_example
 from real_process import prepare_home
 
 BASE = "SmolLM2-135M-Instruct"
 DATA = Path(__file__).parents[2] / "training/data/captain.jsonl"
-NODE = Path(__file__).parents[2] / "clients/node"
 
 # Few rows and a bold rate: a voice is learnt in half a minute.
 HYPERPARAMETERS: Any = {"n_epochs": 3, "batch_size": 4, "learning_rate_multiplier": 5}
@@ -125,16 +124,10 @@ def test_a_model_is_trained_and_answers_and_learns_again_by_api_only(client: Ope
     assert answer_version(client, adapter, url) == run["version"]
 
 
-@pytest.mark.skipif(shutil.which("npm") is None, reason="needs Node and npm")
 def test_openais_node_client_does_the_same_loop(client: OpenAI, url: str, tmp_path: Path) -> None:
     """The example that we ship, run as its user would; the Python client's server serves it too."""
-    for name in ("package.json", "fine_tune.mjs"):
-        shutil.copy(NODE / name, tmp_path / name)
-    npm = ["npm", "install", "--silent", "--no-audit", "--no-fund"]
-    subprocess.run(npm, cwd=tmp_path, check=True, capture_output=True)
-    command = ["node", "fine_tune.mjs", str(some_lines(tmp_path, 12)), "How do I cook rice?"]
-    env = {**os.environ, "ONEBASE_URL": f"{url}/v1", "EPOCHS": "2"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    words = (str(some_lines(tmp_path, 12)), "How do I cook rice?")
+    done = run_example(tmp_path, "fine_tune.mjs", *words, ONEBASE_URL=f"{url}/v1", EPOCHS="2")
     assert done.returncode == 0, done.stdout + done.stderr
     said = [line.partition(": ")[::2] for line in done.stdout.splitlines()]
     events = [text for what, text in said if what == "event"]
@@ -145,7 +138,11 @@ def test_openais_node_client_does_the_same_loop(client: OpenAI, url: str, tmp_pa
     assert names["model"].startswith(f"ft:{BASE}:onebase:from-node:")
     assert names["checkpoint"] == f"{names['model']}:ckpt-step-6"
     assert names["results"].startswith("step,train_loss")
-    assert ask(client, names["model"], "How do I cook rice?").choices[0].message.content
+    chat = run_example(tmp_path, "chat.mjs", names["model"].strip(), ONEBASE_URL=f"{url}/v1")
+    assert chat.returncode == 0, chat.stdout + chat.stderr
+    replies = dict(line.partition(": ")[::2] for line in chat.stdout.splitlines())
+    assert replies["reply"]
+    assert replies["error"] == "404 model_not_found"
 
 
 def answer_version(client: OpenAI, model: str, url: str) -> str:

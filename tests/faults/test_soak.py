@@ -17,6 +17,7 @@ from server_process import LINE, ROOT, server
 
 pytestmark = pytest.mark.slow
 SECONDS = os.environ.get("SOAK_SECONDS", "25")
+MOST_GROWTH = 0.06
 
 
 @pytest.fixture
@@ -43,13 +44,15 @@ def test_a_mixed_load_leaves_nothing_behind(home: Home) -> None:
     assert report["wrong"] == []
     assert not any(report["held"].values()), report["held"]
     broken = [promise for promise, holds in report["promises"].items() if not holds]
-    # so short a run has not warmed up: memory is judged by the long one
     assert [promise for promise in broken if not promise.startswith("memory")] == [], report
+    # half an hour is held to 3 %; what so short a run still warms up with is far below what a leak of requests takes
+    assert report["rss_mb"]["growth"] < MOST_GROWTH, report
     assert report["done"].get("retrain succeeded", 0) >= 1, report
 
 
 def test_a_crowd_of_open_streams_is_served_to_the_last_one(home: Home) -> None:
     with server(home) as (process, http):
         report = bench("streams.py", "--url", str(http.base_url), "--pid", str(process.pid), "--model", "pirate",
-                       "--streams", "300", "--tokens", "6")  # fmt: skip
+                       "--streams", "1000", "--tokens", "6")  # fmt: skip
     assert report["lost"] == 0, report
+    assert all(report["promises"].values()), report
