@@ -208,3 +208,13 @@ def test_without_the_package_a_hub_dataset_says_what_to_install(
 
     with pytest.raises(DatasetError, match="pip install datasets"):
         load_dataset_rows(make_recipe({"name": "x", "data": {"train": "owner/name"}}), encoder)
+
+
+def test_a_long_text_without_turns_is_cut_at_the_limit_and_told(tmp_path: Path, encoder: Encoder) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text(json.dumps({"text": "long " * 100}))
+
+    dataset = load(file, encoder, max_tokens=60, eval_fraction=0)
+
+    assert [len(row) for row, _ in dataset.train] == [60]
+    assert dataset.notices == [f"{file}: 1 of 1 records cut at 60 tokens"]

@@ -12,10 +12,12 @@ from pathlib import Path
 from onebase.errors import DatasetError, InvalidInput
 from onebase_training.config import DataConfig, Recipe, Source
 from onebase_training.read import Problem, read_records
-from onebase_training.records import Record, RecordError, parse_record
+from onebase_training.records import PlainText, Record, RecordError, parse_record
 from onebase_training.rows import Encoder, Row, cut_to_turns
 
 _MAX_PROBLEMS = 1000
+_HASHES = 2**128
+"""As many as `Row.place` has."""
 
 
 @dataclass(slots=True)
@@ -99,7 +101,7 @@ def usable_rows(
         except InvalidInput as error:
             _note(report, Problem(line, error.message))
             continue
-        fitted = _fit(row, limit, config, report, line)
+        fitted = _fit(row, limit, config, report, line, plain=isinstance(record, PlainText))
         if fitted is None:
             continue
         if not fitted.learnt.any() and not (learn_all and len(fitted) > 1):
@@ -124,7 +126,8 @@ def parsed_records(
             _note(report, Problem(raw.line, str(error)))
 
 
-def _fit(row: Row, limit: int, config: DataConfig, report: FileReport, line: int) -> Row | None:
+def _fit(row: Row, limit: int, config: DataConfig, report: FileReport, line: int, *, plain: bool) -> Row | None:
+    """`plain`: a text without turns, which has no answer or eos to lose and so may end anywhere."""
     if len(row) <= limit:
         return row
     if config.too_long == "error":
@@ -135,6 +138,9 @@ def _fit(row: Row, limit: int, config: DataConfig, report: FileReport, line: int
         return None
     if config.too_long == "cut":
         report.left_out[f"cut at {limit} tokens, their last eos lost"] += 1
+        return Row(row.ids[:limit], row.learnt[:limit])
+    if plain:
+        report.left_out[f"cut at {limit} tokens"] += 1
         return Row(row.ids[:limit], row.learnt[:limit])
     fitted = cut_to_turns(row, limit)
     if fitted is None:

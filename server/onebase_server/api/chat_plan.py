@@ -102,7 +102,7 @@ def plan_chat(body: ChatRequest, given: ChatInput, model: ServedModel, backend: 
     extras = Extras(
         max_tokens=answer_limit(asked, len(prompt), backend.max_context, param="messages"),
         # a grammar that rules from the start ends by itself, and a header inside one of its strings is text
-        stop=() if constraint.grammar and not constraint.trigger else model.renderer.stop_sequences(),
+        stop=() if constraint.rules_at_once else model.renderer.stop_sequences(),
         grammar=constraint.grammar,
         trigger=constraint.trigger,
         stop_token_ids=model.renderer.stop_token_ids(),

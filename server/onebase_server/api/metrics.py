@@ -16,6 +16,8 @@ from prometheus_client.metrics_core import Metric
 from onebase_server.engine.types import AdapterRef
 
 OTHER = ("other", "")
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
+"""A client may send any word for a method; all others share one label."""
 IDLE_S = 300.0
 """A version that was quiet for so long gives its labels to one that is not."""
 FIRST_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -59,7 +61,8 @@ class Metrics:
         """Litestar's before-send hook."""
         if message["type"] == "http.response.start":
             route = str(scope.get("path_template") or "unknown")
-            self.replies.labels(str(scope.get("method", "")), route, str(message["status"])).inc()
+            method = str(scope.get("method", ""))
+            self.replies.labels(method if method in METHODS else "other", route, str(message["status"])).inc()
             started = scope.get("state", {}).get(STARTED_KEY)
             if started is not None:
                 self.reply_s.labels(route).observe(max(0.0, time.perf_counter() - started))

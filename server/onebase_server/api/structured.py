@@ -21,10 +21,14 @@ Schema = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """`grammar` None: the model may say anything. `trigger` None: the grammar rules from the first token."""
+    """`grammar` None: the model may say anything. `trigger` None: there are no calls in it."""
 
     grammar: str | None = None
     trigger: GrammarTrigger | None = None
+
+    @property
+    def rules_at_once(self) -> bool:
+        return self.grammar is not None and (self.trigger is None or self.trigger.at_once)
 
 
 def constraint_of(body: ChatRequest, tools: Sequence[Tool], layout: CallLayout | None) -> Constraint:
@@ -41,13 +45,14 @@ def constraint_of(body: ChatRequest, tools: Sequence[Tool], layout: CallLayout |
                 code="invalid_value",
             )
         schemas = {tool.name: tool.parameters for tool in wanted}
-        return Constraint(call_grammar(schemas, layout, many=may_call_many(body), param="tools"))
+        grammar = call_grammar(schemas, layout, many=may_call_many(body), param="tools")
+        return Constraint(grammar, trigger_of(layout, at_once=True))
     answer = None if body.response_format is None else answer_schema(body.response_format)
     if not tools or body.tool_choice == "none" or layout is None:
         return Constraint(None if answer is None else json_grammar(answer[0], param=answer[1]))
     if answer is not None:
         json_grammar(answer[0], param=answer[1])  # its own fault gets its own name
-        return Constraint(offered_calls(body, layout, answer[0]))
+        return Constraint(offered_calls(body, layout, answer[0]), trigger_of(layout, at_once=True))
     return Constraint(offered_calls(body, layout, None), trigger_of(layout))
 
 
@@ -73,9 +78,9 @@ def offered_calls(body: ChatRequest, layout: CallLayout, answer: Schema | None) 
     return call_grammar(schemas, layout, many=may_call_many(body), param="tools", answer=answer)
 
 
-def trigger_of(layout: CallLayout) -> GrammarTrigger:
+def trigger_of(layout: CallLayout, *, at_once: bool = False) -> GrammarTrigger:
     opening = layout.before.rstrip()
-    return GrammarTrigger(opening, layout.own_paragraph, layout.before[len(opening) :] + CALL_HEAD)
+    return GrammarTrigger(opening, layout.own_paragraph, layout.before[len(opening) :] + CALL_HEAD, at_once)
 
 
 def may_call_many(body: ChatRequest) -> bool:

@@ -39,6 +39,6 @@ class GrammarBackend(Protocol):
     """Compiles grammars for one tokenizer."""
 
     def compile(self, grammar: str, trigger: GrammarTrigger | None = None) -> GrammarMatcher:
-        """A matcher at the start; with a trigger, free text comes first. Thread-safe, may take milliseconds. Raises
-        InvalidInput."""
+        """A matcher at the start; with a trigger that is not `at_once`, free text comes first. Thread-safe, may take
+        milliseconds. Raises InvalidInput."""
         ...

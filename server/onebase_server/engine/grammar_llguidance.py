@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onebase.errors import EngineError, InvalidInput
 from onebase.prompt_types import CallLayout
 from onebase_server.engine.grammar import GrammarMatcher
-from onebase_server.engine.grammar_trigger import TriggeredMatcher, TriggerTable
+from onebase_server.engine.grammar_trigger import AtOnceMatcher, TriggeredMatcher, TriggerTable
 from onebase_server.engine.types import GrammarTrigger
 
 JSON_OPTIONS: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -123,6 +123,8 @@ class LlguidanceBackend:
         matcher = self._compiled(grammar).fork()
         if trigger is None:
             return matcher
+        if trigger.at_once:
+            return AtOnceMatcher(matcher, trigger.opening.encode(), self._vocabulary.token_bytes)
         table = self._tables.get(trigger)
         if table is None:
             table = self._tables[trigger] = TriggerTable(trigger, self._vocabulary)

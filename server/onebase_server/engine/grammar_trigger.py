@@ -1,6 +1,7 @@
 """Free text until it opens a block that a grammar rules (a tool call): from there on only what the grammar allows.
 
-While the text is free there is no mask and nothing to pay but a look at each token's last bytes. Masks begin where a
+A call is not ended by stop strings, nor is one that the grammar demands or allows from the first token. While the text
+is free there is no mask and nothing to pay but a look at each token's last bytes. Masks begin where a
 token could both complete the opening and go on in a way that the grammar forbids. Knows bytes, and no grammar's syntax.
 """
 
@@ -106,3 +107,32 @@ class TriggeredMatcher:
         self._is_bound = True
         for token_id in self._encode((self._table.opening + beyond).decode(errors="replace")):
             self._inner.accept(token_id)
+
+
+class AtOnceMatcher:
+    """A `GrammarMatcher` whose grammar rules from the first token: an answer that begins with the opening is a call."""
+
+    def __init__(
+        self, inner: GrammarMatcher, opening: bytes, token_bytes: Callable[[int], bytes], begin: bytes = b""
+    ) -> None:
+        self._inner = inner
+        self._opening = opening
+        self._token_bytes = token_bytes
+        self._begin = begin
+        """The answer's first bytes, as far as they matter."""
+
+    @property
+    def heeds_stops(self) -> bool:
+        """Not in what may become a call either: the grammar's other answers begin in another way."""
+        return not (self._begin.startswith(self._opening) or self._opening.startswith(self._begin))
+
+    def fork(self) -> "AtOnceMatcher":
+        return AtOnceMatcher(self._inner.fork(), self._opening, self._token_bytes, self._begin)
+
+    def fill_mask(self, mask: NDArray[np.int32]) -> bool:
+        return self._inner.fill_mask(mask)
+
+    def accept(self, token_id: int) -> None:
+        self._inner.accept(token_id)
+        if len(self._begin) < len(self._opening):
+            self._begin += self._token_bytes(token_id)

@@ -35,13 +35,15 @@ class AdapterRef:
 
 @dataclass(frozen=True, slots=True)
 class GrammarTrigger:
-    """Text is free until it holds `opening`; from there on, and with it, the grammar rules."""
+    """What opens a call. Text is free until it holds `opening`; from there on, and with it, the grammar rules."""
 
     opening: str
     own_paragraph: bool
     """It counts only at the answer's start and behind an empty line."""
     goes_on: str
     """What the grammar has directly behind the opening, as far as it leaves no choice."""
+    at_once: bool = False
+    """The grammar rules from the first token, and a call is an answer that begins with the opening."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,10 @@ class Database:
         self._sqlite = url.get_backend_name() == "sqlite"
         driver = "sqlite+aiosqlite" if self._sqlite else "postgresql+psycopg"
         # A connection that died with a restarted PostgreSQL is replaced before it is used.
-        self._engine = create_async_engine(url.set(drivername=driver), pool_pre_ping=not self._sqlite)
+        # An error must not tell what was to be written: it ends in the log, and chats' text is a parameter.
+        self._engine = create_async_engine(
+            url.set(drivername=driver), pool_pre_ping=not self._sqlite, hide_parameters=True
+        )
         if self._sqlite:
             _tune_sqlite(self._engine.sync_engine)
         self._session = async_sessionmaker(self._engine, expire_on_commit=False)
@@ -74,7 +77,8 @@ class Database:
 
         config = Config()
         config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-        engine = create_engine(self._url.set(drivername="sqlite" if self._sqlite else "postgresql+psycopg"))
+        url = self._url.set(drivername="sqlite" if self._sqlite else "postgresql+psycopg")
+        engine = create_engine(url, hide_parameters=True)
         if self._sqlite:
             _tune_sqlite(engine)
         try:

@@ -133,3 +133,10 @@ def test_metrics_are_not_labelled_by_what_clients_send(keyed: World) -> None:
     keyed.get("/not/a/route/9")
     assert "whatever-somebody-sends" not in keyed.get("/metrics").text
     assert "/not/a/route" not in keyed.get("/metrics").text
+
+
+def test_metrics_are_not_labelled_by_made_up_methods(keyed: World) -> None:
+    for number in range(3):
+        keyed.request(f"MADEUP{number}", "/healthz")
+    assert "MADEUP" not in keyed.get("/metrics", headers=bearer(ADMIN)).text
+    assert 'method="other"' in keyed.get("/metrics", headers=bearer(ADMIN)).text

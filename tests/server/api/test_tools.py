@@ -194,6 +194,36 @@ def test_a_stop_string_ends_text_but_no_call(world: World) -> None:
     assert (message["content"], finish) == ("Tea. ", "stop")
 
 
+@pytest.mark.parametrize("stop", ["END", "#", "CALL", "{"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tool_choice": "required"},
+        {"tool_choice": {"type": "function", "function": {"name": "look"}}},
+        {"response_format": {"type": "json_object"}},
+    ],
+    ids=["required", "named", "answer or call"],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_ends_no_call_that_the_grammar_rules_from_the_start(
+    world: World, fields: dict[str, Any], stop: str, stream: bool
+) -> None:
+    world.says = '### CALL:\n{"name": "look", "arguments": {"q": "tea END"}}'
+    if stream:
+        chunks = world.chunks(tools=[LOOK, PUT], stop=[stop], **fields)
+        [call], finish, content = calls_of(chunks), chunks[-1]["choices"][0]["finish_reason"], text_of(chunks)
+    else:
+        message, finish = message_of(world, stop=[stop], **fields)
+        call, content = message["tool_calls"][0]["function"], message["content"] or ""
+    assert (json.loads(call["arguments"]), finish, content) == ({"q": "tea END"}, "tool_calls", "")
+
+
+def test_a_stop_string_ends_json_that_could_have_been_a_call(world: World) -> None:
+    world.says = '{"a": "tea END"}'
+    message, finish = message_of(world, stop=["END"], response_format={"type": "json_object"})
+    assert (message["content"], finish) == ('{"a": "tea ', "stop")
+
+
 UNENFORCEABLE: dict[str, Any] = {"type": "object", "properties": {"q": {"not": {"type": "string"}}}}
 
 

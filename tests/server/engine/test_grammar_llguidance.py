@@ -201,6 +201,20 @@ def test_a_fork_of_free_text_opens_calls_of_its_own(triggered: GrammarMatcher, t
     assert triggered.heeds_stops
 
 
+def test_an_answer_or_a_call_heeds_stops_only_as_an_answer(
+    backend: LlguidanceBackend, tokenizer: TextTokenizer
+) -> None:
+    either = call_grammar(TOOLS, LAYOUT, many=True, param="tools", answer={"type": "object"})
+    matcher = backend.compile(either, GrammarTrigger("### CALL:", True, '\n{"name": "', at_once=True))
+    answer = matcher.fork()
+    follow(answer, tokenizer, '{"a')
+    assert answer.heeds_stops
+    follow(matcher, tokenizer, "###")
+    assert not matcher.heeds_stops
+    follow(matcher, tokenizer, ' CALL:\n{"name": "f')
+    assert not matcher.fork().heeds_stops
+
+
 def test_a_tagged_call_opens_anywhere(backend: LlguidanceBackend, tokenizer: TextTokenizer) -> None:
     layout = CallLayout("<tool_call>\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>")
     trigger = GrammarTrigger("<tool_call>", False, '\n{"name": "')

@@ -1,6 +1,7 @@
 """Rows come back as they were kept, pages are complete, and two writers never both win."""
 
 import asyncio
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
+from sqlalchemy.exc import IntegrityError
 
 from onebase.errors import InvalidInput
 from onebase_server.records.chats import ChatRecords
@@ -226,3 +228,18 @@ async def test_a_writer_of_another_process_is_waited_for(tmp_path: Path) -> None
     assert len(await FileRecords(first).ids()) == 40
     await first.close()
     await second.close()
+
+
+async def test_an_error_of_the_database_does_not_tell_what_was_to_be_written(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = "the treasure is under the palm"
+    row = {"request": {"messages": [{"role": "user", "content": secret}]}}
+    await ChatRecords(database).add(a_chat(1, **row))
+    try:
+        await ChatRecords(database).add(a_chat(1, **row))
+    except IntegrityError:
+        logging.getLogger("test").exception("could not be stored")
+    assert "could not be stored" in caplog.text
+    assert "IntegrityError" in caplog.text
+    assert secret not in caplog.text
