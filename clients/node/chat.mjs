@@ -1,4 +1,5 @@
 // OpenAI's Node client against a onebase server: models, a reply, a stream, an error.
+// Node 22 or newer:
 //   npm ci && ONEBASE_URL=http://127.0.0.1:8000/v1 node chat.mjs [model]
 import OpenAI from "openai";
 

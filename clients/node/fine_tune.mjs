@@ -1,4 +1,5 @@
 // OpenAI's fine-tuning loop, unchanged, against a onebase server: upload, create, follow, chat with the new model.
+// Node 22 or newer:
 //   npm ci && ONEBASE_URL=http://127.0.0.1:8000/v1 node fine_tune.mjs train.jsonl ["How do I cook rice?"]
 import fs from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";

@@ -138,10 +138,11 @@ def test_openais_node_client_does_the_same_loop(client: OpenAI, url: str, tmp_pa
     assert names["model"].startswith(f"ft:{BASE}:onebase:from-node:")
     assert names["checkpoint"] == f"{names['model']}:ckpt-step-6"
     assert names["results"].startswith("step,train_loss")
+    assert ask(client, names["model"], "How do I cook rice?").choices[0].message.content
     chat = run_example(tmp_path, "chat.mjs", names["model"].strip(), ONEBASE_URL=f"{url}/v1")
     assert chat.returncode == 0, chat.stdout + chat.stderr
     replies = dict(line.partition(": ")[::2] for line in chat.stdout.splitlines())
-    assert replies["reply"]
+    assert replies["stream"] == replies["reply"]
     assert replies["error"] == "404 model_not_found"
 
 

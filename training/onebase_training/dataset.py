@@ -16,8 +16,6 @@ from onebase_training.records import PlainText, Record, RecordError, parse_recor
 from onebase_training.rows import Encoder, Row, cut_to_turns
 
 _MAX_PROBLEMS = 1000
-_HASHES = 2**128
-"""As many as `Row.place` has."""
 
 
 @dataclass(slots=True)
