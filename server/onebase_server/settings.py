@@ -12,7 +12,7 @@ from typing import Any
 
 from onebase.errors import InvalidInput
 from onebase.home import Home, default_home
-from onebase.train_policy import share_of
+from onebase.train_policy import policy_of
 
 SECRETS = ("ONEBASE_API_KEYS", "ONEBASE_ADMIN_KEY", "ONEBASE_DATABASE")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -65,7 +65,7 @@ def one_of(*allowed: str) -> Callable[[str], str]:
 
 
 def train_policy(raw: str) -> str:
-    share_of(raw)
+    policy_of(raw)
     return raw
 
 

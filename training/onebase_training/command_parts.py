@@ -10,7 +10,7 @@ from rich.console import Console
 
 from onebase.errors import DatasetError, OnebaseError
 from onebase.serving_note import RESUME_EXIT
-from onebase.train_policy import share_of
+from onebase.train_policy import policy_of
 from onebase_training.stop import ServerGone
 
 CANCELLED = 130
@@ -18,7 +18,7 @@ CANCELLED = 130
 
 def _policy(given: str) -> str:
     try:
-        share_of(given)
+        policy_of(given)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     return given
