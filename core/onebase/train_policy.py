@@ -5,9 +5,9 @@ from typing import Final
 
 LEAST_SHARES: Final = {"serve-first": 0.1, "fair": 0.5, "train-first": 1.0}
 LEAST: Final = 0.01
-FULL_AT: Final = {"cpu": 1, "cuda": 16}
+FULL_AT: Final = {"cpu": 1, "cuda": 32}
 """Sequences that run or wait, by the kind of device, from which on the requests could use all of it. A step of one
-sequence takes every core of a CPU; on a GPU a step of sixteen takes little longer than one of one."""
+sequence takes every core of a CPU; on a GPU a step of thirty-two takes twice as long as a step of one."""
 
 
 @dataclass(frozen=True, slots=True)

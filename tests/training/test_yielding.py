@@ -80,11 +80,12 @@ def test_under_endless_load_training_keeps_its_policys_share(world: World, polic
 @pytest.mark.parametrize(
     ("policy", "sequences", "share"),
     [
-        ("serve-first", 4, 0.75),
-        ("serve-first", 16, 0.1),
+        ("serve-first", 8, 0.75),
+        ("serve-first", 16, 0.5),
+        ("serve-first", 31, 0.1),
         ("serve-first", 400, 0.1),
-        ("fair", 4, 0.75),
-        ("fair", 12, 0.5),
+        ("fair", 8, 0.75),
+        ("fair", 24, 0.5),
         ("0.2", 1, 0.2),  # a number is the same under any load
     ],
 )
@@ -103,8 +104,8 @@ def test_the_requests_of_all_servers_on_the_device_count(world: World) -> None:
         note.ready({"device": "cuda:0"})
 
     def serve() -> None:
-        world.serve(running=4)
-        second.tell(0, 8, world.steps)
+        world.serve(running=8)
+        second.tell(0, 16, world.steps)
 
     world.while_asleep = serve
     serve()
@@ -113,10 +114,10 @@ def test_the_requests_of_all_servers_on_the_device_count(world: World) -> None:
 
 
 def test_the_wait_shrinks_with_the_requests(world: World) -> None:
-    """Half of a wait is over when all but four of the sixteen end: the rest is what four are worth."""
+    """Half of a wait is over when all but eight of the thirty-two end: the rest is what eight are worth."""
     world.note.ready({"device": "cuda:0"})
-    world.while_asleep = lambda: world.serve(running=16 if world.slept < 0.01 else 4)
-    world.serve(running=16)
+    world.while_asleep = lambda: world.serve(running=32 if world.slept < 0.01 else 8)
+    world.serve(running=32)
     world.train(world.yielder("serve-first", "cuda"), layers=1, each_s=0.06)
     assert world.slept == pytest.approx(0.02, abs=0.001)
 
