@@ -80,12 +80,13 @@ def test_under_endless_load_training_keeps_its_policys_share(world: World, polic
 @pytest.mark.parametrize(
     ("policy", "sequences", "share"),
     [
-        ("serve-first", 8, 0.75),
-        ("serve-first", 16, 0.5),
-        ("serve-first", 31, 0.1),
+        ("serve-first", 5, 0.9375),
+        ("serve-first", 10, 0.75),
+        ("serve-first", 16, 0.36),
+        ("serve-first", 20, 0.1),
         ("serve-first", 400, 0.1),
-        ("fair", 8, 0.75),
-        ("fair", 24, 0.5),
+        ("fair", 10, 0.75),
+        ("fair", 16, 0.5),
         ("0.2", 1, 0.2),  # a number is the same under any load
     ],
 )
@@ -104,22 +105,33 @@ def test_the_requests_of_all_servers_on_the_device_count(world: World) -> None:
         note.ready({"device": "cuda:0"})
 
     def serve() -> None:
-        world.serve(running=8)
-        second.tell(0, 16, world.steps)
+        world.serve(running=5)
+        second.tell(0, 10, world.steps)
 
     world.while_asleep = serve
     serve()
-    assert world.train(world.yielder("serve-first", "cuda"), layers=50) == pytest.approx(0.25, rel=0.02)
+    assert world.train(world.yielder("serve-first", "cuda"), layers=50) == pytest.approx(1 - 0.75**2, rel=0.02)
     second.close()
 
 
 def test_the_wait_shrinks_with_the_requests(world: World) -> None:
-    """Half of a wait is over when all but eight of the thirty-two end: the rest is what eight are worth."""
+    """Half of a wait is over when all but ten of the twenty end: the rest is what ten are worth."""
     world.note.ready({"device": "cuda:0"})
-    world.while_asleep = lambda: world.serve(running=32 if world.slept < 0.01 else 8)
-    world.serve(running=32)
+    world.while_asleep = lambda: world.serve(running=20 if world.slept < 0.01 else 10)
+    world.serve(running=20)
     world.train(world.yielder("serve-first", "cuda"), layers=1, each_s=0.06)
     assert world.slept == pytest.approx(0.02, abs=0.001)
+
+
+def test_it_knows_whether_it_holds_training_back(world: World) -> None:
+    yielder = world.yielder("fair")
+    assert not yielder.holds_back
+    world.serve()
+    world.train(yielder, layers=2)
+    assert yielder.holds_back
+    world.serve(running=0)
+    world.train(yielder, layers=1)
+    assert not yielder.holds_back
 
 
 @pytest.mark.parametrize("each_s", [0.002, 0.3])

@@ -61,6 +61,8 @@ class Yielder:
         self._looked_at = float("-inf")
         self._left_at = clock()
         self.waited_s = 0.0
+        self.holds_back = False
+        """Whether there was somebody to make way for at the last boundary."""
 
     @property
     def has_servers(self) -> bool:
@@ -71,6 +73,7 @@ class Yielder:
         """Returns when the next layer may run."""
         begin = now = self._clock()
         took = begin - self._left_at
+        self.holds_back = self._patience(now) > 0
         while (left := begin + self._patience(now) * took - now) > 0 and not self._hurries():
             self._on_wait()
             self._sleep(min(POLL_S, left))
