@@ -335,6 +335,28 @@ def test_a_stream_carries_the_same_entries_with_their_text(world: World) -> None
         )
 
 
+@pytest.mark.parametrize(
+    ("says", "fields"),
+    [
+        ("Köln", {"max_tokens": 2}),
+        ("Hello th", {"stop": "there"}),
+        ("Hello \n\n### HU", {}),
+        ("Hello \n\n### CA", {"tools": [{"type": "function", "function": {"name": "look"}}]}),
+        ("Hello", {"ignore_eos": True, "max_tokens": 8}),
+    ],
+    ids=["half a character", "half a stop string", "half a header", "half a call", "tokens without text"],
+)
+def test_a_stream_keeps_no_entry_back_at_its_end(world: World, says: str, fields: dict[str, Any]) -> None:
+    world.says = says
+    whole = chat(world, logprobs=True, **fields)
+    chunks = world.chunks(logprobs=True, **fields)
+    entries = whole["choices"][0]["logprobs"]["content"]
+    assert logprobs_of(chunks) == entries
+    assert len(entries) == whole["usage"]["completion_tokens"] - (whole["choices"][0]["finish_reason"] == "stop")
+    assert text_of(chunks) == whole["choices"][0]["message"]["content"]
+    assert chunks[-1]["choices"][0]["logprobs"] is None
+
+
 def test_entries_of_a_cut_stop_sequence_are_cut_too(world: World) -> None:
     entries = chat(world, logprobs=True, stop="there")["choices"][0]["logprobs"]["content"]
     assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == "Hello "
