@@ -105,6 +105,10 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"best_of": 21}, "best_of", "integer_above_max_value"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
     ({"messages": []}, "messages", "unknown_parameter"),
+    ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "unknown_parameter"),
+    ({"prompt": ["a"] * 65, "n": 2}, "n", "integer_above_max_value"),
+    ({"prompt": [[5]] * 43, "n": 2, "best_of": 3}, "best_of", "integer_above_max_value"),
+    ({"prompt": ["a"] * 128, "n": 128, "stream": True}, "n", "integer_above_max_value"),
 ]
 
 
@@ -126,6 +130,10 @@ def test_a_wrong_field_is_named(world: World, fields: dict[str, Any], param: str
         {"best_of": 2, "n": 2},
         {"user": "ann"},
         {"echo": None, "logprobs": None},
+        {"echo": False, "n": None, "stop": None, "max_tokens": None, "seed": None, "logit_bias": {}},
+        {"best_of": 1, "n": 1, "stream": False},
+        {"prompt": ["a"] * 64, "n": 2, "max_tokens": 1},
+        {"prompt": [5] * 65, "n": 2, "max_tokens": 1},
     ],
     ids=str,
 )
