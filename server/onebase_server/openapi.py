@@ -19,7 +19,7 @@ from pydantic.json_schema import models_json_schema
 
 from onebase import __version__
 from onebase.home import Home
-from onebase_server.api.schemas_common import ErrorBody, RequestBody, Wire
+from onebase_server.api.schemas_common import ErrorBody, RequestPart, Wire
 from onebase_server.app import create_app
 from onebase_server.compose import build_deps
 from onebase_server.openapi_words import ABOUT, ERRORS, EXAMPLES, REPLIES, TAGS, errors_of
@@ -108,7 +108,7 @@ def schemas_of(paths: Json) -> Json:
     _, document = models_json_schema([(by_name[name], "validation") for name in named], ref_template=REF)
     schemas: Json = without_titles(document["$defs"])
     for name, schema in schemas.items():
-        if issubclass(by_name[name], RequestBody):
+        if issubclass(by_name[name], RequestPart):
             schema["additionalProperties"] = False  # decode.py refuses what it does not know
     return dict(sorted(schemas.items()))
 

@@ -53,7 +53,7 @@ class ChatInput:
 def check_chat(body: ChatRequest, max_choices: int) -> ChatInput:
     """Rules between fields. Raises InvalidInput naming the field."""
     check_stream_options(body)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise InvalidInput(
             "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled.",
             param="top_logprobs",
@@ -93,12 +93,26 @@ def check_response_format(body: ChatRequest) -> None:
         )
 
 
+def check_ending(body: ChatRequest) -> None:
+    """A grammar alone says where its text ends: nothing can follow, and it can't be made longer."""
+    for name in ("min_tokens", "ignore_eos"):
+        if getattr(body, name):
+            raise InvalidInput(
+                f"Invalid value for '{name}': with 'tools' or a JSON 'response_format' the answer's form says where it "
+                f"ends. Leave '{name}' out.",
+                param=name,
+                code="invalid_value",
+            )
+
+
 def plan_chat(body: ChatRequest, given: ChatInput, model: ServedModel, backend: Backend) -> ChatPlan:
     """Render and size. Raises ContextLengthExceeded."""
     tools = () if body.tool_choice == "none" else given.tools
     prompt = model.renderer.render_prompt(given.messages, given.tools)
     asked = body.max_completion_tokens or body.max_tokens
     constraint = constraint_of(body, given.tools, model.renderer.call_layout)
+    if constraint.grammar is not None:
+        check_ending(body)
     extras = Extras(
         max_tokens=answer_limit(asked, len(prompt), backend.max_context, param="messages"),
         # a grammar that rules from the start ends by itself, and a header inside one of its strings is text

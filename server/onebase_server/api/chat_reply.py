@@ -116,6 +116,9 @@ class ChatStream:
                 chunks.append(self._content(index, rest))
             for delta in call_deltas(calls[: 1 if self._plan.one_call else None]):
                 chunks.append(self._delta(index, ChatDelta(tool_calls=[delta]), self._take_logprobs(index)))
+        left = self._take_logprobs(index)
+        if left is not None:  # of tokens without text: half a character at the end, a control token
+            chunks.append(self._delta(index, ChatDelta(content=""), left))
         if token.usage is not None:
             self._usages[index] = token.usage
         word = finish_word(token.finish_reason, has_calls)

@@ -12,7 +12,7 @@ from typing import Any
 
 from litestar import Request, Response
 from litestar.exceptions import HTTPException, ValidationException
-from sqlalchemy.exc import DatabaseError, IntegrityError, ProgrammingError
+from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from onebase import errors as domain
@@ -87,6 +87,10 @@ def answer_for(error: BaseException, *, request_id: str, method: str = "", path:
         error = error.error
     if isinstance(error, domain.OnebaseError):
         return _ours(error, request_id)
+    if isinstance(error, DataError) and "NUL" in str(error.orig):  # in an id of a path or of a query
+        return _make(
+            400, "No text of a request may hold a NUL character here.", "invalid_request_error", code="invalid_value"
+        )
     trouble = storage_trouble(error)
     if trouble is not None:
         logger.error("request %s failed: %s (%s)", request_id, trouble, error)

@@ -1,6 +1,6 @@
 """`/v1/fine_tuning/jobs`: make, list, follow, steer. What a request means is decided here; `jobs/` carries it out."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from litestar import Request, get, post
@@ -132,9 +132,6 @@ async def order_of(body: CreateJob, caller: Caller, deps: AppDeps) -> FineTuning
     """Raises InvalidInput, or ModelNotFound for a model that is neither the base nor fine-tuned from it."""
     refuse_other_methods(body.method)
     hyperparameters = hyperparameters_of(body)
-    for name, value in [("suffix", body.suffix or ""), *(("metadata", text) for text in _texts(body.metadata))]:
-        if "\x00" in value:
-            raise InvalidInput(f"'{name}' may not hold a NUL character.", param=name, code="invalid_value")
     backend = deps.backend.get()
     start_from, prompt_format = await starting_point(body.model, caller, backend, deps)
     return FineTuningOrder(
@@ -192,7 +189,3 @@ def idempotency_key(request: AnyRequest) -> str | None:
     if key is not None and not 0 < len(key) <= MAX_KEY:
         raise InvalidInput(f"'Idempotency-Key' must have 1 to {MAX_KEY} characters.", param="Idempotency-Key")
     return key
-
-
-def _texts(metadata: Mapping[str, str] | None) -> list[str]:
-    return [text for pair in (metadata or {}).items() for text in pair]

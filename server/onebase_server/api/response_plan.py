@@ -86,12 +86,6 @@ def add_item(messages: list[ChatMessage], item: InputItem, path: str) -> None:
             raise missing(f"{path}.output")
         text = text_of(item.output, f"{path}.output")
         messages.append(ChatMessage(role="tool", tool_call_id=item.call_id, content=text))
-    elif item.type != "reasoning":
-        raise InvalidInput(
-            f"Invalid value for '{path}.type': expected 'message', 'function_call' or 'function_call_output'.",
-            param=f"{path}.type",
-            code="invalid_value",
-        )
 
 
 def add_call(messages: list[ChatMessage], item: InputItem, path: str) -> None:
@@ -117,9 +111,11 @@ def text_of(content: str | list[InputPart], path: str) -> str:
 def part_text(part: InputPart, path: str) -> str:
     if part.type == "refusal" and part.refusal is not None:
         return part.refusal
-    if part.type not in ("input_text", "output_text", "text"):
+    if part.type == "refusal":
+        raise missing(f"{path}.refusal")
+    if part.type == "reasoning_text":
         raise InvalidInput(
-            f"Invalid value for '{path}.type': '{part.type}'. This model reads text only: expected 'input_text'.",
+            f"Invalid value for '{path}.type': only a reasoning item may hold that. Expected 'input_text'.",
             param=f"{path}.type",
             code="invalid_value",
         )

@@ -183,9 +183,12 @@ class ResponseStream:
 
     def _close_message(self, status: str) -> list[bytes]:
         events = [] if self._is_open else self._open_message()
+        where = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
+        left = self._take_logprobs()
+        if left:  # of tokens without text: half a character at the end, a control token
+            events.append(self._event("response.output_text.delta", **where, delta="", logprobs=left))
         item = message_item(self._item_id, self._text, self._logprobs, status)
         self._output.append(item)
-        where = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
         return [
             *events,
             self._event("response.output_text.done", **where, text=self._text, logprobs=self._logprobs),

@@ -266,7 +266,7 @@ def test_a_message_counts_once_in_a_conversation_that_goes_on_and_until_the_last
 
 def test_the_memory_for_responses_is_a_setting(world: World) -> None:
     small = with_settings(world, response_memory_mb=1)
-    ids = [respond(small, metadata={"a": "b" * 400_000})["id"] for _ in range(3)]
+    ids = [respond(small, user="b" * 400_000)["id"] for _ in range(3)]
     assert [small.get(f"/v1/responses/{each}").status_code for each in ids] == [404, 200, 200]
 
 
@@ -312,7 +312,25 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"background": True}, "background", "invalid_value"),
     ({"background": 0}, "background", "invalid_type"),
     ({"truncation": "auto"}, "truncation", "invalid_value"),
-    ({"reasoning": {"effort": "high"}}, "reasoning", "unknown_parameter"),
+    ({"reasoning": {"effort": "high"}}, "reasoning.effort", "invalid_value"),
+    ({"input": [{"role": "user", "content": "Hi", "nmae": "x"}]}, "input[0].nmae", "unknown_parameter"),
+    (
+        {"input": [{"role": "user", "content": [{"type": "input_text", "text": "Hi", "x": 1}]}]},
+        "input[0].content[0].x",
+        "unknown_parameter",
+    ),
+    (
+        {"input": [{"role": "user", "content": [{"type": "refusal"}]}]},
+        "input[0].content[0].refusal",
+        "missing_required_parameter",
+    ),
+    (
+        {"input": [{"role": "user", "content": [{"type": "reasoning_text", "text": "x"}]}]},
+        "input[0].content[0].type",
+        "invalid_value",
+    ),
+    ({"text": {"format": {"type": "text"}, "tone": "dry"}}, "text.tone", "unknown_parameter"),
+    ({"metadata": {"a": "b" * 513}}, "metadata.a", "string_above_max_length"),
     ({"conversation": "conv_1"}, "conversation", "unknown_parameter"),
 ]
 

@@ -9,9 +9,10 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DatabaseError, IntegrityError
 
 from onebase.errors import InvalidInput
+from onebase_server.api.errors import answer_for
 from onebase_server.records.chats import ChatRecords
 from onebase_server.records.database import Database
 from onebase_server.records.files import FileRecords
@@ -174,6 +175,15 @@ async def test_the_queue_goes_by_priority_and_then_by_age(database: Database) ->
     for number, priority in enumerate([0, 5, 0, 5, -1]):
         await jobs.add(a_job(number, priority=priority), [], event_ids=[])
     assert [job.id[-1] for job in await jobs.in_states(["queued"])] == ["1", "3", "0", "2", "4"]
+
+
+async def test_a_nul_in_an_id_is_the_callers_mistake_and_no_outage(database: Database) -> None:
+    """PostgreSQL has no NUL in text; SQLite finds nothing under such an id."""
+    try:
+        status = 200 if await ChatRecords(database).get("chat\x00", None) else 404
+    except DatabaseError as error:
+        status = answer_for(error, request_id="req_1").status
+    assert status == (404 if database._sqlite else 400)
 
 
 async def test_jobs_are_found_by_metadata_whatever_the_key(database: Database) -> None:
