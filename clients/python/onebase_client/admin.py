@@ -66,7 +66,7 @@ class ServerAdmin:
         return self._move(name, "unload", version)
 
     def delete(self, model: str) -> Deleted:
-        """Delete an adapter with all its versions, or one version (`name@3`)."""
+        """Delete a fine-tuned model (`ft:...`), an adapter with all its versions, or one version (`name@3`)."""
         deleted = self._client.models.delete(model)
         return Deleted.construct(id=deleted.id, deleted=deleted.deleted)
 

@@ -1,4 +1,4 @@
-"""`/v1/models`: what is listed, found by any spelling that clients send, and deleted by an admin only."""
+"""`/v1/models`: what is listed, found by any spelling that clients send, and what is left of a deleted one."""
 
 from typing import Any
 
