@@ -1,6 +1,7 @@
-"""The audit log: every call that needs the admin scope, and what became of it, one JSON line under <home>/audit/.
+"""The audit log: calls that need the admin scope or delete a model, and what became of them, in <home>/audit/.
 
-No bodies and no keys are in it. It is appended to only; a file a month, so that old ones can be moved away.
+One JSON line each, without bodies and keys. It is appended to only; a file a month, so that old ones can be moved
+away.
 """
 
 import json
@@ -47,7 +48,7 @@ class AuditLog:
 
     async def note(self, message: Message, scope: Scope) -> None:
         """Litestar's before-send hook: refused calls are written down too."""
-        if message["type"] != "http.response.start" or not needs_admin(scope):
+        if message["type"] != "http.response.start" or not is_audited(scope):
             return
         caller = scope.get("state", {}).get(STATE_KEY)
         client = scope.get("client")
@@ -63,6 +64,6 @@ class AuditLog:
         )
 
 
-def needs_admin(scope: Scope) -> bool:
+def is_audited(scope: Scope) -> bool:
     handler: Any = scope.get("route_handler")
-    return handler is not None and handler.opt.get("scope") == ADMIN
+    return handler is not None and (handler.opt.get("scope") == ADMIN or bool(handler.opt.get("audited")))

@@ -52,12 +52,8 @@ def refusal(caller: Caller, scope: str) -> str:
 
 def check_local(connection: Connection, scope: str, settings: Settings) -> None:
     """On a server without keys: /admin from this machine only, and nothing for other sites' pages in a browser."""
-    client = connection.client
-    if scope == ADMIN and not is_loopback(client.host if client else None):
-        raise Forbidden(
-            "Without an admin key (ONEBASE_ADMIN_KEY, or `onebase keys create --scope admin`) this may be called from "
-            "the server's machine only."
-        )
+    if scope == ADMIN:
+        check_admin_place(connection)
     origin = connection.headers.get("origin")
     if origin is not None and not {"*", origin} & set(settings.cors_origins) and not same_site(origin, connection):
         raise Forbidden(f"Pages of {origin[:100]} may not call this server: see ONEBASE_CORS_ORIGINS.")
@@ -65,6 +61,16 @@ def check_local(connection: Connection, scope: str, settings: Settings) -> None:
     host = host_of("//" + connection.headers.get("host", ""))
     if not settings.allow_no_keys and host is not None and not is_address(host):
         raise Forbidden(f"Without keys this server answers to its address and to localhost, not to '{host[:100]}'.")
+
+
+def check_admin_place(connection: Connection) -> None:
+    """Raises Forbidden unless the caller, who needs no key, is on this machine."""
+    client = connection.client
+    if not is_loopback(client.host if client else None):
+        raise Forbidden(
+            "Without an admin key (ONEBASE_ADMIN_KEY, or `onebase keys create --scope admin`) this may be called from "
+            "the server's machine only."
+        )
 
 
 def same_site(origin: str, connection: Connection) -> bool:
