@@ -13,7 +13,6 @@ from onebase.errors import DatasetError
 from onebase.tokenizer import TextTokenizer
 from onebase_training.config import Recipe, make_recipe
 from onebase_training.dataset import Dataset, load_dataset
-from onebase_training.read import Problem, RawRecord, read_records
 from onebase_training.rows import Encoder, Row, cut_to_turns
 from tiny_base import CONVERSATIONS, sharegpt_file
 
@@ -56,17 +55,6 @@ def test_broken_lines_of_several_files_are_told_together(tmp_path: Path, encoder
         load_dataset(recipe, encoder, 100)
 
     assert [Path(problem.split(" line")[0]).name for problem in caught.value.problems] == ["a.jsonl", "b.jsonl"]
-
-
-def test_a_json_list_counts_lines_too_and_stops_at_the_syntax_error(tmp_path: Path) -> None:
-    file = tmp_path / "d.json"
-    file.write_text('[\n {"text": "a"},\n\n {"text": "b"},\n {"text": }\n]')
-    config = make_recipe({"name": "x", "data": {"train": str(file)}}).data
-
-    found = list(read_records(config.train[0], tmp_path, config))
-
-    assert [record.line for record in found if isinstance(record, RawRecord)] == [2, 4]
-    assert [str(problem).startswith("line 5: not JSON") for problem in found if isinstance(problem, Problem)] == [True]
 
 
 def test_a_file_that_is_not_utf8_names_the_line(tmp_path: Path, encoder: Encoder) -> None:
@@ -244,18 +232,6 @@ def test_the_seeds_loss_learns_every_token_but_the_first(tmp_path: Path, encoder
     row = load(sharegpt_file(tmp_path / "d.jsonl"), encoder, loss="all").train[0][0]
 
     assert np.flatnonzero(~row.learnt).tolist() == [0]
-
-
-def test_text_files_are_cut_in_overlapping_chunks_with_the_prefix(tmp_path: Path) -> None:
-    file = tmp_path / "t.txt"
-    file.write_text("0123456789", encoding="utf-8")
-    config = make_recipe(
-        {"name": "x", "data": {"train": str(file), "chunk_chars": 4, "chunk_overlap": 1, "chunk_prefix": ">"}}
-    ).data
-
-    found = [r.value["text"] for r in read_records(config.train[0], tmp_path, config) if isinstance(r, RawRecord)]  # type: ignore[index]
-
-    assert found == [">0123", ">3456", ">6789", ">9"]
 
 
 def test_a_hub_dataset_is_read_as_a_stream(monkeypatch: pytest.MonkeyPatch, encoder: Encoder, tmp_path: Path) -> None:

@@ -122,10 +122,11 @@ def parsed_records(
 ) -> Iterator[tuple[int, Record]]:
     """(line, record) of every sound record; broken ones go into the report."""
     for raw in read_records(source, folder, config):
-        report.records += 1
         if isinstance(raw, Problem):
+            report.records += raw.is_record
             _note(report, raw)
             continue
+        report.records += 1
         try:
             keep = config.unknown_role == "keep"
             yield raw.line, parse_record(raw.value, source.format, keep_unknown_roles=keep)
