@@ -55,8 +55,9 @@ class Source(Section):
     path: str
     """A local file (relative to the recipe, then to the working directory), or a hub dataset `owner/name`."""
     format: Literal["auto", "sharegpt", "openai", "alpaca", "orca", "completion", "text"] = "auto"
-    weight: float = Field(default=1.0, gt=0, le=100)
-    """How often an epoch goes through this file: 2 is twice, 0.5 every other time."""
+    weight: float = Field(default=1.0, ge=0.001, le=100)
+    """How often an epoch shows each row of this file: 2 is twice, 0.5 every other time (half of the rows in the
+    first epoch, the other half in the second)."""
     split: str = "train"
     """Of a hub dataset."""
 
@@ -83,11 +84,13 @@ class Headers(Section):
 class DataConfig(Section):
     train: Sources = Field(min_length=1)
     eval: Sources = ()
-    """Held-out files. Empty: `eval_fraction` of the training rows are held out."""
+    """Held-out files. Empty: about `eval_fraction` of the training rows are held out."""
     eval_fraction: float = Field(default=0.1, ge=0, lt=1)
-    """Chosen by a hash of each row's tokens: the same rows are held out whatever the files' order."""
+    """Held out are the rows whose hash, as a number from 0 to 1, is below it: the same ones in any order of files,
+    and still so when rows are added."""
     max_eval_rows: int | None = Field(default=None, ge=1)
-    """None: 1,000 at most are read at each evaluation."""
+    """Most rows to evaluate. Of split-off rows the rest is trained on; of held-out files it is left out, and told.
+    None: 1,000 split-off rows, and all of held-out files."""
     max_tokens: int | None = Field(default=None, ge=8)
     """Longest row in tokens. None: the base's context, but 2,048 at most."""
     too_long: Literal["drop", "truncate", "cut", "error"] = "truncate"
