@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,12 @@ def make_renderer(recipe: Recipe, spec: BaseSpec, tokenizer: TextTokenizer) -> P
     )
 
 
-def read_data(recipe: Recipe, spec: BaseSpec, tokenizer: TextTokenizer) -> Dataset:
+def read_data(
+    recipe: Recipe, spec: BaseSpec, tokenizer: TextTokenizer, alive: Callable[[], None] = lambda: None
+) -> Dataset:
+    """`alive` is called for every row: millions take long."""
     encoder = Encoder(tokenizer, make_renderer(recipe, spec, tokenizer), headers=recipe.data.headers)
-    return load_dataset(recipe, encoder, spec.context_length)
+    return load_dataset(recipe, encoder, spec.context_length, alive)
 
 
 def prepare(base: LoadedBase, recipe: Recipe) -> Objective:

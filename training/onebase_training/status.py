@@ -5,6 +5,7 @@ The supervisor in the server reads these; it never talks to the training process
 
 import json
 import os
+import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,13 +40,16 @@ class Status:
 class StatusWriter:
     """Writes `path` (None: nowhere) and appends events beside it, in `<path>.events.jsonl`.
 
-    Every change of state is written; progress at most a few times a second.
+    Every change of state is written; progress at most a few times a second. Threads may share it.
     """
 
     MIN_INTERVAL_S = 0.3
+    ALIVE_S = 10.0
+    """What is written anyway once this has passed, as a sign of life."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
+        self._lock = threading.RLock()
         self._written_at = 0.0
         self.status = Status("validating", pid=os.getpid())
         if path is not None:
@@ -66,14 +70,21 @@ class StatusWriter:
         return writer
 
     def progress(self, **changes: Any) -> None:
-        self.status = replace(self.status, **changes)
-        if time.monotonic() - self._written_at >= self.MIN_INTERVAL_S:
-            self._write()
+        with self._lock:
+            self.status = replace(self.status, **changes)
+            if time.monotonic() - self._written_at >= self.MIN_INTERVAL_S:
+                self._write()
+
+    def alive(self) -> None:
+        """Nothing new, but work goes on: called from inside long work, as often as one likes."""
+        if time.monotonic() - self._written_at >= self.ALIVE_S:
+            self.progress()
 
     def enter(self, state: State, message: str = "", **changes: Any) -> None:
         """A new state: written at once, durably."""
-        self.status = replace(self.status, state=state, message=message, **changes)
-        self._write()
+        with self._lock:
+            self.status = replace(self.status, state=state, message=message, **changes)
+            self._write()
 
     def event(self, kind: str, data: dict[str, Any]) -> None:
         """Append one event: `metrics`, `eval`, `checkpoint`, `notice`."""

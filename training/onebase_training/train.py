@@ -18,6 +18,7 @@ from onebase.home import Home
 from onebase.store import AdapterStore, Version
 from onebase.tokenizer import TextTokenizer
 from onebase_training import checkpoint, lora, preflight
+from onebase_training.alive import while_working
 from onebase_training.assemble import (
     build_trainer,
     has_tensorboard,
@@ -111,7 +112,7 @@ def _carry_out(run: Run) -> RunResult:
         _say(run, "note", ["no curves for tensorboard: pip install tensorboardX"])
     spec = find_base(run.home, recipe.base)
     tokenizer = TextTokenizer.load(spec.path)
-    dataset = read_data(recipe, spec, tokenizer)
+    dataset = read_data(recipe, spec, tokenizer, run.status.alive)
     _say(run, "data", dataset.notices)
     plan = make_plan([weight for _, weight in dataset.train], recipe.train)
     run.status.enter("validating", "loading the base", total_steps=len(plan))
@@ -121,8 +122,9 @@ def _carry_out(run: Run) -> RunResult:
     torch.manual_seed(recipe.train.seed)
     dtype = lora.compute_dtype(recipe.compute.dtype, device)
     beside = _beside(run, device)
-    base = beside.load_base(spec, tokenizer, dtype, may_share=not recipe.lora.use_dora)
-    objective = prepare(base, recipe)
+    with while_working(run.status.alive):
+        base = beside.load_base(spec, tokenizer, dtype, may_share=not recipe.lora.use_dora)
+        objective = prepare(base, recipe)
     objective.between = beside.between
     beside.watch(base.model)
     if recipe.resume_from is not None:
@@ -147,8 +149,9 @@ def _carry_out(run: Run) -> RunResult:
     metrics = final_metrics(trainer, callback, before, outcome, time.monotonic() - started)
     if beside.waited_s >= 0.05:
         metrics["waited_s"] = round(beside.waited_s, 1)
-    version = _publish(run, trainer, callback, metrics, dataset)
-    write_reports(run.run_dir, recipe, spec, trainer.state.log_history, metrics, version)
+    with while_working(run.status.alive):
+        version = _publish(run, trainer, callback, metrics, dataset)
+        write_reports(run.run_dir, recipe, spec, trainer.state.log_history, metrics, version)
     where = f"published {version.id}" if version else f"trained: {run.run_dir / 'adapter'}. {lora.MERGE_IT}"
     console.print(
         f"[green]{where}[/]: {metrics['steps']} steps, {metrics['seconds']} s, {metrics['tokens_per_s']} tok/s"
@@ -162,7 +165,7 @@ def _beside(run: Run, device: torch.device) -> Beside:
         run.home.serving,
         run.options.policy,
         device,
-        sign_of_life=lambda message: run.status.progress(message=message),
+        sign_of_life=lambda message: run.status.progress(**({"message": message} if message else {})),
         hurries=lambda: run.stop.asked,
     )
 

@@ -18,7 +18,7 @@ from onebase_server.jobs.checkpoints import Checkpoints, FindBase, finished_chec
 from onebase_server.jobs.gate import Verdict, judge, read_measured
 from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.orders import Gate
-from onebase_server.jobs.process import RunCommand, RunProcess
+from onebase_server.jobs.process import RunCommand, RunProcess, Silence
 from onebase_server.jobs.progress import Reporter
 from onebase_server.jobs.recipe import evaluate_command, train_command, write_recipe
 from onebase_server.jobs.run_folder import RunFolder
@@ -188,7 +188,7 @@ class RunLife:
         reporter = await self._reporter()
         process = self._process
         kill_at: float | None = None
-        started = time.time()
+        silence = Silence()
         while process is not None and process.is_alive():
             await self._ledger.news.wait(self._times.poll_s)
             if self._stopping():
@@ -196,7 +196,6 @@ class RunLife:
                 raise ServerStopsError
             await reporter.tick()
             job = await self._ledger.get(self._id)
-            silent_s = time.time() - max(started, self._folder.last_sign_of_life())
             if job.state != RUNNING and kill_at is None:
                 pausing = job.state == PAUSED
                 process.interrupt(save=pausing)
@@ -204,7 +203,7 @@ class RunLife:
                 kill_at = time.monotonic() + grace_s
             elif kill_at is not None and time.monotonic() > kill_at:
                 process.kill()
-            elif silent_s > self._times.stall_s:
+            elif silence.seconds(self._folder.last_sign_of_life()) > self._times.stall_s:
                 self._stalled = True
                 process.kill()
         await reporter.tick()
