@@ -4,14 +4,19 @@ The supervisor in the server reads these; it never talks to the training process
 """
 
 import json
+import logging
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from onebase.durable import replace_file
+
+logger = logging.getLogger(__name__)
 
 State = Literal["validating", "running", "succeeded", "failed", "cancelled"]
 
@@ -91,11 +96,24 @@ class StatusWriter:
         if self._path is None:
             return
         line = json.dumps({"type": kind, "created_at": int(time.time()), **data}, ensure_ascii=False)
-        with self._path.with_name(self._path.name + ".events.jsonl").open("a", encoding="utf-8") as stream:
+        with (
+            _not_the_end_of_the_run(),
+            self._path.with_name(self._path.name + ".events.jsonl").open("a", encoding="utf-8") as stream,
+        ):
             stream.write(line + "\n")
 
     def _write(self) -> None:
         self._written_at = time.monotonic()
         self.status = replace(self.status, updated_at=time.time())
         if self._path is not None:
-            replace_file(self._path, (json.dumps(asdict(self.status)) + "\n").encode())
+            with _not_the_end_of_the_run():
+                replace_file(self._path, (json.dumps(asdict(self.status)) + "\n").encode())
+
+
+@contextmanager
+def _not_the_end_of_the_run() -> Iterator[None]:
+    """A full disk: what can't be told is lost, not the hours before it. Checkpoints and versions do fail then."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("the run's status can't be written: %s", error)

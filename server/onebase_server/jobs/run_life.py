@@ -6,6 +6,7 @@ takes a run up in the middle walks the same path as the one that began it.
 
 import asyncio
 import logging
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from onebase_server.jobs.process import RunCommand, RunProcess, Silence
 from onebase_server.jobs.progress import Reporter
 from onebase_server.jobs.recipe import evaluate_command, train_command, write_recipe
 from onebase_server.jobs.run_folder import RunFolder
-from onebase_server.jobs.settle import Settler, job_error
+from onebase_server.jobs.settle import LESS_MEMORY, Settler, job_error
 from onebase_server.jobs.states import CANCELLED, FINE_TUNING, PAUSED, PUBLISHING, RUNNING
 from onebase_server.records.tables import JobRow
 
@@ -158,6 +159,8 @@ class RunLife:
         code = "trainer_stalled" if self._stalled else "trainer_died"
         last = self._folder.log_tail(400).splitlines()[-1:] or ["nothing"]
         message = f"{reason} (attempt {job.attempt}); its log {self._folder.log} ends: {last[0]}"
+        if exit_code == -signal.SIGKILL and not self._stalled:
+            message += f". {LESS_MEMORY}"
         return await self._settler.fail(job, self._folder, job_error(code, message))
 
     def _cause_of_death(self) -> str:
