@@ -1,5 +1,6 @@
 """Runs that end before their time: killed, cancelled, paused. And one run on two processes."""
 
+import errno
 import json
 import os
 import signal
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from safetensors.numpy import load_file
 
 from onebase.adapter import WEIGHTS
+from onebase.errors import TrainingError
 from onebase.home import Home
 from onebase.store import AdapterStore
 from onebase_training import checkpoint
@@ -192,6 +195,83 @@ def test_a_half_written_checkpoint_is_none(tmp_path: Path) -> None:
     committed = checkpoint.commit_checkpoint(half, tmp_path, keep=1)
     assert checkpoint.last_checkpoint(tmp_path) == committed == tmp_path / "checkpoint-6"
     assert not whole.exists()
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_leads_to_the_same_weights(
+    home: Home, tmp_path: Path, content: dict[str, Any]
+) -> None:
+    content["train"]["max_steps"] = 7
+    train(home, content, tmp_path / "run")
+    whole = weights(tmp_path / "run")
+    newest = tmp_path / "run/checkpoint-6"
+    (newest / "optimizer.pt").write_bytes((newest / "optimizer.pt").read_bytes()[:-100])
+
+    _, said = train(home, content, tmp_path / "run", resume=True)
+
+    assert "optimizer.pt is not as it was written" in said
+    assert f"going on from {tmp_path}/run/checkpoint-3" in said
+    assert_equal_bits(weights(tmp_path / "run"), whole)
+    assert checkpoint.damage(newest) is None, "made anew"
+
+    for folder in (newest, tmp_path / "run/checkpoint-3"):
+        (folder / WEIGHTS).unlink()
+    with pytest.raises(TrainingError, match=r"no checkpoint in .* is whole"):
+        train(home, content, tmp_path / "run", resume=True)
+    assert newest.exists(), "nothing is thrown away unasked"
+
+
+def test_a_disk_that_is_full_ends_the_run_in_clear_words_and_the_checkpoint_before_stays_whole(
+    home: Home, tmp_path: Path, content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, saved = torch.save, []
+
+    def half_written(what: Any, place: Any, *args: Any, **named: Any) -> None:
+        saved.append(place)
+        if "checkpoint-6" in str(place):
+            Path(place).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(place))
+        save(what, place, *args, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", half_written)
+        with pytest.raises(TrainingError, match=r"no room to write.*go on from .*checkpoint-3 with --resume"):
+            train(home, content, tmp_path / "run")
+
+    assert status(tmp_path / "run")["error"]["code"] == "disk_full"
+    assert not (tmp_path / "run/.staging").exists()
+    assert checkpoint.damage(tmp_path / "run/checkpoint-3") is None
+    assert checkpoint.last_checkpoint(tmp_path / "run") == tmp_path / "run/checkpoint-3"
+    train(home, content, tmp_path / "run", resume=True)
+
+
+def test_a_status_that_cannot_be_written_ends_no_run(
+    home: Home, tmp_path: Path, content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("onebase_training.status.replace_file", full)
+    content["train"] = {"max_steps": 1}
+
+    assert train(home, content, tmp_path / "run")[0].state == "succeeded"
+
+
+def test_the_best_so_far_goes_only_once_a_better_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(_model: Any, folder: Path) -> None:
+        folder.mkdir()
+        (folder / WEIGHTS).write_bytes(b"x")
+
+    monkeypatch.setattr(checkpoint, "save_adapter", write)
+    assert checkpoint.best_adapter(tmp_path) is None
+    for step in (2, 10):
+        checkpoint.save_best(None, tmp_path, step)
+        assert checkpoint.best_adapter(tmp_path) == tmp_path / f"best-{step}"
+    assert [path.name for path in tmp_path.iterdir()] == ["best-10"]
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save_adapter", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            checkpoint.save_best(None, tmp_path, 12)
+    assert checkpoint.best_adapter(tmp_path) == tmp_path / "best-10"
 
 
 def test_pitfall_21_two_processes_train_what_one_trains(home: Home, tmp_path: Path, content: dict[str, Any]) -> None:

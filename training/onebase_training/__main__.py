@@ -106,18 +106,20 @@ def evaluate(
         is_recipe = recipe.suffix in (".yaml", ".yml")
         loaded = load_recipe(recipe) if is_recipe else recipe_for_file(recipe, place, adapter or [])
         from onebase_training import evaluate as measuring
+        from onebase_training import limits
 
-        results = measuring.evaluate(
-            loaded,
-            place,
-            adapter or ([loaded.name] if is_recipe else []),
-            with_base=base,
-            max_examples=max_examples,
-            max_new_tokens=max_tokens,
-            console=console,
-            status=StatusWriter.taken_up(status),
-            policy=policy,
-        )
+        with limits.told(loaded):
+            results = measuring.evaluate(
+                loaded,
+                place,
+                adapter or ([loaded.name] if is_recipe else []),
+                with_base=base,
+                max_examples=max_examples,
+                max_new_tokens=max_tokens,
+                console=console,
+                status=StatusWriter.taken_up(status),
+                policy=policy,
+            )
         if out is not None:
             measuring.write_json(results, out)
         Console().print(measuring.as_table(results))

@@ -6,7 +6,7 @@ them with their line numbers, and nothing has been written.
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,8 +51,11 @@ class Dataset:
         ]
 
 
-def load_dataset(recipe: Recipe, encoder: Encoder, context_length: int) -> Dataset:
-    """Read, render, cut, deduplicate and split. Raises DatasetError with every broken line."""
+def load_dataset(
+    recipe: Recipe, encoder: Encoder, context_length: int, alive: Callable[[], None] = lambda: None
+) -> Dataset:
+    """Read, render, cut, deduplicate and split; `alive` is called now and then. Raises DatasetError with every broken
+    line."""
     config = recipe.data
     limit = min(config.max_tokens or 2048, context_length)
     learn_all = recipe.train.loss == "all"
@@ -63,6 +66,7 @@ def load_dataset(recipe: Recipe, encoder: Encoder, context_length: int) -> Datas
         reports.append(report)
         usable = usable_rows(source, recipe.folder, config, encoder, limit, report, learn_all=learn_all)
         for number, row in enumerate(usable):
+            alive()
             key = row.key if config.deduplicate else f"{len(reports)}/{number}".encode()
             if key in rows:
                 report.left_out["left out as exact duplicates"] += 1

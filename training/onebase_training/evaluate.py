@@ -22,6 +22,7 @@ from onebase.home import Home
 from onebase.store import AdapterStore, Version
 from onebase.tokenizer import TextTokenizer
 from onebase_training import attention, lora
+from onebase_training.alive import while_working
 from onebase_training.assemble import make_renderer, read_data
 from onebase_training.beside import Beside
 from onebase_training.config import Recipe
@@ -67,16 +68,17 @@ def evaluate(
     spec = find_base(home, recipe.base)
     _require_base(versions, spec.identity)
     tokenizer = TextTokenizer.load(spec.path)
-    rows = read_data(recipe, spec, tokenizer).eval[:max_examples]
+    rows = read_data(recipe, spec, tokenizer, status.alive).eval[:max_examples]
     if not rows:
         raise InvalidInput("nothing is held out: give data.eval, or data.eval_fraction above 0", param="data.eval")
     device = lora.compute_settings(recipe.compute)
     dtype = lora.compute_dtype(recipe.compute.dtype, device)
     beside = Beside(home.serving, policy, device, sign_of_life=lambda _: status.progress())
-    base = beside.load_base(spec, tokenizer, dtype)
+    with while_working(status.alive):
+        base = beside.load_base(spec, tokenizer, dtype)
+        base.model.config._attn_implementation = attention.register()
+        lora.keep_dequantized(base, recipe.compute.keep_dequantized)
     beside.watch(base.model)
-    base.model.config._attn_implementation = attention.register()
-    lora.keep_dequantized(base, recipe.compute.keep_dequantized)
     results = []
     for version in [*([None] if with_base else []), *versions]:
         name = version.id if version else spec.id

@@ -17,7 +17,8 @@ from onebase.errors import OnebaseError
 from onebase.home import Home
 from onebase.store import AdapterStore, Version
 from onebase.tokenizer import TextTokenizer
-from onebase_training import checkpoint, lora, preflight
+from onebase_training import checkpoint, limits, lora, preflight
+from onebase_training.alive import while_working
 from onebase_training.assemble import (
     build_trainer,
     has_tensorboard,
@@ -82,7 +83,7 @@ def carry_out(run: Run) -> RunResult:
     """
     run.run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        with run.stop.installed(run.console):
+        with run.stop.installed(run.console), limits.told(run.recipe, run.run_dir):
             return _carry_out(run)
     except OnebaseError as error:
         run.status.enter("failed", error.message, error=_error(error))
@@ -111,7 +112,7 @@ def _carry_out(run: Run) -> RunResult:
         _say(run, "note", ["no curves for tensorboard: pip install tensorboardX"])
     spec = find_base(run.home, recipe.base)
     tokenizer = TextTokenizer.load(spec.path)
-    dataset = read_data(recipe, spec, tokenizer)
+    dataset = read_data(recipe, spec, tokenizer, run.status.alive)
     _say(run, "data", dataset.notices)
     plan = make_plan([weight for _, weight in dataset.train], recipe.train)
     run.status.enter("validating", "loading the base", total_steps=len(plan))
@@ -121,8 +122,9 @@ def _carry_out(run: Run) -> RunResult:
     torch.manual_seed(recipe.train.seed)
     dtype = lora.compute_dtype(recipe.compute.dtype, device)
     beside = _beside(run, device)
-    base = beside.load_base(spec, tokenizer, dtype, may_share=not recipe.lora.use_dora)
-    objective = prepare(base, recipe)
+    with while_working(run.status.alive):
+        base = beside.load_base(spec, tokenizer, dtype, may_share=not recipe.lora.use_dora)
+        objective = prepare(base, recipe)
     objective.between = beside.between
     beside.watch(base.model)
     if recipe.resume_from is not None:
@@ -135,7 +137,7 @@ def _carry_out(run: Run) -> RunResult:
         plan, recipe.train, run.status, console, run.stop, has_eval=bool(dataset.eval), guard=beside.guard
     )
     trainer = build_trainer(recipe, objective, base, dataset, plan, run.run_dir, callback)
-    preflight.check(trainer, recipe.compute.preflight, console)
+    preflight.check(trainer, recipe, console)
     before = _measure_base(run, trainer)
     outcome = _train(run, trainer, callback)
     if run.stop.asked:
@@ -147,8 +149,9 @@ def _carry_out(run: Run) -> RunResult:
     metrics = final_metrics(trainer, callback, before, outcome, time.monotonic() - started)
     if beside.waited_s >= 0.05:
         metrics["waited_s"] = round(beside.waited_s, 1)
-    version = _publish(run, trainer, callback, metrics, dataset)
-    write_reports(run.run_dir, recipe, spec, trainer.state.log_history, metrics, version)
+    with while_working(run.status.alive):
+        version = _publish(run, trainer, callback, metrics, dataset)
+        write_reports(run.run_dir, recipe, spec, trainer.state.log_history, metrics, version)
     where = f"published {version.id}" if version else f"trained: {run.run_dir / 'adapter'}. {lora.MERGE_IT}"
     console.print(
         f"[green]{where}[/]: {metrics['steps']} steps, {metrics['seconds']} s, {metrics['tokens_per_s']} tok/s"
@@ -162,7 +165,7 @@ def _beside(run: Run, device: torch.device) -> Beside:
         run.home.serving,
         run.options.policy,
         device,
-        sign_of_life=lambda message: run.status.progress(message=message),
+        sign_of_life=lambda message: run.status.progress(**({"message": message} if message else {})),
         hurries=lambda: run.stop.asked,
     )
 
@@ -180,10 +183,11 @@ def _measure_base(run: Run, trainer: PlanTrainer) -> dict[str, float]:
 
 
 def _train(run: Run, trainer: PlanTrainer, callback: RunCallback) -> Any:
-    last = checkpoint.last_checkpoint(run.run_dir) if run.options.resume else None
-    if last is not None:
-        run.console.print(f"going on from {last}")
-    elif trainer.is_world_process_zero():
+    last = None
+    if run.options.resume:
+        last = checkpoint.whole_checkpoint(run.run_dir, lambda damaged: _say(run, "warning", [damaged]))
+        run.console.print(f"going on from {last}" if last else f"no checkpoint in {run.run_dir}: from the beginning")
+    if last is None and trainer.is_world_process_zero():
         checkpoint.clear(run.run_dir)
     trainer.accelerator.wait_for_everyone()
     with run.stop.after_the_step():
@@ -198,8 +202,9 @@ def _publish(
 ) -> Version | None:
     """The last weights, or with early stopping those of the best evaluation; once they have been heard to speak."""
     model = trainer.model.model
-    if callback.stops_early and checkpoint.best_adapter(run.run_dir) is not None:
-        checkpoint.load_adapter_tensors(model, run.run_dir / checkpoint.BEST)
+    best = checkpoint.best_adapter(run.run_dir) if callback.stops_early else None
+    if best is not None:
+        checkpoint.load_adapter_tensors(model, best)
     folder = run.run_dir / "adapter"
     write_checked(model, checkpoint.adapter_tensors(model), folder)
     spec = find_base(run.home, run.recipe.base)

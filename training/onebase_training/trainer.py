@@ -8,7 +8,8 @@ or pickled checkpoints (14, 15), data order on resume (14).
 import contextlib
 import math
 import pickle
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from onebase_training.config import TrainConfig
 from onebase_training.objective import Objective
 from onebase_training.plan import Plan, micro_batches
 from onebase_training.rows import Row
+from onebase_training.same_recipe import require_same_recipe, write_made_with
 
 
 class StepDataset(Dataset[list[MicroBatch]]):
@@ -77,7 +79,7 @@ class StepDataset(Dataset[list[MicroBatch]]):
 
 
 class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
-    """`objective` wraps the PeftModel. `eval_rows` may be empty. `recipe_hash` guards checkpoints."""
+    """`objective` wraps the PeftModel. `eval_rows` may be empty. `made_with` guards checkpoints (same_recipe.py)."""
 
     def __init__(
         self,
@@ -87,7 +89,7 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
         *,
         eval_batches: Sequence[MicroBatch],
         keep_checkpoints: int,
-        recipe_hash: str,
+        made_with: Mapping[str, Any],
         callbacks: list[Any],
     ) -> None:
         super().__init__(model=objective, args=args, train_dataset=steps, callbacks=callbacks)
@@ -96,7 +98,7 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
         self.steps = steps
         self.eval_batches = eval_batches
         self._keep = keep_checkpoints
-        self._recipe_hash = recipe_hash
+        self._made_with = made_with
         self.session_tokens = 0
         """Tokens since this process started."""
         self.last_loss = math.nan
@@ -111,7 +113,7 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def keep_best(self) -> None:
         """The adapter as it is now, whole or not at all, in the run's folder."""
-        ck.save_best(self.model.model, Path(self.args.output_dir))
+        ck.save_best(self.model.model, Path(self.args.output_dir), self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -169,14 +171,21 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Into a hidden folder first; `commit_checkpoint` makes it appear whole."""
         run = Path(self.args.output_dir)
-        staging = run / ".staging"
+        staging = run / ck.STAGING
         staged = staging / f"checkpoint-{self.state.global_step}"
-        with _changed(self.args, "output_dir", str(staging)):
-            super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            (staged / ck.RECIPE_HASH).write_text(self._recipe_hash + "\n", "utf-8")
-            ck.commit_checkpoint(staged, run, self._keep)
+            shutil.rmtree(staging, ignore_errors=True)  # what a crash left half written
+        self.accelerator.wait_for_everyone()
+        try:
+            with _changed(self.args, "output_dir", str(staging)):
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                write_made_with(staged, self._made_with)
+                ck.commit_checkpoint(staged, run, self._keep)
+        except BaseException:  # a full disk needs the room
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
         self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -188,7 +197,7 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
             super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        ck.require_same_recipe(Path(resume_from_checkpoint), self._recipe_hash)
+        require_same_recipe(Path(resume_from_checkpoint), self._made_with)
         ck.load_adapter_tensors(self.model.model, Path(resume_from_checkpoint))
 
 

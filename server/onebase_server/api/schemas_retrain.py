@@ -28,6 +28,10 @@ class RetrainHyperparameters(RequestPart):
     target_modules: Annotated[list[str], Field(min_length=1)] | None = None
     use_rslora: bool | None = None
     max_tokens: Annotated[int, Field(ge=8)] | None = None
+    tokens_at_once: Annotated[int, Field(ge=1)] | None = None
+    """Of a micro-batch: less takes less memory, and changes no result."""
+    gradient_checkpointing: bool | None = None
+    memory_gb: Annotated[float, Field(gt=0)] | None = None
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None
     device: str | None = None
     dtype: Literal["bfloat16", "float32"] | None = None

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -99,6 +100,21 @@ class RunProcess:
                 return
         for process in holders(self._folder):
             _send(process, signal.SIGKILL)
+
+
+class Silence:
+    """How long a process has given no new sign of life, by a clock that stands still while the machine sleeps and
+    that nobody sets: a laptop that wakes up must not kill a good run."""
+
+    def __init__(self) -> None:
+        self._last_sign: float | None = None
+        self._since = time.monotonic()
+
+    def seconds(self, sign: float) -> float:
+        """`sign`: when the process last wrote anything, by whatever clock."""
+        if sign != self._last_sign:
+            self._last_sign, self._since = sign, time.monotonic()
+        return time.monotonic() - self._since
 
 
 def holders(folder: RunFolder) -> list[psutil.Process]:

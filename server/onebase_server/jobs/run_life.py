@@ -6,6 +6,7 @@ takes a run up in the middle walks the same path as the one that began it.
 
 import asyncio
 import logging
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -18,11 +19,11 @@ from onebase_server.jobs.checkpoints import Checkpoints, FindBase, finished_chec
 from onebase_server.jobs.gate import Verdict, judge, read_measured
 from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.orders import Gate
-from onebase_server.jobs.process import RunCommand, RunProcess
+from onebase_server.jobs.process import RunCommand, RunProcess, Silence
 from onebase_server.jobs.progress import Reporter
 from onebase_server.jobs.recipe import evaluate_command, train_command, write_recipe
 from onebase_server.jobs.run_folder import RunFolder
-from onebase_server.jobs.settle import Settler, job_error
+from onebase_server.jobs.settle import LESS_MEMORY, Settler, job_error
 from onebase_server.jobs.states import CANCELLED, FINE_TUNING, PAUSED, PUBLISHING, RUNNING
 from onebase_server.records.tables import JobRow
 
@@ -158,6 +159,8 @@ class RunLife:
         code = "trainer_stalled" if self._stalled else "trainer_died"
         last = self._folder.log_tail(400).splitlines()[-1:] or ["nothing"]
         message = f"{reason} (attempt {job.attempt}); its log {self._folder.log} ends: {last[0]}"
+        if exit_code == -signal.SIGKILL and not self._stalled:
+            message += f". {LESS_MEMORY}"
         return await self._settler.fail(job, self._folder, job_error(code, message))
 
     def _cause_of_death(self) -> str:
@@ -188,7 +191,7 @@ class RunLife:
         reporter = await self._reporter()
         process = self._process
         kill_at: float | None = None
-        started = time.time()
+        silence = Silence()
         while process is not None and process.is_alive():
             await self._ledger.news.wait(self._times.poll_s)
             if self._stopping():
@@ -196,7 +199,6 @@ class RunLife:
                 raise ServerStopsError
             await reporter.tick()
             job = await self._ledger.get(self._id)
-            silent_s = time.time() - max(started, self._folder.last_sign_of_life())
             if job.state != RUNNING and kill_at is None:
                 pausing = job.state == PAUSED
                 process.interrupt(save=pausing)
@@ -204,7 +206,7 @@ class RunLife:
                 kill_at = time.monotonic() + grace_s
             elif kill_at is not None and time.monotonic() > kill_at:
                 process.kill()
-            elif silent_s > self._times.stall_s:
+            elif silence.seconds(self._folder.last_sign_of_life()) > self._times.stall_s:
                 self._stalled = True
                 process.kill()
         await reporter.tick()

@@ -25,6 +25,11 @@ logger = logging.getLogger(__name__)
 
 JobError = Mapping[str, Any]
 
+LESS_MEMORY = (
+    "If the machine's memory ran out: lower hyperparameters.tokens_at_once or max_tokens, or set "
+    "hyperparameters.gradient_checkpointing (of a retraining), shorten the longest examples, or add memory"
+)
+
 
 def job_error(code: str, message: str, param: str | None = None) -> dict[str, Any]:
     """OpenAI's `error` of a failed job."""
