@@ -103,7 +103,8 @@ class Settings:
     adapter_slots: int = setting(16, integer(1, 4096), "adapter versions on the device at a time")
     max_lora_rank: int = setting(64, integer(1, 512), "largest rank of an adapter")
     adapter_memory_mb: int = setting(2048, integer(1, 10**7), "host memory for adapter versions, in MB")
-    queue_limit: int = setting(1024, integer(1, 10**6), "requests that may wait; more get 503")
+    queue_limit: int = setting(1024, integer(1, 10**6), "requests that may wait; more get 429")
+    share_prefixes: bool = setting(False, yes_or_no, "let keys of different owners share cached prompts")
     # Bounds on one request
     max_body_mb: int = setting(8, integer(1, 4096), "largest request body, in MB")
     max_choices: int = setting(128, integer(1, 128), "largest n")
