@@ -14,7 +14,7 @@ from onebase.errors import InvalidInput
 from onebase.home import Home, default_home
 from onebase.train_policy import share_of
 
-SECRETS = ("ONEBASE_API_KEYS", "ONEBASE_ADMIN_KEY", "ONEBASE_DATABASE")
+SECRETS = ("ONEBASE_API_KEYS", "ONEBASE_ADMIN_KEY", "ONEBASE_METRICS_KEY", "ONEBASE_DATABASE")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -84,6 +84,7 @@ class Settings:
     port: int = setting(8000, integer(0, 65535), "port; 0 takes a free one")
     api_keys: tuple[str, ...] = setting((), words, "keys for inference, comma-separated")
     admin_key: str | None = setting(None, text, "key for everything")
+    metrics_key: str | None = setting(None, text, "key for /metrics alone; none: an admin key, or loopback")
     allow_no_keys: bool = setting(False, yes_or_no, "listen beyond loopback without any key")
     key_rpm: int | None = setting(None, integer(1, 10**9), "requests a minute of a key that has no own limit")
     key_tpm: int | None = setting(None, integer(1, 10**12), "tokens a minute of a key that has no own limit")
@@ -183,6 +184,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     problems = []
     if value("admin_key") is not None and value("admin_key") in value("api_keys"):
         problems.append("ONEBASE_ADMIN_KEY is also among ONEBASE_API_KEYS: everyone would be admin")
-    if any(len(key) < 8 for key in (*value("api_keys"), *filter(None, [value("admin_key")]))):
+    if value("metrics_key") is not None and value("metrics_key") in (*value("api_keys"), value("admin_key")):
+        problems.append("ONEBASE_METRICS_KEY is also a key for more than metrics: make one of its own")
+    if any(len(key) < 8 for key in (*value("api_keys"), *filter(None, map(value, ("admin_key", "metrics_key"))))):
         problems.append("a key is shorter than 8 characters: it can be guessed")
     return problems
