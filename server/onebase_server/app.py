@@ -25,7 +25,7 @@ from onebase_server.api import (
     stored_chats,
 )
 from onebase_server.api.allowed_methods import send_allow
-from onebase_server.api.auth import require
+from onebase_server.api.auth import require, require_for_metrics
 from onebase_server.api.decode import WirePlugin, WireRequest
 from onebase_server.api.deps import AppDeps
 from onebase_server.api.errors import handle_any_error
@@ -117,8 +117,9 @@ def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
             admin_keys.revoke_key,
         ],
     )
+    metrics = Router("/", guards=[require_for_metrics(guard, deps.settings)], route_handlers=[health.metrics])
     return Litestar(
-        route_handlers=[inference, training, admin, health.healthz, health.readyz, health.metrics],
+        route_handlers=[inference, training, admin, metrics, health.healthz, health.readyz],
         dependencies={
             "deps": Provide(lambda: deps, sync_to_thread=False),
             "kept": Provide(lambda: kept, sync_to_thread=False),

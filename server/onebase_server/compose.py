@@ -23,7 +23,7 @@ from onebase_server.jobs.service import JobLimits
 from onebase_server.jobs.supervisor import SupervisorConfig
 from onebase_server.loading import load_backend
 from onebase_server.logs import configure_logging
-from onebase_server.memory import keep_giving_back, keep_what_stands
+from onebase_server.memory import keep_giving_back, keep_what_stands, share_heaps
 from onebase_server.settings import Settings
 from onebase_server.startup import (
     allow_many_files,
@@ -79,6 +79,7 @@ def serve(settings: Settings, load: LoadBackend = load_backend) -> int:
     """Serve until a signal. The exit code: 0 after a clean end, 1 if the base could not be loaded."""
     configure_logging(settings.log_level, settings.log_format)
     sys.setswitchinterval(SWITCH_S)
+    share_heaps()
     allow_many_files()
     prepare_home(settings.home)
     has_keys = settings.has_keys | open_records(settings)

@@ -69,7 +69,11 @@ def start_backend(
     settings: Settings, spec: BaseSpec, runner: Runner, tokenizer: TextTokenizer, note: ServerNote | None = None
 ) -> Backend:
     """The engine over a runner, running; it owns `note`. Torch-free: tests hand in a runner of their own."""
-    config = EngineConfig(max_queued=settings.queue_limit, host_budget_bytes=settings.adapter_memory_mb * 1_000_000)
+    config = EngineConfig(
+        max_queued=settings.queue_limit,
+        host_budget_bytes=settings.adapter_memory_mb * 1_000_000,
+        share_prefixes=settings.share_prefixes,
+    )
     engine = Engine(runner, tokenizer, config, grammar=LlguidanceBackend(tokenizer), note=note)
     renderers = Renderers(tokenizer, read_chat_template(spec.path))
     backend = Backend(

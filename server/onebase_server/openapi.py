@@ -87,7 +87,7 @@ def complete_operation(operation: Json, path: str, method: str) -> None:
     for status in errors_of(path, method, has_body=body is not None):
         replies[status] = {"$ref": f"#/components/responses/{status}"}
     if not path.startswith(("/v1", "/admin")):
-        operation["security"] = []
+        operation["security"] = [{}, {"bearer": []}] if path == "/metrics" else []
 
 
 def error_response(status: str) -> Json:

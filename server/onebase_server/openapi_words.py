@@ -23,7 +23,7 @@ TAGS = {
     "Fine-tuning": "Jobs that train an adapter.",
     "Stored chats": "Exchanges kept by `store: true`, and what people thought of them.",
     "Admin": "This server's own: residency, versions, retraining. Needs the admin key.",
-    "Operations": "Health and metrics. No key needed.",
+    "Operations": "Health, without a key, and metrics: the metrics key, an admin key, or on loopback none.",
 }
 
 
@@ -58,7 +58,7 @@ ERRORS: Mapping[str, tuple[str, dict[str, Any]]] = {
 def errors_of(path: str, method: str, *, has_body: bool) -> list[str]:
     """The statuses that an operation may answer besides 200."""
     if not path.startswith(("/v1", "/admin")):
-        return ["503"] if path == "/readyz" else []
+        return {"/readyz": ["503"], "/metrics": ["401", "403", "503"]}.get(path, [])
     statuses = {"400", "401", "500", "503"}
     if path.startswith("/admin") or method == "delete":
         statuses |= {"403", "409"}

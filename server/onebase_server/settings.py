@@ -14,7 +14,7 @@ from onebase.errors import InvalidInput
 from onebase.home import Home, default_home
 from onebase.train_policy import policy_of
 
-SECRETS = ("ONEBASE_API_KEYS", "ONEBASE_ADMIN_KEY", "ONEBASE_DATABASE")
+SECRETS = ("ONEBASE_API_KEYS", "ONEBASE_ADMIN_KEY", "ONEBASE_METRICS_KEY", "ONEBASE_DATABASE")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -84,6 +84,7 @@ class Settings:
     port: int = setting(8000, integer(0, 65535), "port; 0 takes a free one")
     api_keys: tuple[str, ...] = setting((), words, "keys for inference, comma-separated")
     admin_key: str | None = setting(None, text, "key for everything")
+    metrics_key: str | None = setting(None, text, "key for /metrics alone; none: an admin key, or loopback")
     allow_no_keys: bool = setting(False, yes_or_no, "listen beyond loopback without any key")
     key_rpm: int | None = setting(None, integer(1, 10**9), "requests a minute of a key that has no own limit")
     key_tpm: int | None = setting(None, integer(1, 10**12), "tokens a minute of a key that has no own limit")
@@ -103,7 +104,8 @@ class Settings:
     adapter_slots: int = setting(16, integer(1, 4096), "adapter versions on the device at a time")
     max_lora_rank: int = setting(64, integer(1, 512), "largest rank of an adapter")
     adapter_memory_mb: int = setting(2048, integer(1, 10**7), "host memory for adapter versions, in MB")
-    queue_limit: int = setting(1024, integer(1, 10**6), "requests that may wait; more get 503")
+    queue_limit: int = setting(1024, integer(1, 10**6), "requests that may wait; more get 429")
+    share_prefixes: bool = setting(False, yes_or_no, "let keys of different owners share cached prompts")
     # Bounds on one request
     max_body_mb: int = setting(8, integer(1, 4096), "largest request body, in MB")
     max_choices: int = setting(128, integer(1, 128), "largest n")
@@ -182,6 +184,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     problems = []
     if value("admin_key") is not None and value("admin_key") in value("api_keys"):
         problems.append("ONEBASE_ADMIN_KEY is also among ONEBASE_API_KEYS: everyone would be admin")
-    if any(len(key) < 8 for key in (*value("api_keys"), *filter(None, [value("admin_key")]))):
+    if value("metrics_key") is not None and value("metrics_key") in (*value("api_keys"), value("admin_key")):
+        problems.append("ONEBASE_METRICS_KEY is also a key for more than metrics: make one of its own")
+    if any(len(key) < 8 for key in (*value("api_keys"), *filter(None, map(value, ("admin_key", "metrics_key"))))):
         problems.append("a key is shorter than 8 characters: it can be guessed")
     return problems

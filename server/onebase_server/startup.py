@@ -9,6 +9,8 @@ import resource
 import shutil
 import socket
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sqlalchemy.exc import DatabaseError, SQLAlchemyError
@@ -17,6 +19,7 @@ from onebase.errors import BaseModelError, InvalidInput
 from onebase.home import Home
 from onebase_server.records.database import Database
 from onebase_server.records.keys import KeyRecords
+from onebase_server.records.standing import Standing, standing_at, standing_of_file
 from onebase_server.settings import LOOPBACK, Settings
 
 LOW_DISK_MB = 500
@@ -68,19 +71,33 @@ def open_records(settings: Settings) -> bool:
     return asyncio.run(_open_records(settings))
 
 
+def look_at_records(settings: Settings) -> Standing:
+    """How the database stands, which is left as it is. Raises InvalidInput with words."""
+    path = settings.home.root / "onebase.db"
+    with _in_words(settings, path):
+        return standing_at(settings.database) if settings.database else standing_of_file(path)
+
+
 async def _open_records(settings: Settings) -> bool:
     path = settings.home.root / "onebase.db"
     database = Database.at(settings.database) if settings.database else Database.file(path)
     try:
-        await database.migrate()
-        return await KeyRecords(database).any()
+        with _in_words(settings, path):
+            await database.migrate()
+            return await KeyRecords(database).any()
+    finally:
+        await database.close()
+
+
+@contextmanager
+def _in_words(settings: Settings, path: Path) -> Iterator[None]:
+    try:
+        yield
     except DatabaseError as error:
         place = "the database" if settings.database else str(path)
         raise InvalidInput(f"{place} can't be used: {reason_of(error)}", param="database") from error
     except SQLAlchemyError as error:
         raise InvalidInput(f"the database can't be used: {type(error).__name__}", param="database") from error
-    finally:
-        await database.close()
 
 
 def reason_of(error: DatabaseError) -> str:

@@ -24,6 +24,7 @@ VALUES = [
     ("ONEBASE_PORT", "9000", "port", 9000),
     ("ONEBASE_API_KEYS", "sk-first-key, sk-second-key,", "api_keys", ("sk-first-key", "sk-second-key")),
     ("ONEBASE_ADMIN_KEY", "sk-admin-key", "admin_key", "sk-admin-key"),
+    ("ONEBASE_METRICS_KEY", "sk-metrics-key", "metrics_key", "sk-metrics-key"),
     ("ONEBASE_DATASET_ROOTS", "/a,/b", "dataset_roots", (Path("/a"), Path("/b"))),
     ("ONEBASE_ALLOW_NO_KEYS", "yes", "allow_no_keys", True),
     ("ONEBASE_ALLOW_NO_KEYS", "0", "allow_no_keys", False),
@@ -66,8 +67,13 @@ def test_every_problem_is_in_one_message() -> None:
 
 @pytest.mark.parametrize(
     "env",
-    [{"ONEBASE_API_KEYS": "abc123"}, {"ONEBASE_ADMIN_KEY": "sk-a-long-key", "ONEBASE_API_KEYS": "sk-a-long-key"}],
-    ids=["guessable", "the same twice"],
+    [
+        {"ONEBASE_API_KEYS": "abc123"},
+        {"ONEBASE_ADMIN_KEY": "sk-a-long-key", "ONEBASE_API_KEYS": "sk-a-long-key"},
+        {"ONEBASE_METRICS_KEY": "abc123"},
+        {"ONEBASE_METRICS_KEY": "sk-a-long-key", "ONEBASE_ADMIN_KEY": "sk-a-long-key"},
+    ],
+    ids=["guessable", "the same twice", "guessable metrics", "metrics the same"],
 )
 def test_keys_that_protect_nothing_are_refused_and_not_shown(env: dict[str, str]) -> None:
     with pytest.raises(InvalidInput) as caught:

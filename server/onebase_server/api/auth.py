@@ -4,6 +4,7 @@ Without any key the server listens on loopback only (settings see to it) and eve
 may not: a browser on the same machine must not be talked into calling for them.
 """
 
+import hmac
 import ipaddress
 import time
 from collections.abc import Awaitable, Callable
@@ -15,10 +16,10 @@ from litestar.handlers.base import BaseRouteHandler
 
 from onebase.errors import Forbidden
 from onebase_server.api.caller import LOCAL, STATE_KEY, Caller
-from onebase_server.api.keys import KeyRing
+from onebase_server.api.keys import KeyRing, bearer, digest_of
 from onebase_server.api.limits import Limiter
 from onebase_server.api.metrics import STARTED_KEY
-from onebase_server.settings import Settings
+from onebase_server.settings import LOOPBACK, Settings
 
 Connection = ASGIConnection[Any, Any, Any, Any]
 Guard = Callable[[Connection, BaseRouteHandler], Awaitable[None]]
@@ -45,6 +46,25 @@ def require(keys: KeyRing, limiter: Limiter, settings: Settings) -> Guard:
     return guard
 
 
+def require_for_metrics(admin: Guard, settings: Settings) -> Guard:
+    """The guard of /metrics, which tells names of adapters and how much they are used: the metrics key or `admin`'s.
+
+    A server that listens on loopback and has no metrics key shows them to its own machine, under its address.
+    """
+    known = None if settings.metrics_key is None else digest_of(settings.metrics_key)
+
+    async def guard(connection: Connection, handler: BaseRouteHandler) -> None:
+        given = bearer(connection.headers.get("authorization"))
+        if known is None:
+            is_open = settings.host in LOOPBACK and names_address(connection)
+        else:
+            is_open = given is not None and hmac.compare_digest(known, digest_of(given))
+        if not is_open:
+            await admin(connection, handler)
+
+    return guard
+
+
 def refusal(caller: Caller, scope: str) -> str:
     has = ", ".join(sorted(caller.scopes)) or "nothing"
     return f"This key may not do this: it needs the scope '{scope}' and has {has}."
@@ -57,9 +77,8 @@ def check_local(connection: Connection, scope: str, settings: Settings) -> None:
     origin = connection.headers.get("origin")
     if origin is not None and not {"*", origin} & set(settings.cors_origins) and not same_site(origin, connection):
         raise Forbidden(f"Pages of {origin[:100]} may not call this server: see ONEBASE_CORS_ORIGINS.")
-    # A site that points its own name at 127.0.0.1 (DNS rebinding) is the same origin as itself.
-    host = host_of("//" + connection.headers.get("host", ""))
-    if not settings.allow_no_keys and host is not None and not is_address(host):
+    if not settings.allow_no_keys and not names_address(connection):
+        host = connection.headers.get("host", "")
         raise Forbidden(f"Without keys this server answers to its address and to localhost, not to '{host[:100]}'.")
 
 
@@ -71,6 +90,12 @@ def check_admin_place(connection: Connection) -> None:
             "Without an admin key (ONEBASE_ADMIN_KEY, or `onebase keys create --scope admin`) this may be called from "
             "the server's machine only."
         )
+
+
+def names_address(connection: Connection) -> bool:
+    """A site that points its own name at 127.0.0.1 (DNS rebinding) is the same origin as itself; so is a proxy's."""
+    host = host_of("//" + connection.headers.get("host", ""))
+    return host is None or is_address(host)
 
 
 def same_site(origin: str, connection: Connection) -> bool:

@@ -27,8 +27,7 @@ def submit(request: Request[Any, Any, Any], deps: AppDeps, backend: Backend, wan
     """Queue it for the request's caller. Raises RateLimited for the key's own limits, and what `Engine.submit` does."""
     caller = caller_of(request)
     limit_s = deps.settings.max_request_s
-    if limit_s:
-        wanted = replace(wanted, deadline=time.monotonic() + limit_s)
+    wanted = replace(wanted, owner=caller.owner, deadline=time.monotonic() + limit_s if limit_s else wanted.deadline)
     try:
         deps.limiter.begin(caller, len(wanted.prompt_ids))
         try:

@@ -272,6 +272,19 @@ def test_afterwards_everything_of_both_is_still_theirs(world: World, tenants: li
         assert ok(world.get(f"/v1/responses/{tenant.ids['response_id']}", headers=tenant.headers))
 
 
+def test_what_was_computed_of_anothers_prompt_is_not_counted_as_cached(world: World, pair: Any) -> None:
+    me, other = pair
+    said = [{"role": "user", "content": me.secret[::-1] * 10}]  # its first page is nobody else's
+
+    def cached(tenant: Tenant) -> int:
+        reply = ok(world.post("/v1/chat/completions", chat_body(messages=said), headers=tenant.headers))
+        return int(reply["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    cached(me)
+    assert cached(me) > 0
+    assert cached(other) == 0
+
+
 def test_two_keys_of_one_owner_share_everything(world: World, tenants: list[Tenant]) -> None:
     admin = {"Authorization": f"Bearer {ADMIN_KEY}"}
     [row] = [row for row in ok(world.get("/admin/keys", headers=admin))["data"] if row["name"] == "ann"]
