@@ -111,3 +111,26 @@ def test_scored_tokens_have_the_reference_runners_logprobs(runners) -> None:
         assert abs(mine.scores.logprobs - theirs.scores.logprobs).max() < 0.12
         assert mine.scores.top_ids.shape == (len(step.scored), step.score_top)
         assert len(mine.token_ids) == 2
+
+
+def test_steps_of_a_thread_that_never_saw_the_device_run_on_the_runners(runners) -> None:
+    """The base is loaded by one thread and served by another, whose current device CUDA knows nothing of."""
+    import threading
+
+    import torch
+
+    ours, _ = runners
+    seen = []
+
+    def work() -> None:
+        live, free = [Sequence(0, [1, 2, 3, 4], -1)], list(range(600))
+        for _ in range(4):
+            live[0].ids.append(int(ours.run(make_batch(live, free)).token_ids[0]))
+        seen.append((torch.cuda.current_device(), live[0].ids))
+
+    for _ in range(2):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert seen[0][0] == ours.device.index
+    assert seen[0] == seen[1]

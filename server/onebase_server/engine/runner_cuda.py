@@ -5,8 +5,6 @@ one copy; other sampling runs on the logits that the graph left. It must not kno
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,18 +20,16 @@ from onebase_server.engine.cuda_graphs import DecodeGraphs, StepBuffers
 from onebase_server.engine.logit_edits import has_edits
 from onebase_server.engine.model_forward import ModelForward
 from onebase_server.engine.run_ahead import RunAhead
-from onebase_server.engine.runner import DeviceLost, HostAdapter, Int32, StepBatch, StepResult
+from onebase_server.engine.runner import HostAdapter, Int32, StepBatch, StepResult
 from onebase_server.engine.runner_torch import RunnerConfig, TorchRunner, build_runner
 from onebase_server.engine.sampler import is_greedy, is_truncated, uniforms
 from onebase_server.engine.weights import ModelWeights, read_weights
-from onebase_server.kernels.cuda_build import CudaBuildError, available
+from onebase_server.kernels.cuda_build import available
 from onebase_server.kernels.cuda_ops import CudaKernels
 from onebase_server.kernels.cuda_tiles import Tiles
 from onebase_server.kernels.torch_ops import TorchKernels
 
 logger = logging.getLogger(__name__)
-
-_CUDA_ERROR: type[Exception] = getattr(torch, "AcceleratorError", RuntimeError)  # older torch has no class for it
 
 
 @dataclass(slots=True)
@@ -81,13 +77,17 @@ class CudaRunner(TorchRunner):
         if self.slots.num_moves != moves:
             self._ahead.forget()
 
+    def release_state(self, state_id: int) -> None:
+        self._ahead.release(state_id)
+        super().release_state(state_id)
+
     def run(self, batch: StepBatch) -> StepResult:
         return self.collect(self.launch(batch))
 
     @torch.inference_mode()
     def launch(self, batch: StepBatch) -> Ticket:
         """Start a step and return at once."""
-        with _device_errors():
+        with self.guard.step():
             decodes = len(batch.token_ids) == len(batch.slots) <= self._graphs.largest and not len(batch.scored)
             if not decodes:
                 self._ahead.forget()
@@ -107,7 +107,7 @@ class CudaRunner(TorchRunner):
     @torch.inference_mode()
     def collect(self, ticket: Ticket) -> StepResult:
         """Wait for the sampled tokens of a started step."""
-        with _device_errors():
+        with self.guard.step():
             batch, rows = ticket.batch, ticket.batch.rows
             if ticket.logits is not None:
                 return self.choose(ticket.logits.float(), batch)
@@ -183,17 +183,6 @@ def _uniforms(batch: StepBatch, ahead: int) -> NDArray[np.float64]:
 
 def _record() -> torch.cuda.Event:
     return cast(torch.cuda.Event, torch.cuda.current_stream().record_event())
-
-
-@contextmanager
-def _device_errors() -> Iterator[None]:
-    """A device that faulted does not come back; running out of memory fails one step only."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except (_CUDA_ERROR, CudaBuildError) as error:
-        raise DeviceLost(str(error)) from error
 
 
 def can_capture(weights: ModelWeights, page_size: int) -> bool:
