@@ -31,10 +31,14 @@ def _adapter(runner, rank: int, seed: int):
     return TorchHostAdapter(rank=rank, a=a, b=b, module_ranks=ranks)
 
 
-def test_replays_follow_changes_of_batch_pages_and_adapters(runners) -> None:
+@pytest.mark.parametrize("kept", [128, 2], ids=["all kept", "graphs make way"])
+def test_replays_follow_changes_of_batch_pages_and_adapters(runners, kept: int, monkeypatch) -> None:
     import torch
 
+    from onebase.lru import Lru
+
     ours, reference = runners
+    monkeypatch.setattr(ours._graphs, "_lora", Lru(kept))
     rng = random.Random(7)
     free = list(range(600))
     rng.shuffle(free)
@@ -73,6 +77,7 @@ def test_replays_follow_changes_of_batch_pages_and_adapters(runners) -> None:
                 assert token in ids[values == values[0]], step  # logits in bf16 tie now and then
         for s, token in zip(live, theirs.token_ids.tolist(), strict=True):
             s.ids.append(token)
+    assert len(ours._graphs._lora) == kept or 2 < len(ours._graphs._lora) < kept
 
 
 def test_the_same_step_gives_the_same_bits_whatever_was_replayed_between(runners) -> None:
