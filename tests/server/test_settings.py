@@ -106,14 +106,14 @@ def test_a_device_that_is_not_there_is_named() -> None:
 
 
 LLAMA = {"num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4096}
+SMALL = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
 
 
 def test_the_cache_takes_its_share_and_one_context_at_least() -> None:
     assert kv_bytes_per_token(LLAMA, 2) == 2 * 32 * 4096 * 2
     assert kv_bytes_per_token({**LLAMA, "num_key_value_heads": 8}, 2) == 2 * 32 * 1024 * 2
     sizes: dict[str, Any] = {"element_bytes": 2, "max_context": 4096, "max_sequences": 64}
-    roomy = choose_kv_tokens(LLAMA, free_bytes=20 << 30, on_cuda=True, **sizes)
-    assert 4096 < roomy < 64 * 4096
-    assert choose_kv_tokens(LLAMA, free_bytes=1 << 30, on_cuda=False, **sizes) == 4096
-    assert choose_kv_tokens(LLAMA, free_bytes=1 << 50, on_cuda=True, **sizes) == 64 * 4096
+    assert choose_kv_tokens(LLAMA, free_bytes=1 << 30, **sizes) == 4096
+    assert choose_kv_tokens(SMALL, free_bytes=2 << 30, **sizes) == (2 << 30) // 4 // kv_bytes_per_token(SMALL, 2)
+    assert choose_kv_tokens(SMALL, free_bytes=1 << 50, **sizes) == (1 << 30) // kv_bytes_per_token(SMALL, 2)
     assert pages_for(17) == 2

@@ -119,7 +119,10 @@ class Runner(Protocol):
         ...
 
     def load_slot(self, slot: int, adapter: HostAdapter) -> None:
-        """Start the copy host -> device slot. May be asynchronous: see `slot_ready`."""
+        """Start the copy host -> device slot. May be asynchronous: see `slot_ready`.
+
+        DeviceLost, here and in the two methods below, when the device faulted or has no memory left: that is no
+        adapter's fault. Any other exception fails this adapter's requests only."""
         ...
 
     def slot_ready(self, slot: int) -> bool:

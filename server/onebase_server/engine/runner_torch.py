@@ -16,6 +16,7 @@ from torch import Tensor
 from onebase.adapter import BaseIdentity
 from onebase_server.engine.cpu_choose import cpu_chooser
 from onebase_server.engine.cpu_forward import CpuForward, covers
+from onebase_server.engine.device_guard import DeviceGuard
 from onebase_server.engine.host_adapter import PackedAdapter, TorchHostAdapter, layout_of
 from onebase_server.engine.lora_slots import LoraSlots
 from onebase_server.engine.model_forward import KVCache, ModelForward
@@ -63,6 +64,7 @@ class TorchRunner:
         self.config = config
         self.identity = identity
         self.device = weights.device
+        self.guard = DeviceGuard(weights.device)
         self.cache = KVCache(weights, config.num_pages, config.page_size)
         rows = config.lora_rows or config.num_slots * config.max_lora_rank
         self.slots = LoraSlots(weights, rows)
@@ -93,23 +95,28 @@ class TorchRunner:
 
     def load_slot(self, slot: int, adapter: HostAdapter) -> None:
         """CUDA: on a stream of its own, so that decoding goes on; CPU: at once."""
-        self._loader.load(slot, adapter)
+        with self.guard.loading():
+            self._loader.load(slot, adapter)
 
     def slot_ready(self, slot: int) -> bool:
-        return self._loader.is_ready(slot)
+        with self.guard.loading():
+            return self._loader.is_ready(slot)
 
     def clear_slot(self, slot: int) -> None:
-        self._loader.clear(slot)
+        with self.guard.loading():
+            self._loader.clear(slot)
 
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
-        self.cache.copy_pages(pairs)
+        with self.guard.step():
+            self.cache.copy_pages(pairs)
 
     @torch.inference_mode()
     def run(self, batch: StepBatch) -> StepResult:
-        meta, active = self.step_meta(batch)
-        token_ids = self._put(batch.token_ids)
-        logits = self.forward(token_ids, meta, active, self._put(self.logit_places(batch)))
-        return self.choose(logits, batch)
+        with self.guard.step():
+            meta, active = self.step_meta(batch)
+            token_ids = self._put(batch.token_ids)
+            logits = self.forward(token_ids, meta, active, self._put(self.logit_places(batch)))
+            return self.choose(logits, batch)
 
     @staticmethod
     def logit_places(batch: StepBatch) -> NDArray[np.int64]:

@@ -43,6 +43,12 @@ class CudaKernels:
         self._decode: dict[tuple[int, int], DecodeAttention] = {}
         self._varlen = VarlenAttention()
 
+    def compile_attention(self, head: int, group: int) -> None:
+        """For heads of that size, `group` of them a kv head, if the kernel takes them. Raises CudaBuildError now, where
+        there still is a fallback, and not in a step."""
+        if _fits_attention(head, group):
+            self._decoder(head, group)
+
     def prepare(self, weight: NF4Weight) -> NF4Weight:
         """Tiles replace the packed nibbles, so that the weight is held once. What tiles don't suit is bitsandbytes'."""
         if not supports(weight):
@@ -143,7 +149,7 @@ class CudaKernels:
     def paged_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, meta: StepMeta) -> Tensor:
         page, groups, head = k_cache.shape[1:]
         group = q.shape[1] // groups
-        if q.dtype != torch.bfloat16 or head not in (64, 128, 256) or group > 8 or page & (page - 1):
+        if q.dtype != torch.bfloat16 or not _fits_attention(head, group) or page & (page - 1):
             return self._twin.paged_attention(q, k_cache, v_cache, scale, meta)
         if meta.max_query > 1:
             return self._varlen(q, k_cache, v_cache, scale, meta)
@@ -214,6 +220,10 @@ class CudaKernels:
         grid = (-(-inner // 2048), tokens, 1)
         self._elementwise.function("silu_mul").launch(grid, 256, [pointer(gate_up), pointer(out), inner, int(folded)])
         return out
+
+
+def _fits_attention(head: int, group: int) -> bool:
+    return head in (64, 128, 256) and group <= 8
 
 
 def fits_lora(pool: LoraPool) -> bool:
