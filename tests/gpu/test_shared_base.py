@@ -75,7 +75,7 @@ def test_handles_give_a_second_process_the_same_values_and_it_notices_the_server
         borrowed.require_owner()
     finally:
         server.kill()
-        server.wait()
+        server.communicate()
     with pytest.raises(ServerGone):
         borrowed.require_owner()
 

@@ -131,6 +131,8 @@ def test_it_knows_whether_it_holds_training_back(world: World) -> None:
     assert yielder.holds_back
     world.serve(running=0)
     world.train(yielder, layers=1)
+    assert yielder.holds_back, "a moment after the last request"
+    world.train(yielder, layers=21)
     assert not yielder.holds_back
 
 

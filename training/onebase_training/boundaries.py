@@ -1,7 +1,7 @@
 """Where a training process stops to look around: before each decoder layer, forward and backward. Torch lives here.
 
 On CUDA the host runs far ahead of the device, so that a wait of the host would be felt by nobody: it is held to one
-layer ahead while it makes way for a server, and to a few while there is a server. Nothing here changes a number.
+layer ahead while it makes way for a server, and to a few beside an idle one. Nothing here changes a number.
 """
 
 from collections import deque

@@ -16,6 +16,7 @@ from onebase.train_policy import policy_of
 POLL_S: Final = 0.002
 LOOK_S: Final = 1.0
 """Between looks for servers that have come or gone."""
+RECENTLY_S: Final = 1.0
 STUCK_S: Final = 5.0
 """A server that has requests and makes no step for so long is not waited for."""
 
@@ -61,20 +62,24 @@ class Yielder:
         self._looked_at = float("-inf")
         self._left_at = clock()
         self.waited_s = 0.0
-        self.holds_back = False
-        """Whether there was somebody to make way for at the last boundary."""
+        self._held_back_at = float("-inf")
 
     @property
     def has_servers(self) -> bool:
         """Whether there is anybody to make way for, at work or not."""
         return bool(self._watched)
 
+    @property
+    def holds_back(self) -> bool:
+        """Whether there is somebody to make way for, or was a moment ago: between two requests nothing is let loose."""
+        return self._left_at - self._held_back_at < RECENTLY_S
+
     def at_boundary(self) -> None:
         """Returns when the next layer may run."""
         begin = now = self._clock()
         took = begin - self._left_at
-        self.holds_back = self._patience(now) > 0
         while (left := begin + self._patience(now) * took - now) > 0 and not self._hurries():
+            self._held_back_at = now
             self._on_wait()
             self._sleep(min(POLL_S, left))
             now = self._clock()
