@@ -31,8 +31,6 @@ class ChatPlan:
     model: ServedModel
     request: GenerationRequest
     finds_calls: bool
-    one_call: bool
-    """`parallel_tool_calls` is off: a second call is left out."""
     wants_logprobs: bool
     include_usage: bool
 
@@ -136,7 +134,6 @@ def plan_chat(body: ChatRequest, given: ChatInput, model: ServedModel, backend: 
         model=model,
         request=request,
         finds_calls=bool(tools),
-        one_call=body.parallel_tool_calls is False,
         wants_logprobs=bool(body.logprobs),
         include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
     )

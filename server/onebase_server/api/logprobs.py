@@ -1,6 +1,7 @@
 """Token logprobs as OpenAI shows them, in the chat form and in the older form of text completions."""
 
 import codecs
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 from onebase.tokenizer import TextTokenizer
@@ -49,6 +50,26 @@ class TextOffsets:
         begin = self._at
         self._at += len(self._decoder.decode(raw))
         return max(0, begin)
+
+
+class WaitingLogprobs:
+    """Entries of one stream that have not been sent: each goes out with the text that it begins in."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._offsets = TextOffsets()
+        self._entries: deque[tuple[int, TokenLogprob]] = deque()
+
+    def add(self, entries: Iterable[TokenLogprob]) -> None:
+        for each in entries:
+            self._entries.append((self._offsets.next(self._tokenizer.token_bytes(each.token_id)), each))
+
+    def take(self, end: int | None = None) -> list[LogprobEntry]:
+        """Those that begin before the character `end` of the generated text; None: all."""
+        taken = []
+        while self._entries and (end is None or self._entries[0][0] < end):
+            taken.append(_entry(self._entries.popleft()[1], self._tokenizer))
+        return taken
 
 
 def echo_logprobs(

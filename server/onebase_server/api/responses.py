@@ -12,9 +12,10 @@ from onebase_server.api.chat_plan import ChatPlan, check_chat, plan_chat_aside
 from onebase_server.api.deps import AppDeps, Deps
 from onebase_server.api.generation import complete
 from onebase_server.api.replies import json_reply
+from onebase_server.api.response_body import begin_response, new_id, whole_response
 from onebase_server.api.response_plan import in_callers_words, output_messages, to_chat, to_chat_messages
-from onebase_server.api.response_reply import Finished, ResponseStream, begin_response, new_id, whole_response
 from onebase_server.api.response_store import ResponseStore
+from onebase_server.api.response_stream import Finished, ResponseStream
 from onebase_server.api.running import submit
 from onebase_server.api.schemas_chat import ChatMessage, ToolCallBody
 from onebase_server.api.schemas_responses import (
