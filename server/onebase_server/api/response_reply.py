@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from onebase.messages import ToolCall
 from onebase.tokenizer import TextTokenizer
@@ -10,6 +10,7 @@ from onebase_server.api.chat_plan import ChatPlan
 from onebase_server.api.generation import raise_if_failed
 from onebase_server.api.logprobs import chat_logprobs
 from onebase_server.api.schemas_chat import ChatLogprobs, LogprobEntry, ToolCallBody
+from onebase_server.api.schemas_common import ErrorBody
 from onebase_server.api.schemas_responses import (
     IncompleteDetails,
     InputTokensDetails,
@@ -19,6 +20,7 @@ from onebase_server.api.schemas_responses import (
     OutputTokensDetails,
     ResponseBody,
     ResponseEvent,
+    ResponseFailure,
     ResponseRequest,
     ResponseUsage,
     TextFormat,
@@ -147,6 +149,17 @@ class ResponseStream:
             if token.finish_reason is not None:
                 for each in self._end(token.finish_reason, token.usage or Usage(0, 0)):
                     yield each
+
+    def failed(self, error: ErrorBody) -> bytes:
+        """The stream's end for an error after its first byte: what went wrong, then the response as it was left."""
+        told = error.error
+        limited = told.code == "rate_limit_exceeded"
+        code: Literal["server_error", "rate_limit_exceeded"] = "rate_limit_exceeded" if limited else "server_error"
+        self._response.status = "failed"
+        self._response.error = ResponseFailure(code=code, message=told.message)
+        return self._event("error", code=told.code or code, message=told.message, param=told.param) + self._event(
+            "response.failed", response=self._response
+        )
 
     def _show(self, text: str) -> list[bytes]:
         if not text:

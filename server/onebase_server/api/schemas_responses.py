@@ -85,6 +85,25 @@ def no_number(value: Any) -> Any:
     return value
 
 
+class Reasoning(Wire):
+    """Only what asks for none is taken."""
+
+    effort: Literal["none"] | None = None
+    summary: None = None
+
+
+Included = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "message.input_image.image_url",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
+
+
 class ResponseRequest(RequestBody):
     model: str
     input: Input
@@ -101,9 +120,10 @@ class ResponseRequest(RequestBody):
     tools: Annotated[list[ResponseTool], Field(max_length=128)] | None = None
     tool_choice: ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    include: list[str] | None = None
-    """`message.output_text.logprobs` asks for logprobs; others name things that this server does not have."""
+    include: list[Included] | None = None
+    """`message.output_text.logprobs` asks for logprobs; the others name parts of items that no answer has here."""
     truncation: Literal["disabled"] | None = None
+    reasoning: Reasoning | None = None
     background: Annotated[Literal[False], BeforeValidator(no_number)] | None = None
     metadata: dict[str, str] | None = None
     # As vLLM has them.
@@ -163,14 +183,19 @@ class IncompleteDetails(Wire):
     reason: Literal["max_output_tokens"]
 
 
+class ResponseFailure(Wire):
+    code: Literal["server_error", "rate_limit_exceeded"]
+    message: str
+
+
 class ResponseBody(Wire):
     """OpenAI's Response: what was asked and what came."""
 
     id: str
     object: Literal["response"]
     created_at: int
-    status: Literal["in_progress", "completed", "incomplete"]
-    error: None
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    error: ResponseFailure | None
     incomplete_details: IncompleteDetails | None
     instructions: str | None
     max_output_tokens: int | None
@@ -214,7 +239,7 @@ class InputItemList(ListPage):
     data: list[StoredInputItem]
     first_id: str | None
     last_id: str | None
-    has_more: Literal[False]
+    has_more: bool
 
 
 class ResponseEvent(Wire):
@@ -233,3 +258,6 @@ class ResponseEvent(Wire):
     arguments: str | None = None
     name: str | None = None
     logprobs: list[LogprobEntry] | None = None
+    message: str | None = None
+    code: str | None = None
+    param: str | None = None
