@@ -88,7 +88,7 @@ class Settings:
     allow_no_keys: bool = setting(False, yes_or_no, "listen beyond loopback without any key")
     key_rpm: int | None = setting(None, integer(1, 10**9), "requests a minute of a key that has no own limit")
     key_tpm: int | None = setting(None, integer(1, 10**12), "tokens a minute of a key that has no own limit")
-    key_parallel: int | None = setting(None, integer(1, 10**6), "generations at a time of a key without own limit")
+    key_parallel: int | None = setting(None, integer(1, 10**6), "sequences at a time of a key without own limit")
     cors_origins: tuple[str, ...] = setting((), words, "origins whose pages may call, comma-separated; * is any")
     # What it serves, and with what
     base: str | None = setting(None, text, "base by id or path; none: the embedded one")

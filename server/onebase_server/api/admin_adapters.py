@@ -10,7 +10,6 @@ from onebase.errors import InvalidInput, ModelNotFound
 from onebase.store import AdapterStore, Entry, Version
 from onebase_server.api.deps import AppDeps, Deps
 from onebase_server.api.models_lookup import to_ref
-from onebase_server.api.places import residency
 from onebase_server.api.preload import bring_near
 from onebase_server.api.schemas_admin import (
     AdapterCard,
@@ -88,6 +87,14 @@ async def unload(name: FromPath[str], deps: Deps, data: JSONBody[VersionChoice] 
 
 async def show(name: str, deps: AppDeps) -> AdapterCard:
     return card_of(entry_of(name, deps.store), await residency(deps))
+
+
+async def residency(deps: AppDeps) -> Mapping[str, AdapterStatus]:
+    """Where versions are, by digest. Those the engine has never heard of are on disk."""
+    if not deps.backend.ready:
+        return {}
+    statuses = await asyncio.wrap_future(deps.backend.get().engine.adapters())
+    return {status.ref.digest: status for status in statuses}
 
 
 def entry_of(name: str, store: AdapterStore) -> Entry:

@@ -12,11 +12,19 @@ from onebase.store import Version
 from onebase_server.api.backend import Backend
 from onebase_server.api.caller import caller_of
 from onebase_server.api.deps import Deps
-from onebase_server.api.places import nearest, residency
 from onebase_server.api.removal import check_may_delete, check_no_job, remove_when_unused
-from onebase_server.api.schemas_models import ModelCard, ModelDeleted, ModelList
+from onebase_server.api.schemas_models import ModelCard, ModelDeleted, ModelList, Residency
 from onebase_server.api.visible import may_use, may_use_base, visible_model, visible_version
-from onebase_server.engine.residence import AdapterStatus
+from onebase_server.engine.residence import Place
+
+RESIDENCY: Mapping[Place, Residency] = {
+    Place.DISK: "disk",
+    Place.LOADING: "disk",
+    Place.HOST: "host",
+    Place.COPYING: "host",
+    Place.SLOT: "device",
+}
+"""A version that is on its way counts as where it still is."""
 
 
 @get("/models", operation_id="listModels", tags=["Models"])
@@ -28,19 +36,16 @@ async def list_models(
     """The base first, then the adapters by name, each with its aliases (`ft:...`)."""
     backend = deps.backend.get()
     caller = caller_of(request)
-    places = await residency(deps)
     cards = [base_card(backend)] if may_use_base(caller, backend) else []
     for entry in deps.store.list():
         if not await may_use(entry.name, entry.versions, caller, deps):
             continue
         if entry.current is not None:
-            cards.append(adapter_card(entry.name, entry.current, backend, places))
+            cards.append(adapter_card(entry.name, entry.current, backend))
         by_number = {each.version: each for each in entry.versions}
-        cards += [
-            adapter_card(alias, by_number[number], backend, places) for alias, number in sorted(entry.aliases.items())
-        ]
+        cards += [adapter_card(alias, by_number[number], backend) for alias, number in sorted(entry.aliases.items())]
         if versions:
-            cards += [adapter_card(each.id, each, backend, places) for each in entry.versions]
+            cards += [adapter_card(each.id, each, backend) for each in entry.versions]
     return ModelList(object="list", data=cards)
 
 
@@ -54,7 +59,7 @@ async def retrieve_model(model_id: FromPath[str], request: Request[Any, Any, Any
         await visible_model(name, caller, backend, deps)
         return base_card(backend)
     version = await visible_version(name, caller, backend, deps)
-    return adapter_card(name, version, backend, await residency(deps))
+    return adapter_card(name, version, backend)
 
 
 @delete(
@@ -94,7 +99,7 @@ def base_card(backend: Backend) -> ModelCard:
     )
 
 
-def adapter_card(name: str, version: Version, backend: Backend, places: Mapping[str, AdapterStatus]) -> ModelCard:
+def adapter_card(name: str, version: Version, backend: Backend) -> ModelCard:
     base = backend.base.id
     return ModelCard(
         id=name,
@@ -104,5 +109,5 @@ def adapter_card(name: str, version: Version, backend: Backend, places: Mapping[
         root=base,
         parent=base,
         version=version.version,
-        residency=nearest(version.digest, places),
+        residency=RESIDENCY[backend.engine.place_of(version.digest)],
     )

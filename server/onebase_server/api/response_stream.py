@@ -1,7 +1,7 @@
 """A chat's token events -> a Response's typed events: each item opened, told piece by piece, and closed."""
 
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Literal
 
 from onebase.tokenizer import TextTokenizer
 from onebase_server.api.chat_plan import ChatPlan
@@ -9,7 +9,8 @@ from onebase_server.api.generation import raise_if_failed
 from onebase_server.api.logprobs import WaitingLogprobs
 from onebase_server.api.response_body import call_item, end_response, message_item, new_id, text_part
 from onebase_server.api.schemas_chat import LogprobEntry, ToolCallBody
-from onebase_server.api.schemas_responses import ResponseBody, ResponseEvent
+from onebase_server.api.schemas_common import ErrorBody
+from onebase_server.api.schemas_responses import ResponseBody, ResponseEvent, ResponseFailure
 from onebase_server.api.sse import named_event
 from onebase_server.api.tool_calls import CallReader, Piece, call_body, new_call_id
 from onebase_server.engine.types import FinishReason, TokenEvent, Usage
@@ -49,6 +50,17 @@ class ResponseStream:
             if token.finish_reason is not None:
                 for each in self._end(token.finish_reason, token.usage or Usage(0, 0)):
                     yield each
+
+    def failed(self, error: ErrorBody) -> bytes:
+        """The stream's end for an error after its first byte: what went wrong, then the response as it was left."""
+        told = error.error
+        limited = told.code == "rate_limit_exceeded"
+        code: Literal["server_error", "rate_limit_exceeded"] = "rate_limit_exceeded" if limited else "server_error"
+        self._response.status = "failed"
+        self._response.error = ResponseFailure(code=code, message=told.message)
+        return self._event("error", code=told.code or code, message=told.message, param=told.param) + self._event(
+            "response.failed", response=self._response
+        )
 
     def _tell(self, pieces: list[Piece]) -> list[bytes]:
         events = []

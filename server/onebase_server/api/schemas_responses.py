@@ -99,16 +99,30 @@ class TextSettings(RequestPart):
     """The only one there is: a model says as much as it was trained to."""
 
 
-class Reasoning(RequestPart):
-    effort: Literal["none"] | None = None
-    """The only one there is: there is no reasoning."""
-
-
 def no_number(value: Any) -> Any:
     """To Python 0 is False, and so it would be to pydantic's literals."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         raise PydanticKnownError("bool_type")
     return value
+
+
+class Reasoning(RequestPart):
+    """Only what asks for none is taken."""
+
+    effort: Literal["none"] | None = None
+    summary: None = None
+
+
+Included = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "message.input_image.image_url",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
 
 
 class ResponseRequest(RequestBody):
@@ -127,8 +141,8 @@ class ResponseRequest(RequestBody):
     tools: Annotated[list[ResponseTool], Field(max_length=128)] | None = None
     tool_choice: ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    include: list[str] | None = None
-    """`message.output_text.logprobs` asks for logprobs; others name things that this server does not have."""
+    include: list[Included] | None = None
+    """`message.output_text.logprobs` asks for logprobs; the others name parts of items that no answer has here."""
     truncation: Literal["disabled"] | None = None
     background: Annotated[Literal[False], BeforeValidator(no_number)] | None = None
     reasoning: Reasoning | None = None
@@ -191,14 +205,19 @@ class IncompleteDetails(Wire):
     reason: Literal["max_output_tokens"]
 
 
+class ResponseFailure(Wire):
+    code: Literal["server_error", "rate_limit_exceeded"]
+    message: str
+
+
 class ResponseBody(Wire):
     """OpenAI's Response: what was asked and what came."""
 
     id: str
     object: Literal["response"]
     created_at: int
-    status: Literal["in_progress", "completed", "incomplete"]
-    error: None
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    error: ResponseFailure | None
     incomplete_details: IncompleteDetails | None
     instructions: str | None
     max_output_tokens: int | None
@@ -242,7 +261,7 @@ class InputItemList(ListPage):
     data: list[StoredInputItem]
     first_id: str | None
     last_id: str | None
-    has_more: Literal[False]
+    has_more: bool
 
 
 class ResponseEvent(Wire):
@@ -261,3 +280,6 @@ class ResponseEvent(Wire):
     arguments: str | None = None
     name: str | None = None
     logprobs: list[LogprobEntry] | None = None
+    message: str | None = None
+    code: str | None = None
+    param: str | None = None

@@ -187,6 +187,11 @@ class Residency:
     def status(self) -> list[AdapterStatus]:
         return [status_of(entry) for entry in self._known.values()]
 
+    def place_of(self, digest: str) -> Place:
+        """From any thread: one look-up, and fields that are each whole."""
+        entry = self._known.get(digest)
+        return Place.DISK if entry is None else entry.place
+
     def abort(self, error: Exception) -> None:
         """The engine ends: nobody waits for a load or an unload any more."""
         for entry in self._known.values():

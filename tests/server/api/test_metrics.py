@@ -89,7 +89,7 @@ def test_the_time_between_tokens_is_that_between_what_the_reader_gets(world: Wor
 def test_a_generation_that_is_left_is_counted_as_cancelled_and_gives_its_place_back(world: World) -> None:
     server = fresh(world)
     caller = replace(LOCAL, limits=KeyLimits(parallel=1))
-    server.deps.limiter.begin(caller, 2)
+    server.deps.limiter.begin(caller, 1, 2)
     handle = RequestHandle(GenerationRequest("chatcmpl-1", (1, 2), SamplingParams(max_tokens=9), n=2), lambda _: None)
     generation = Generation(handle, caller, server.deps, "req_1", None)
     for _ in range(2):

@@ -216,6 +216,54 @@ def test_a_response_can_be_read_and_forgotten(world: World) -> None:
     assert world.get(f"/v1/responses/{body['id']}").status_code == 404
 
 
+def test_input_items_are_paged(world: World) -> None:
+    body = respond(world, input=[{"role": "user", "content": text} for text in "ABCDE"])
+    path = f"/v1/responses/{body['id']}/input_items"
+
+    def page(**query: Any) -> tuple[str, bool, Any]:
+        reply = world.get(path, params=query).json()
+        ids = [item["id"] for item in reply["data"]]
+        assert (reply["first_id"], reply["last_id"]) == ((ids[0], ids[-1]) if ids else (None, None))
+        return "".join(item["content"][0]["text"] for item in reply["data"]), reply["has_more"], reply["last_id"]
+
+    assert page()[:2] == ("EDCBA", False)
+    first = page(order="asc", limit=2)
+    second = page(order="asc", limit=2, after=first[2])
+    third = page(order="asc", limit=2, after=second[2])
+    assert (first[:2], second[:2], third[:2]) == (("AB", True), ("CD", True), ("E", False))
+    assert page(order="asc", after=third[2])[:2] == ("", False)
+    assert page(limit=2, after=third[2])[:2] == ("DC", True)
+    for query in ({"limit": 0}, {"limit": 101}, {"order": "up"}, {"after": "msg_none"}):
+        refused = world.get(path, params=query)
+        assert refused.status_code == 400
+        assert error_of(refused)["param"] in query
+
+
+def test_a_kept_response_is_not_streamed_again(world: World) -> None:
+    body = respond(world)
+    refused = world.get(f"/v1/responses/{body['id']}?stream=true")
+    assert (refused.status_code, error_of(refused)["param"]) == (400, "stream")
+
+
+def test_an_error_after_the_first_byte_is_an_event_of_this_api(own_world: World) -> None:
+    own_world.runner.fail_next = RuntimeError("the device fell over")
+    found = events(own_world)
+    assert [event["type"] for event in found] == [
+        "response.created",
+        "response.in_progress",
+        "error",
+        "response.failed",
+    ]
+    error, failed = found[-2:]
+    assert "fell over" not in json.dumps(found)
+    assert error["message"].startswith("The server had an error")
+    assert (error["code"], error["param"]) == ("server_error", None)
+    assert failed["response"]["status"] == "failed"
+    assert failed["response"]["error"] == {"code": "server_error", "message": error["message"]}
+    path = f"/v1/responses/{failed['response']['id']}"
+    assert own_world.get(path).status_code == 404
+
+
 def test_a_response_that_is_not_to_be_stored_is_not(world: World) -> None:
     body = respond(world, store=False)
     assert body["store"] is False
@@ -299,7 +347,7 @@ def test_logprobs_come_when_they_are_included(world: World) -> None:
     assert len(shown) == 12
 
 
-REFUSED: list[tuple[dict[str, Any], str, str]] = [
+REFUSED: list[tuple[dict[str, Any], str, str | None]] = [
     ({"input": None}, "input", "invalid_type"),
     ({"input": []}, "input", "empty_array"),
     ({"input": [{"content": "x"}]}, "input[0].role", "missing_required_parameter"),
@@ -350,6 +398,13 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"text": {"format": {"type": "text"}, "tone": "dry"}}, "text.tone", "unknown_parameter"),
     ({"metadata": {"a": "b" * 513}}, "metadata.a", "string_above_max_length"),
+    ({"reasoning": {"summary": "auto"}}, "reasoning.summary", "invalid_type"),
+    ({"include": ["message.output_text.logprob"]}, "include[0]", "invalid_value"),
+    ({"prompt": {"id": "pmpt_1"}}, "prompt", "unknown_parameter"),
+    ({"tools": [{"type": "custom", "name": "x"}]}, "tools[0].type", "invalid_value"),
+    ({"tools": [TOOL], "tool_choice": {"type": "web_search"}}, "tool_choice.type", "invalid_value"),
+    ({"input": [{"type": "function_call_output", "call_id": "c1", "output": "x"}]}, "input", None),
+    ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0].type", "invalid_value"),
     ({"conversation": "conv_1"}, "conversation", "unknown_parameter"),
 ]
 
@@ -357,12 +412,29 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 @pytest.mark.parametrize(
     ("fields", "param", "code"), REFUSED, ids=[f"{param}-{i}" for i, (_, param, _) in enumerate(REFUSED)]
 )
-def test_a_wrong_field_is_named_in_this_apis_words(world: World, fields: dict[str, Any], param: str, code: str) -> None:
+def test_a_wrong_field_is_named_in_this_apis_words(
+    world: World, fields: dict[str, Any], param: str, code: str | None
+) -> None:
     reply = world.post("/v1/responses", {"model": BASE, "input": "Hi", **fields})
     assert reply.status_code == 400, reply.text
     error = error_of(reply)
     assert (error["param"], error["code"]) == (param, code)
     assert "messages[" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"background": False, "truncation": "disabled", "include": [], "tools": [], "tool_choice": "auto"},
+        {"reasoning": {}, "text": {"format": {"type": "text"}, "verbosity": "medium"}},
+        {"reasoning": {"effort": "none", "summary": None}, "max_tool_calls": 3, "service_tier": "auto"},
+        {"include": ["reasoning.encrypted_content"], "store": False},
+        {"stream_options": {"include_obfuscation": False}, "parallel_tool_calls": True, "conversation": None},
+    ],
+    ids=str,
+)
+def test_what_asks_for_nothing_is_taken(world: World, fields: dict[str, Any]) -> None:
+    respond(world, **fields)
 
 
 def test_an_unknown_model_is_404(world: World) -> None:
