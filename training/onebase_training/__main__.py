@@ -190,11 +190,14 @@ def data_check(
         content: dict[str, Any] = {"name": "checked", "data": {"train": [source], "max_tokens": max_tokens}}
         recipe = config.make_recipe(content | ({"base": base} if base else {}))
         tokenizer, encoder, limit = inspect_data.tools(recipe, Home(home or default_home(os.environ)).create())
-        report = inspect_data.check_file(recipe, encoder, limit)
+        with console.status("reading") as line:
+            report = inspect_data.check_file(
+                recipe, encoder, limit, show, lambda count: line.update(f"{count:,} records read")
+            )
         if as_json:
             Console().print_json(data=report.as_json())
         else:
-            inspect_data.show(report, Console(), tokenizer, show)
+            inspect_data.show(report, Console(), tokenizer)
     if not report.ok:
         raise typer.Exit(1)
 

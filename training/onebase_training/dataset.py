@@ -12,11 +12,14 @@ from pathlib import Path
 
 from onebase.errors import DatasetError, InvalidInput
 from onebase_training.config import DataConfig, Recipe, Source
+from onebase_training.oddities import UNKNOWN_SPEAKER, oddities
 from onebase_training.read import Problem, read_records
-from onebase_training.records import PlainText, Record, RecordError, parse_record
+from onebase_training.record_parts import RecordError
+from onebase_training.records import PlainText, Record, parse_record
 from onebase_training.rows import Encoder, Row, cut_to_turns
 
 _MAX_PROBLEMS = 1000
+_SHOWN_LINES = 10
 _MOST_SPLIT_OFF = 1000
 """Rows: an evaluation takes a pass over all of them. A file that is given as held out is evaluated whole."""
 
@@ -31,6 +34,17 @@ class FileReport:
     left_out: Counter[str] = field(default_factory=Counter)
     """Reason -> how many records."""
     problems: list[Problem] = field(default_factory=list)
+    broken: int = 0
+    """How many problems there are in all; `problems` holds the first thousand."""
+    odd: dict[str, "Oddity"] = field(default_factory=dict)
+    """What is odd about sound records -> how many, and where."""
+
+
+@dataclass(slots=True)
+class Oddity:
+    count: int = 0
+    lines: list[int] = field(default_factory=list)
+    """The first ten."""
 
 
 @dataclass(slots=True)
@@ -47,8 +61,14 @@ class Dataset:
         return [
             f"{report.path}: {count} of {report.records} records {reason}"
             for report in self.reports
-            for reason, count in report.left_out.items()
+            for reason, count in [*report.left_out.items(), *_kept_speakers(report)]
         ]
+
+
+def _kept_speakers(report: FileReport) -> list[tuple[str, int]]:
+    """The seed warned of each; of the oddities only this one changes what is trained."""
+    kept = report.odd.get(UNKNOWN_SPEAKER)
+    return [(f"{UNKNOWN_SPEAKER} (first on line {kept.lines[0]})", kept.count)] if kept else []
 
 
 def load_dataset(
@@ -133,9 +153,15 @@ def parsed_records(
         report.records += 1
         try:
             keep = config.unknown_role == "keep"
-            yield raw.line, parse_record(raw.value, source.format, keep_unknown_roles=keep)
+            record = parse_record(raw.value, source.format, keep_unknown_roles=keep)
         except (RecordError, InvalidInput) as error:
             _note(report, Problem(raw.line, str(error)))
+            continue
+        for text in oddities(record):
+            odd = report.odd.setdefault(text, Oddity())
+            odd.count += 1
+            odd.lines += [raw.line] if len(odd.lines) < _SHOWN_LINES else []
+        yield raw.line, record
 
 
 def _fit(row: Row, limit: int, config: DataConfig, report: FileReport, line: int, *, plain: bool) -> Row | None:
@@ -201,6 +227,7 @@ def _reasons(reports: list[FileReport]) -> str:
 
 
 def _note(report: FileReport, problem: Problem) -> None:
+    report.broken += 1
     if len(report.problems) < _MAX_PROBLEMS:
         report.problems.append(problem)
 

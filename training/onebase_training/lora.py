@@ -137,9 +137,21 @@ def compute_settings(compute: ComputeConfig) -> torch.device:
         torch.set_num_threads(compute.threads)
     if compute.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(compute.device)
+    try:
+        device = torch.device(compute.device)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(
+            f"compute.device: {compute.device!r} is none; use auto, cpu, cuda or cuda:N", param="compute.device"
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError("compute.device: cuda asked for, but torch sees no CUDA device", param="compute.device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(
+            f"compute.device: there is no {compute.device}; torch sees {torch.cuda.device_count()} CUDA devices",
+            param="compute.device",
+        )
     return device
 
 

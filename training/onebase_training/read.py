@@ -40,10 +40,13 @@ class Problem:
 
 def locate(source: Source, folder: Path) -> Path | None:
     """The source's file, or None for a hub dataset. Raises DatasetError when it is neither."""
-    given = Path(source.path).expanduser()
-    for candidate in (folder / given, given):
-        if candidate.is_file():
-            return candidate
+    try:
+        given = Path(source.path).expanduser()
+        for candidate in (folder / given, given):
+            if candidate.is_file():
+                return candidate
+    except (OSError, RuntimeError) as error:  # no permission, a name too long, ~nobody
+        raise DatasetError(source.path, [f"can't be read: {error}"]) from error
     looks_like_hub = source.path.count("/") == 1 and not given.suffix and not source.path.startswith(("/", ".", "~"))
     if looks_like_hub:
         return None
