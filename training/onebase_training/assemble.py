@@ -79,7 +79,7 @@ def training_arguments(recipe: Recipe, run_dir: Path, steps: int, device: torch.
     """The recipe in Trainer's words. Evaluation, saving and accumulation are ours (progress.py, trainer.py)."""
     config = recipe.train
     warmup = round(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
-    return transformers.TrainingArguments(
+    args = transformers.TrainingArguments(
         output_dir=str(run_dir),
         max_steps=steps,
         per_device_train_batch_size=1,
@@ -104,6 +104,17 @@ def training_arguments(recipe: Recipe, run_dir: Path, steps: int, device: torch.
         dataloader_pin_memory=False,
         average_tokens_across_devices=False,
     )
+    keep_on_one_device(args, device)
+    return args
+
+
+def keep_on_one_device(args: Any, device: torch.device) -> None:
+    """A process trains on the device that its base is on. Left alone, Trainer would go to the first GPU, and hand
+    copies of the model to every other one that it sees (DataParallel)."""
+    if device.type == "cuda" and args.world_size == 1:
+        args.__dict__["_setup_devices"] = torch.device("cuda", device.index or 0)  # its cached property
+        args._n_gpu = 1
+        torch.cuda.set_device(device.index or 0)
 
 
 def build_trainer(
@@ -138,6 +149,7 @@ def build_trainer(
     )
     callback.trainer = trainer
     trainer.on_part = callback.on_part
+    trainer.asks_to_stop = callback.asks_to_stop
     return trainer
 
 

@@ -51,6 +51,10 @@ class RunOptions:
     """Further names of the version, such as a job's `ft:...`."""
     policy: str = "serve-first"
     """How it makes way for servers on the same home."""
+    resume_command: str = ""
+    """What a stopped run tells to go on with; empty: the same command and --resume."""
+    local_rank: int | None = None
+    """This process's number on its machine, when several train together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +96,7 @@ def carry_out(run: Run) -> RunResult:
         run.status.progress(message=str(error))
         raise
     except KeyboardInterrupt:
-        last = checkpoint.last_checkpoint(run.run_dir) if run.stop.asked else None
-        message = f"stopped {'at once' if run.stop.asked else 'before training'}; nothing published"
-        run.console.print(message + (f". Go on from {last} with the same command and --resume" if last else ""))
-        run.status.enter("cancelled", message, checkpoint=str(last) if last else None)
-        return RunResult("cancelled", None, {})
+        return _cancelled(run, "stopped at once" if run.stop.asked else "stopped")
     except BaseException as error:
         run.status.enter("failed", f"{type(error).__name__}: {error}", error=_error(error))
         raise
@@ -117,7 +117,7 @@ def _carry_out(run: Run) -> RunResult:
     plan = make_plan([weight for _, weight in dataset.train], recipe.train)
     run.status.enter("validating", "loading the base", total_steps=len(plan))
 
-    device = lora.compute_settings(recipe.compute)
+    device = lora.compute_settings(recipe.compute, run.options.local_rank)
     optimizer_name(recipe, device)
     torch.manual_seed(recipe.train.seed)
     dtype = lora.compute_dtype(recipe.compute.dtype, device)
@@ -140,8 +140,8 @@ def _carry_out(run: Run) -> RunResult:
     preflight.check(trainer, recipe, console)
     before = _measure_base(run, trainer)
     outcome = _train(run, trainer, callback)
-    if run.stop.asked:
-        return _cancelled(run)
+    if run.stop.asked or trainer.stops:
+        return _cancelled(run, "stopped")
     if not trainer.is_world_process_zero():
         return RunResult("succeeded", None, {})
 
@@ -221,11 +221,14 @@ def _publish(
     )
 
 
-def _cancelled(run: Run) -> RunResult:
-    last = checkpoint.last_checkpoint(run.run_dir) if run.stop.save else None
-    if last is not None:
-        run.console.print(f"stopped; saved {last}. Go on with the same command and --resume")
-    run.status.enter("cancelled", "stopped by a signal; nothing published", checkpoint=str(last) if last else None)
+def _cancelled(run: Run, what: str) -> RunResult:
+    """Say what there is to go on from: this run's last checkpoint, if it came so far."""
+    own = run.stop.reached_training or run.options.resume
+    last = checkpoint.last_checkpoint(run.run_dir) if own else None
+    command = run.options.resume_command or "the same command and --resume"
+    way = f"saved {last}. Go on with: {command}" if last else "nothing saved"
+    run.console.print(f"{what}; nothing published; {way}", highlight=False, soft_wrap=True)
+    run.status.enter("cancelled", f"{what}; nothing published", checkpoint=str(last) if last else None)
     return RunResult("cancelled", None, {})
 
 

@@ -102,13 +102,17 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
         self.session_tokens = 0
         """Tokens since this process started."""
         self.last_loss = math.nan
-        self.on_part: Callable[[int, float], None] = lambda step, share: None
-        """Told how much of a step is done, micro-batch by micro-batch."""
+        self.on_part: Callable[[int, float, float | None], None] = lambda step, share, loss: None
+        """Told how much of a step is done, micro-batch by micro-batch, and its loss so far where that costs no wait."""
+        self.asks_to_stop: Callable[[], bool] = lambda: False
+        """Whether this process has been asked to."""
+        self.stops = False
+        """What all processes have agreed on, step by step: none goes on while another leaves."""
         self._last_accuracy = math.nan
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens of this process since the run began, before a resume too."""
+        """Of all processes since the run began, before a resume too."""
         return int(self.state.num_input_tokens_seen)
 
     def keep_best(self) -> None:
@@ -129,7 +133,8 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
         model.train()
         total = torch.zeros((), device=self.args.device)
         correct = torch.zeros((), device=self.args.device)
-        learnt = 0
+        learnt = tokens = 0
+        nll = 0.0
         for index, batch in enumerate(inputs):
             last = index == len(inputs) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
@@ -139,12 +144,21 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
             total += losses.loss.detach()
             correct += losses.correct
             learnt += len(batch.targets)
-            self.session_tokens += batch.tokens
-            self.state.num_input_tokens_seen += batch.tokens
-            self.on_part(self.state.global_step, (index + 1) / len(inputs))
+            tokens += batch.tokens
+            if total.device.type == "cpu":
+                nll += losses.nll_sum.item()
+            so_far = nll / max(1, learnt) if total.device.type == "cpu" else None
+            self.on_part(self.state.global_step, (index + 1) / len(inputs), so_far)
+        sums = torch.stack((total, correct))
+        asked = int(self.asks_to_stop())
         if self.args.world_size > 1:
-            total = self.accelerator.reduce(total, reduction="sum")
-        loss, right = torch.stack((total, correct)).tolist()  # the step's one wait for the device
+            own = torch.tensor([learnt, tokens, asked], dtype=sums.dtype, device=sums.device)
+            sums = self.accelerator.reduce(torch.cat((sums, own)), reduction="sum")
+            total, (learnt, tokens, asked) = sums[0], (int(value) for value in sums[2:].tolist())
+        loss, right = sums[:2].tolist()  # the step's one wait for the device
+        self.stops = bool(asked)
+        self.session_tokens += tokens
+        self.state.num_input_tokens_seen += tokens
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss of step {self.state.global_step + 1} is {loss}: training stopped, nothing "
@@ -158,8 +172,19 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
         return inputs
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Response loss and token accuracy of the held-out rows, each learnt token counting the same."""
-        metrics = held_out_metrics(self.model, self.eval_batches, self.args.device)
+        """Response loss and token accuracy of the held-out rows, each learnt token counting the same.
+
+        Empty when it was asked to stop: a checkpoint is saved then, and a resumed run makes up for it (progress.py).
+        """
+        alone = self.args.world_size == 1  # several would not stop at the same place
+        metrics = held_out_metrics(
+            self.model, self.eval_batches, self.args.device, stopped=lambda: alone and self.asks_to_stop()
+        )
+        if not metrics:
+            self.stops = True
+            self.control.should_evaluate = False
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
         self.log(dict(metrics))
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -211,15 +236,22 @@ def _no_pickles(files: str) -> Any:
 
 
 def held_out_metrics(
-    objective: Objective, batches: Sequence[MicroBatch], device: torch.device, prefix: str = "eval_"
+    objective: Objective,
+    batches: Sequence[MicroBatch],
+    device: torch.device,
+    prefix: str = "eval_",
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """`loss`, `accuracy` and `tokens` over the learnt tokens of all batches."""
+    """`loss`, `accuracy` and `tokens` over the learnt tokens of all batches; nothing once `stopped()`."""
     was_training = objective.training
     objective.eval()
     nll = correct = 0.0
     tokens = 0
     with torch.no_grad():
         for batch in batches:
+            if stopped():
+                objective.train(was_training)
+                return {}
             losses = objective(batch.to(device))
             nll += losses.nll_sum.item()
             correct += losses.correct.item()

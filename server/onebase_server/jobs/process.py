@@ -82,14 +82,13 @@ class RunProcess:
         if self._child is not None:
             self._child.returncode = 0  # Popen warns of a living child when it is dropped
 
-    def interrupt(self, *, save: bool) -> None:
-        """Ask it to stop cleanly, after a checkpoint if `save`; it publishes nothing then."""
-        number = signal.SIGINT if save else signal.SIGTERM
+    def interrupt(self) -> None:
+        """Ask it to save a checkpoint and to end; it publishes nothing then."""
         if self._child is not None and self._child.poll() is None:
-            self._child.send_signal(number)
+            self._child.send_signal(signal.SIGTERM)
             return
         for process in holders(self._folder):
-            _send(process, number)
+            _send(process, signal.SIGTERM)
 
     def kill(self) -> None:
         """End it and all that it started: at once, also where its leader is dead and a child still lives."""

@@ -200,9 +200,8 @@ class RunLife:
             await reporter.tick()
             job = await self._ledger.get(self._id)
             if job.state != RUNNING and kill_at is None:
-                pausing = job.state == PAUSED
-                process.interrupt(save=pausing)
-                grace_s = self._times.pause_grace_s if pausing else self._times.cancel_grace_s
+                process.interrupt()
+                grace_s = self._times.pause_grace_s if job.state == PAUSED else self._times.cancel_grace_s
                 kill_at = time.monotonic() + grace_s
             elif kill_at is not None and time.monotonic() > kill_at:
                 process.kill()
