@@ -62,6 +62,11 @@ class RunFolder:
         self.training.unlink(missing_ok=True)
         self.validation.unlink(missing_ok=True)
 
+    @property
+    def has_leftovers(self) -> bool:
+        """Whether anything is there that goes at the job's end."""
+        return any(path.exists() for path in (self.work, self.training, self.validation))
+
     @contextmanager
     def locked(self) -> Iterator[int | None]:
         """The lock's file descriptor, to hand to a process; None if a process of this run is alive."""

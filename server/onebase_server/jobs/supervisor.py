@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from onebase.bases import resolve_base
 from onebase.home import Home
 from onebase.store import AdapterStore, Version
@@ -24,10 +26,11 @@ from onebase_server.jobs.hyperparameters import decided
 from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.process import RunCommand
 from onebase_server.jobs.run_folder import RunFolder
-from onebase_server.jobs.run_life import RunLife, RunTimes, ServerStopsError
+from onebase_server.jobs.run_life import RunLife
 from onebase_server.jobs.settle import JobError, Settler, job_error
 from onebase_server.jobs.states import FINAL, FINE_TUNING, QUEUED, RUNNING, VALIDATING
 from onebase_server.jobs.training_lines import FileProblem, check_training_file
+from onebase_server.jobs.watch import RunTimes, ServerStopsError
 from onebase_server.records.jobs import NewEvent
 from onebase_server.records.tables import JobRow
 
@@ -130,9 +133,10 @@ class Supervisor:
         known = await self._records.ids()
         for path in paths:
             folder = RunFolder(self._home.runs, path.name)
-            if path.name in known and folder.training.exists():
+            if path.name in known and folder.has_leftovers:
                 job = await self._ledger.get(path.name)
                 if job.state in FINAL and not job.run_open:
+                    await asyncio.to_thread(folder.remove_checkpoints)
                     await asyncio.to_thread(folder.remove_data)
             elif path.name.startswith(JOB_PREFIXES) and path.name not in known and is_abandoned(path, time.time()):
                 await asyncio.to_thread(folder.remove)
@@ -199,9 +203,18 @@ class Supervisor:
         await self._live(job, taken_up=True)
 
     async def _live(self, job: JobRow, *, taken_up: bool) -> None:
-        """Kept over an error, so that the next try still has the process as its child."""
+        """Kept over an error, so that the next try still has the process as its child. A disk or a database may work
+        again, whatever else goes wrong again and again is a fault of ours: it ends the job, and not the queue."""
         life = self._lives.setdefault(job.id, self._new_life(job))
-        await life.carry_out(job, taken_up=taken_up)
+        try:
+            await life.carry_out(job, taken_up=taken_up)
+        except (OSError, SQLAlchemyError, ServerStopsError):
+            raise
+        except Exception:
+            if not life.is_hopeless():
+                raise
+            logger.exception("job %s can't be carried on", job.id)
+            await life.give_up()
         del self._lives[job.id]
 
     def _new_life(self, job: JobRow) -> RunLife:

@@ -11,8 +11,8 @@ import pytest
 from jobs_world import FAST, JobsWorld, jobs_world
 from onebase.errors import InvalidInput, ModelNotFound
 from onebase_server.jobs.process import holders
-from onebase_server.jobs.run_life import RunTimes
 from onebase_server.jobs.supervisor import Supervisor
+from onebase_server.jobs.watch import RunTimes
 from onebase_server.records.jobs import JobRecords
 from onebase_server.records.tables import JobRow
 
