@@ -15,7 +15,7 @@ from typing import Any
 from onebase_server.jobs.checkpoints import Checkpoints
 from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.run_folder import RunFolder, TrainerStatus
-from onebase_server.jobs.states import CANCELLED, PAUSED, QUEUED, RUNNING
+from onebase_server.jobs.states import CANCELLED, PAUSED, PUBLISHING, QUEUED, RUNNING
 from onebase_server.records.jobs import NewCheckpoint, NewEvent
 from onebase_server.records.tables import JobRow
 
@@ -126,6 +126,8 @@ class Reporter:
 
     def _read_events(self) -> None:
         for each in self._tail.new():
+            if isinstance(each, Notice):
+                each = Notice(self._folder.told(each.message))
             self._events.append(each.event)
             if isinstance(each, StepMetrics):
                 self._metrics[each.step] = {**self._metrics.get(each.step, {}), **each.values}
@@ -143,7 +145,7 @@ class Reporter:
         )
         if kept is None:  # paused or cancelled meanwhile: what is in the store is to be in the table all the same
             change = partial(self._ledger.change, self._job_id, checkpoints=points, forget_steps=forget)
-            if await change(when=(PAUSED, QUEUED), events=events) is None:
+            if await change(when=(PAUSED, QUEUED, PUBLISHING), events=events) is None:
                 await change(when=(CANCELLED,))
         del self._events[: len(events)], self._points[: len(points)]
         self._told = status

@@ -113,7 +113,8 @@ class RunLife:
             await self._bring_near(version)
         except OnebaseError as error:
             await self._settler.take_back(job)
-            reason = f"{version.id} can't be served, so it was not published: {error.message}"
+            logger.warning("job %s: %s can't be served: %s", self._id, version.id, error.message)
+            reason = f"{version.id} can't be served, so it was not published: {self._folder.told(error.message)}"
             return await self._settler.fail(job, self._folder, job_error("version_unservable", reason))
         if await self._settler.publish(job, self._folder, version):
             await self._settler.succeed(job, self._folder)
@@ -152,9 +153,14 @@ class RunLife:
         if losses < self._times.max_losses and not gave_up_itself:
             return await self._settler.requeue(job, reason, saved_step=saved_step, losses=losses)
         code = "trainer_stalled" if self._stalled else "trainer_died"
-        last = self._folder.log_tail(400).splitlines()[-1:] or ["nothing"]
-        message = f"{reason} (attempt {job.attempt}); its log {self._folder.log} ends: {last[0]}"
+        message = f"{reason} (attempt {job.attempt}); its log ends: {self._last_words()}"
         return await self._settler.fail(job, self._folder, job_error(code, message))
+
+    def _last_words(self) -> str:
+        """The log's last line, as the job's owner may read it; the server's log gets more of it, as it is."""
+        tail = self._folder.log_tail()
+        logger.warning("job %s: the log of its process, %s, ends:\n%s", self._id, self._folder.log, tail)
+        return self._folder.told((tail.splitlines() or ["nothing"])[-1][-400:])
 
     def _cause_of_death(self) -> str:
         if self._stalled:
@@ -213,8 +219,7 @@ class RunLife:
         """Measure them. False if it can't be done, and the job has failed for it."""
         ids = [version.id for version in versions]
         if self._evaluations >= self._times.max_losses:
-            last = self._folder.log_tail(400).splitlines()[-1:] or ["nothing"]
-            message = f"{ids[0]} could not be evaluated, so it was not published; the log ends: {last[0]}"
+            message = f"{ids[0]} could not be evaluated, so it was not published; the log ends: {self._last_words()}"
             await self._settler.fail(job, self._folder, job_error("gate_not_measured", message), version=ids[0])
             return False
         self._evaluations += 1

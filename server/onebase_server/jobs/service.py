@@ -103,8 +103,6 @@ class JobService:
             except InvalidInput:
                 folder.remove()
                 raise
-        elif order.dataset is not None:
-            row.state = QUEUED  # its format is the trainer's to judge
         events = [NewEvent("created", f"Created retrain job: {row.id}")]
         return await self._keep(row, folder, {"training": training}, events)
 

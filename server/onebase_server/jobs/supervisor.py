@@ -25,11 +25,11 @@ from onebase_server.jobs.files import FileService, is_abandoned
 from onebase_server.jobs.hyperparameters import decided
 from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.process import RunCommand
+from onebase_server.jobs.run_data import check_files
 from onebase_server.jobs.run_folder import RunFolder
 from onebase_server.jobs.run_life import RunLife
-from onebase_server.jobs.settle import JobError, Settler, job_error
+from onebase_server.jobs.settle import Settler
 from onebase_server.jobs.states import FINAL, FINE_TUNING, QUEUED, RUNNING, VALIDATING
-from onebase_server.jobs.training_lines import FileProblem, check_training_file
 from onebase_server.jobs.watch import RunTimes, ServerStopsError
 from onebase_server.records.jobs import NewEvent
 from onebase_server.records.tables import JobRow
@@ -177,7 +177,7 @@ class Supervisor:
 
     async def _validate(self, job: JobRow) -> None:
         folder = RunFolder(self._home.runs, job.id)
-        checked = await asyncio.to_thread(_check_files, job, folder)
+        checked = await asyncio.to_thread(check_files, job, folder)
         if not isinstance(checked, int):
             await self._settler.fail(job, folder, checked)
             return
@@ -234,22 +234,3 @@ class Supervisor:
     async def _near(self, version: Version) -> None:
         if self.bring_near is not None:
             await self.bring_near(version)
-
-
-def _check_files(job: JobRow, folder: RunFolder) -> int | JobError:
-    """The number of training examples, or why the job can't be trained."""
-    try:
-        return _judge_files(job, folder)
-    except OSError as error:
-        return job_error("internal_error", f"The job's files in {folder.path} can't be read: {error.strerror}")
-
-
-def _judge_files(job: JobRow, folder: RunFolder) -> int | JobError:
-    found = check_training_file(folder.training)
-    if isinstance(found, FileProblem):
-        return job_error(found.code, found.message, "training_file")
-    if job.validation_file is not None:
-        validation = check_training_file(folder.validation, kind="validation", minimum=1)
-        if isinstance(validation, FileProblem):
-            return job_error(validation.code, validation.message, "validation_file")
-    return found.examples

@@ -65,6 +65,7 @@ async def test_a_trainer_that_always_crashes_fails_its_job_and_the_next_job_runs
     job = await world.ended(await world.fine_tune())
     assert job.error is not None
     assert (job.state, job.error["code"], job.attempt) == ("failed", "trainer_died", FAST.max_losses)
+    assert str(world.home.root) not in job.error["message"]
     world.script()
     assert (await world.ended(await world.fine_tune())).state == "succeeded"
 
