@@ -30,9 +30,9 @@ from onebase_server.app import create_app
 from onebase_server.engine.runner import SampleRow
 from onebase_server.jobs.assembly import DurableConfig, assemble
 from onebase_server.jobs.process import RunCommand
-from onebase_server.jobs.run_life import RunTimes
 from onebase_server.jobs.service import JobLimits
 from onebase_server.jobs.supervisor import SupervisorConfig
+from onebase_server.jobs.watch import RunTimes
 from onebase_server.loading import start_backend
 from onebase_server.settings import Settings
 from scripted_base import IDENTITY, SCRIPTED_BASE

@@ -17,9 +17,9 @@ from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.orders import Base, FineTuningOrder, RetrainOrder
 from onebase_server.jobs.process import RunCommand
 from onebase_server.jobs.run_folder import RunFolder
-from onebase_server.jobs.run_life import RunTimes
 from onebase_server.jobs.service import JobLimits, JobService
 from onebase_server.jobs.supervisor import Supervisor, SupervisorConfig
+from onebase_server.jobs.watch import RunTimes
 from onebase_server.records.chats import ChatRecords
 from onebase_server.records.database import Database
 from onebase_server.records.files import FileRecords
@@ -28,7 +28,7 @@ from onebase_server.records.tables import EventRow, FileRow, JobRow
 from scripted_base import SCRIPTED_BASE
 
 TINY = Base("tiny/base", "tiny")
-FAST = RunTimes(poll_s=0.01, cancel_grace_s=0.3, stall_s=30.0, max_losses=3)
+FAST = RunTimes(poll_s=0.01, cancel_grace_s=0.3, stall_s=30.0, report_again_s=0.05, max_losses=3)
 LINE = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy"}]}
 
 

@@ -7,7 +7,7 @@ from litestar import Request, get, post
 from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 from litestar.types import ASGIApp
 
-from onebase.errors import InvalidInput
+from onebase.errors import InvalidInput, OnebaseError
 from onebase_server.api.backend import Backend
 from onebase_server.api.caller import Caller, caller_of
 from onebase_server.api.deps import AppDeps, Deps
@@ -111,9 +111,9 @@ async def list_events(
 async def list_checkpoints(
     job_id: FromPath[str], request: AnyRequest, deps: Deps, after: FromQuery[str | None] = None, limit: Limit = 10
 ) -> CheckpointList:
-    """The newest three checkpoints, newest first. Each is a model that can be called."""
+    """The newest three checkpoints, newest first. Each is a model that can be called: deleted ones are left out."""
     page = await deps.jobs.checkpoints(job_id, caller_of(request).sees, after=after, limit=limit)
-    data = [checkpoint_object(row) for row in page.rows]
+    data = [checkpoint_object(row) for row in page.rows if exists(row.model, deps)]
     return CheckpointList(
         object="list",
         data=data,
@@ -121,6 +121,14 @@ async def list_checkpoints(
         last_id=data[-1].id if data else None,
         has_more=page.has_more,
     )
+
+
+def exists(model: str, deps: AppDeps) -> bool:
+    try:
+        deps.store.resolve(model)
+    except OnebaseError:  # removed by an admin, or damaged
+        return False
+    return True
 
 
 async def follow(job_id: str, deps: AppDeps) -> AsyncIterator[bytes]:

@@ -103,8 +103,6 @@ class JobService:
             except InvalidInput:
                 folder.remove()
                 raise
-        elif order.dataset is not None:
-            row.state = QUEUED  # its format is the trainer's to judge
         events = [NewEvent("created", f"Created retrain job: {row.id}")]
         return await self._keep(row, folder, {"training": training}, events)
 
@@ -216,7 +214,8 @@ class JobService:
     async def cancel(self, job_id: str, owner: str | None) -> JobRow:
         """The cancelled job; its process is gone, or has a few seconds left. Raises InvalidInput once it has ended."""
         await self._ledger.get(job_id, owner)
-        values = {"state": CANCELLED, "finished_at": self._ledger.now(), "eta_s": None}
+        # Also one that waits or is paused has a folder: an open run is what the supervisor sees to the end of.
+        values = {"state": CANCELLED, "finished_at": self._ledger.now(), "eta_s": None, "run_open": True}
         event = NewEvent("cancelled", "The job has been cancelled")
         job = await self._ledger.change(job_id, values, when=STOPPABLE, events=[event])
         return job or self._refuse(await self._ledger.get(job_id), "cancelled")

@@ -10,14 +10,14 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from onebase.errors import Conflict, ModelNotFound
+from onebase.errors import Conflict, InvalidInput, ModelNotFound
 from onebase.store import AdapterStore, Version
 from onebase_server.jobs.files import RESULTS, FileService
 from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.progress import EventsTail, StepMetrics
 from onebase_server.jobs.results import results_csv
 from onebase_server.jobs.run_folder import RunFolder
-from onebase_server.jobs.states import FAILED, FINE_TUNING, PUBLISHING, QUEUED, RUNNING, SUCCEEDED
+from onebase_server.jobs.states import FAILED, FINE_TUNING, PUBLISHING, QUEUED, RUNNING, SUCCEEDED, UNFINISHED
 from onebase_server.records.jobs import NewEvent
 from onebase_server.records.tables import JobRow
 
@@ -64,9 +64,15 @@ class Settler:
         }
         return await self._ledger.change(job.id, values, when=(RUNNING,)) is not None
 
-    async def succeed(self, job: JobRow, folder: RunFolder, version: Version) -> None:
-        """Serve the version under the adapter's name, then say so."""
-        await asyncio.to_thread(self._store.set_current, version.name, version.version)
+    async def succeed(self, job: JobRow, folder: RunFolder) -> None:
+        """Serve the version under the adapter's name, then say so. One that was removed meanwhile fails the job."""
+        version = self.published(job)
+        try:
+            if version is None:
+                return await self.fail_removed(job, folder)
+            await asyncio.to_thread(self._store.set_current, version.name, version.version)
+        except (ModelNotFound, InvalidInput):  # this very moment
+            return await self.fail_removed(job, folder)
         await asyncio.to_thread(folder.remove_checkpoints)
         model = job.fine_tuned_model if job.kind == FINE_TUNING else version.id
         await self._ledger.change(
@@ -80,6 +86,7 @@ class Settler:
         )
         await asyncio.to_thread(folder.remove_data)
         logger.info("job %s succeeded: %s", job.id, version.id)
+        return None
 
     async def fail(self, job: JobRow, folder: RunFolder, error: JobError, **values: Any) -> None:
         """What was served before stays served."""
@@ -90,17 +97,22 @@ class Settler:
                 "state": FAILED, "finished_at": self._ledger.now(), "run_open": False, "eta_s": None,
                 "error": dict(error), **values,
             },
-            when=(RUNNING, "validating_files"),
+            when=UNFINISHED,
             events=[NewEvent("failed", f"The job failed: {error['message']}", level="error")],
         )  # fmt: skip
         await asyncio.to_thread(folder.remove_data)
         logger.warning("job %s failed: %s", job.id, error["message"])
 
+    async def fail_removed(self, job: JobRow, folder: RunFolder) -> None:
+        """What it trained is no more in the store: somebody has deleted the version, or the whole adapter."""
+        message = f"{job.version or job.adapter} was removed before it could be published: train it again"
+        await self.fail(job, folder, job_error("version_removed", message), version=None)
+
     async def discard(self, job: JobRow, folder: RunFolder) -> None:
         """A cancelled job's run is over: what it published at the last moment is taken back."""
         await self.take_back(job)
         await asyncio.to_thread(folder.remove_checkpoints)
-        await self._ledger.change(job.id, {"run_open": False}, when=(job.state,))
+        await self._ledger.change(job.id, {"run_open": False, "version": None}, when=(job.state,))
         await asyncio.to_thread(folder.remove_data)
 
     async def take_back(self, job: JobRow) -> None:

@@ -107,7 +107,7 @@ def test_the_recipe_has_what_was_asked(trained: World) -> None:
         "preset": "seed",
         "resume_from": "pirate@1",
         "data": {
-            "train": [str(trained.home.root / "datasets/good")],
+            "train": [str(RunFolder(trained.home.runs, run_id).dataset / "good")],
             "prompt_format": "human_response",
             "max_tokens": 64,
             "eval_fraction": 0.1,

@@ -104,6 +104,25 @@ def test_a_status_of_wrong_types_is_as_good_as_none(values: dict[str, Any]) -> N
     assert to_status(values) == to_status({})
 
 
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("/srv/home/runs/ftjob-1/training.jsonl line 3: no role", "training.jsonl line 3: no role"),
+        ("/srv/home/runs/ftjob-1/dataset/a.jsonl: empty", "dataset/a.jsonl: empty"),
+        ("No such file: '/home/me/models/base/config.json'", "No such file: 'config.json'"),
+        ("adapter at /srv/home/adapters/bot/versions/2 refused: rank 65", "adapter at 2 refused: rank 65"),
+        ("see https://example.org/a/b for ft:org/base:onebase::1 and/or org/base", None),
+        ("3/4 of /tmp is full", None),
+    ],
+)
+def test_what_is_shown_of_a_processs_words_names_no_folder(said: str, shown: str | None) -> None:
+    folder = RunFolder(Path("/srv/home/runs"), "ftjob-1")
+    assert folder.told(said) == (shown or said)
+    status = to_status({"message": said, "error": {"code": "x", "message": said}}, folder.told)
+    assert status.message == (shown or said)
+    assert status.error == {"code": "x", "message": shown or said}
+
+
 def test_the_lock_says_whether_a_run_is_alive(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, "ftjob-1")
     folder.create()

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from jobs_world import LINE, JobsWorld, jobs_world
 from onebase.errors import AdapterInvalid, InvalidInput
@@ -31,6 +32,30 @@ async def test_each_retraining_is_the_adapters_next_version(world: JobsWorld, da
         job = await world.ended(await world.retrain(dataset=dataset))
         assert (job.state, job.version, current(world)) == ("succeeded", f"bot@{number}", f"bot@{number}")
     assert (await world.told(job))[-2].message == "New fine-tuned model created: bot@2"
+
+
+@pytest.mark.slow
+async def test_a_dataset_is_what_it_was_when_the_run_was_ordered(world: JobsWorld, dataset: Path) -> None:
+    before = dataset.read_bytes()
+    world.script(steps=3, every=1, ends=["crash early", "crash early", "succeed"], evaluate_s=1.0)
+    job = await world.retrain(dataset=dataset, gate=Gate())
+    job = await world.until(job, lambda row: row.attempt == 1)
+    dataset.write_text("another's work\n")
+    job = await world.until(job, lambda row: (row.message or "").startswith("evaluating"))
+    recipe = yaml.safe_load(world.folder(job).recipe.read_text())
+    assert [Path(path).read_bytes() for path in recipe["data"]["train"]] == [before]
+    assert (await world.ended(job)).state == "succeeded"
+    assert not world.folder(job).dataset.exists()
+
+
+async def test_a_dataset_that_can_not_be_read_fails_its_run_in_words(world: JobsWorld, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, words in (("gone.jsonl", "gone.jsonl can't be read"), ("empty", "the folder empty holds no .jsonl")):
+        job = await world.ended(await world.retrain(dataset=tmp_path / name))
+        assert job.error is not None
+        assert (job.state, job.error["code"], job.error["param"]) == ("failed", "invalid_dataset", "dataset")
+        assert job.error["message"].startswith(words)
+        assert str(tmp_path) not in job.error["message"]
 
 
 @pytest.mark.slow
