@@ -110,7 +110,9 @@ class Settings:
     max_body_mb: int = setting(8, integer(1, 4096), "largest request body, in MB")
     max_choices: int = setting(128, integer(1, 128), "largest n")
     max_request_s: float = setting(600.0, seconds, "seconds that one generation may take; 0: no limit")
-    slow_client_s: float = setting(30.0, seconds, "seconds a client may take over headers, and between body pieces")
+    slow_client_s: float = setting(
+        30.0, seconds, "seconds a client may take over headers and body, or nothing of its answer"
+    )
     keep_alive_s: int = setting(75, integer(1, 86_400), "seconds a connection is kept between requests")
     max_connections: int = setting(4096, integer(8, 10**6), "connections at a time; more get 503")
     ping_s: float = setting(15.0, seconds, "seconds of silence before a stream's keep-alive comment")
