@@ -1,7 +1,7 @@
 """Whole decode steps at OpenLLaMA-7B's shape on this GPU, as the runner captures them: one JSON line a set-up.
 
 Random weights in NF4 (speed does not depend on their values), every token with its own position, pages and adapter;
-greedy choice on the device; median over graph replays. Run with PYTHONPATH=core:server:tests.
+greedy choice on the device; median over graph replays. Run with PYTHONPATH=core:server:tests:bench.
 `--profile`: by kernel; `--prefill`: only that.
 """
 
@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 
 import torch
+from gpu_setup import machine, read_tbps
 
 from cuda_models import random_model
 from onebase_server.engine.cuda_forward import CudaForward
@@ -19,8 +20,6 @@ from onebase_server.engine.weights import Geometry, ModelWeights
 from onebase_server.kernels.cuda_ops import CudaKernels
 from onebase_server.kernels.ops import NF4Weight, StepMeta
 
-READ_TBPS = 3.07
-"""What this card reads from memory, measured (a sum over 2 GiB)."""
 CONTEXT = 192
 """The middle of 128 prompt + 128 output tokens."""
 OPENLLAMA = Geometry(32, 4096, 32, 32, 128, 11008, 32000, 1e-6, 2048)
@@ -159,7 +158,7 @@ def prefill(model: ModelWeights, kernels: CudaKernels, cache: KVCache, pools: li
     for tokens in (128, 512, 1024, 2048):
         mine, theirs = time_prefill(ours, tokens), time_prefill(dense, tokens)
         line = {
-            "gpu": torch.cuda.get_device_name(),
+            **machine(),
             "what": "prefill",
             "tokens": tokens,
             "ms": round(mine, 2),
@@ -192,9 +191,9 @@ def main(profile: bool, only_prefill: bool) -> None:
             meta = decode_meta(batch, count, rank, page, OPENLLAMA)
             ms = time_step(forward, meta, active, profile and adapters in (0, 32) and rank == 8)
             base.setdefault(batch, ms)
-            floor = step_bytes(model, batch, count, rank, active if count else frozenset()) / READ_TBPS / 1e9
+            floor = step_bytes(model, batch, count, rank, active if count else frozenset()) / read_tbps() / 1e9
             line = {
-                "gpu": torch.cuda.get_device_name(),
+                **machine(),
                 "what": "decode step, CUDA graph",
                 "batch": batch,
                 "adapters": count,

@@ -1,7 +1,9 @@
 """A base folder at OpenLLaMA-7B's shape with random weights (13.5 GB), for what is timed through a whole server, whose
 speed does not depend on the values. The tokenizer is the first 32,000 tokens of another base's.
 
-    PYTHONPATH=core python bench/random_base.py OUT --tokenizer FOLDER [--device cuda]
+    PYTHONPATH=core python bench/random_base.py OUT --tokenizer FOLDER [--device cuda] [--no-weights]
+
+`gpu_http.py` needs no weights, `train_while_serving.py` does.
 """
 
 import argparse
@@ -88,11 +90,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True, help="a base folder with a BPE tokenizer.json")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="draws the values")
+    parser.add_argument("--no-weights", dest="weights", action="store_false", help="config and tokenizer only")
     options = parser.parse_args()
     options.out.mkdir(parents=True)
     (options.out / "config.json").write_text(json.dumps(CONFIG, indent=1), "utf-8")
     cut_tokenizer(options.tokenizer, options.out)
-    write_weights(options.out, options.device)
+    if options.weights:
+        write_weights(options.out, options.device)
 
 
 if __name__ == "__main__":

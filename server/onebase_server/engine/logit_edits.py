@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onebase_server.engine.put import put
 from onebase_server.engine.runner import SampleRow
 from onebase_server.engine.types import SamplingParams
 
@@ -72,8 +73,8 @@ def _mask(logits: Tensor, rows: list[SampleRow]) -> None:
     bits = np.unpackbits(words, axis=-1, bitorder="little")[:, :vocab]
     allowed = np.zeros((len(masked), vocab), dtype=bool)
     allowed[:, : bits.shape[1]] = bits
-    banned = torch.from_numpy(~allowed).to(logits.device)
-    logits[masked] = logits[masked].masked_fill(banned, float("-inf"))
+    own = put(np.array(masked), logits.device)
+    logits[own] = logits[own].masked_fill(put(~allowed, logits.device), float("-inf"))
 
 
 def _penalise(logits: Tensor, rows: list[SampleRow], states: dict[int, EditState]) -> None:
@@ -103,9 +104,9 @@ def _penalise(logits: Tensor, rows: list[SampleRow], states: dict[int, EditState
 
 
 def _index(logits: Tensor, places: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    both = torch.tensor(places, dtype=torch.int64, device=logits.device)
+    both = put(np.array(places, dtype=np.int64), logits.device)
     return both[:, 0], both[:, 1]
 
 
 def _values(logits: Tensor, values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=logits.dtype, device=logits.device)
+    return put(np.array(values), logits.device).to(logits.dtype)

@@ -166,7 +166,7 @@ class CudaRunner(TorchRunner):
         self._graphs.launch(buffers, active, int(ranks.max(initial=0)), longest, draws=draws)
         if plain:
             return None
-        return self._graphs.logits[torch.from_numpy(batch.sample_seqs.astype(np.int64)).to(self.device)]
+        return self._graphs.logits[self._put(batch.sample_seqs.astype(np.int64))]
 
     def _launch_chunks(self, batch: StepBatch) -> Tensor:
         meta, active = self.step_meta(batch)

@@ -20,6 +20,7 @@ from onebase_server.engine.device_guard import DeviceGuard
 from onebase_server.engine.host_adapter import PackedAdapter, TorchHostAdapter, layout_of
 from onebase_server.engine.lora_slots import LoraSlots
 from onebase_server.engine.model_forward import KVCache, ModelForward
+from onebase_server.engine.put import put
 from onebase_server.engine.runner import HostAdapter, RunnerLimits, StepBatch, StepResult
 from onebase_server.engine.sampler import Sampler, score
 from onebase_server.engine.slot_loader import make_loader
@@ -156,6 +157,7 @@ class TorchRunner:
             max_rank=int(ranks.max(initial=0)),
             max_query=int(queries.max(initial=0)),
             max_context=int(batch.context_lens.max(initial=0)),
+            total_context=int(batch.context_lens.sum()),
         )
         return meta, active
 
@@ -171,9 +173,7 @@ class TorchRunner:
 
     def _put(self, array: NDArray[Any]) -> Tensor:
         """int32 as the kernels want it; only what is int64 already stays so."""
-        wide = array.dtype == np.int64
-        tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64 if wide else np.int32))
-        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+        return put(array if array.dtype == np.int64 else np.asarray(array, dtype=np.int32), self.device)
 
 
 def _forward(weights: ModelWeights, kernels: Kernels, cache: KVCache, slots: LoraSlots) -> Forward:
