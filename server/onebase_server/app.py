@@ -125,7 +125,7 @@ def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
             "kept": Provide(lambda: kept, sync_to_thread=False),
         },
         request_class=WireRequest,
-        plugins=[WirePlugin(exclude_unset=True), PydanticSchemaPlugin()],
+        plugins=[WirePlugin(exclude_unset=True, prefer_alias=True), PydanticSchemaPlugin()],
         exception_handlers={Exception: handle_any_error},
         before_send=[
             at_start(send_request_id, send_allow, deps.metrics.count, send_limits(deps.limiter), deps.audit.note)

@@ -15,6 +15,7 @@ class Wire(BaseModel):
         hide_input_in_errors=True,
         protected_namespaces=(),
         use_attribute_docstrings=True,
+        serialize_by_alias=True,
     )
 
 

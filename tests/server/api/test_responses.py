@@ -145,6 +145,16 @@ def test_a_call_is_an_item_of_its_own(world: World) -> None:
     assert item["id"].startswith("fc_")
 
 
+def test_the_format_is_told_back_as_it_was_asked_for(obedient_world: World) -> None:
+    obedient_world.says = '{"a": 1}'
+    shape = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    asked = {"type": "json_schema", "name": "n", "schema": shape, "strict": True}
+    body = respond(obedient_world, text={"format": asked})
+    assert body["text"]["format"] == asked
+    assert obedient_world.get(f"/v1/responses/{body['id']}").json()["text"]["format"] == asked
+    assert events(obedient_world, text={"format": asked})[-1]["response"]["text"]["format"] == asked
+
+
 def test_a_call_is_streamed_in_its_events(world: World) -> None:
     world.says = "Let me see.\n\n" + CALL
     found = events(world, tools=[TOOL])
