@@ -13,14 +13,14 @@ from typer.testing import CliRunner
 
 from onebase.base_model import load_base
 from onebase.bases import read_base, resolve_base
-from onebase.errors import Conflict, InvalidInput, OnebaseError
+from onebase.errors import Conflict, InvalidInput
 from onebase.home import Home
 from onebase.store import AdapterStore
 from onebase_training import lora
 from onebase_training.__main__ import app
 from onebase_training.config import Recipe, make_recipe
 from onebase_training.evaluate import as_table, evaluate, write_json
-from onebase_training.export import export, push
+from onebase_training.export import export
 from onebase_training.generate import greedy_answers
 from onebase_training.merge import nf4_values
 from onebase_training.train import Run, carry_out
@@ -157,9 +157,25 @@ def test_nf4_values_are_those_that_the_loaded_base_holds(trained: tuple[Home, Re
 def test_export_never_writes_over_something(trained: tuple[Home, Recipe], tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there/file").touch()
-    for form in ("peft", "merged"):
+    for form in ("peft", "merged", "gguf-lora", "gguf-merged"):
         with pytest.raises(Conflict):
-            export("tiny", tmp_path / "there", trained[0], form=form)
+            export("tiny", tmp_path / "there", trained[0], form=form)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["merged", "gguf-lora", "gguf-merged"])
+def test_an_export_that_fails_leaves_nothing_behind(
+    trained: tuple[Home, Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Any
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("onebase_training.merge.save_file", full)
+    monkeypatch.setattr("gguf.GGUFWriter.write_kv_data_to_file", full)
+
+    with pytest.raises(OSError, match="No space left"):
+        export("tiny", tmp_path / "new/out", trained[0], form=form)
+
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_dora_trains_and_is_merged_but_not_published(trained: tuple[Home, Recipe], tmp_path: Path) -> None:
@@ -233,10 +249,3 @@ def test_a_users_mistake_is_one_line_and_no_traceback(
     assert done.exit_code in (1, 2)
     assert word in done.output
     assert "Traceback" not in done.output
-
-
-def test_a_push_that_the_hub_does_not_take_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-    with pytest.raises(OnebaseError, match="could not be pushed to me/captain"):
-        push(tmp_path, "me/captain")

@@ -18,7 +18,7 @@ def require_login(repository: str) -> None:
     Raises OnebaseError, saying what is wrong with which.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repository)

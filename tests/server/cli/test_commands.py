@@ -1,6 +1,8 @@
 """The `onebase` command over a store in a temporary home: what it prints, what it changes, how it fails."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -54,8 +56,12 @@ def test_rm_refuses_the_served_version_unless_forced(home: Path) -> None:
     assert AdapterStore(home / "adapters").resolve("pirate").version == 1
 
 
-def test_export_writes_a_folder_that_can_be_published_again(home: Path, tmp_path: Path) -> None:
-    run("adapters", "export", "pirate@1", str(tmp_path / "out"))
+@pytest.mark.parametrize("command", [("export",), ("adapters", "export")])
+def test_export_writes_a_folder_that_can_be_published_again(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(os, "execv", lambda _program, words: subprocess.run(words, check=True))
+    run(*command, "pirate@1", str(tmp_path / "out"), "--form", "peft")
     assert (tmp_path / "out" / "adapter_config.json").is_file()
     version = AdapterStore(home / "adapters").import_folder(tmp_path / "out", "again", base=BASE, base_shapes=SHAPES)
     assert version.digest == AdapterStore(home / "adapters").resolve("pirate@1").digest
