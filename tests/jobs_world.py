@@ -14,7 +14,7 @@ from onebase.home import Home
 from onebase.store import AdapterStore
 from onebase_server.jobs.files import FileService
 from onebase_server.jobs.ledger import Ledger
-from onebase_server.jobs.orders import Base, FineTuningOrder, RetrainOrder
+from onebase_server.jobs.orders import Base, FineTuningOrder, Once, RetrainOrder
 from onebase_server.jobs.process import RunCommand
 from onebase_server.jobs.run_folder import RunFolder
 from onebase_server.jobs.service import JobLimits, JobService
@@ -66,7 +66,8 @@ class JobsWorld:
     async def fine_tune(self, *, lines: int = 10, key: str | None = None, **order: Any) -> JobRow:
         file_id = order.pop("training_file", None) or (await self.upload(lines)).id
         given = {"owner": "ann", "base": TINY, "model": "tiny/base", "training_file": file_id, "seed": 1, **order}
-        return await self.jobs.fine_tune(FineTuningOrder(**given), "ann", key)
+        once = None if key is None else Once.of(key, "test", {"file": file_id, **order})
+        return await self.jobs.fine_tune(FineTuningOrder(**given), "ann", once)
 
     async def retrain(self, **order: Any) -> JobRow:
         return await self.jobs.retrain(RetrainOrder(**{"owner": "ann", "base": TINY, "adapter": "bot", **order}), None)

@@ -58,22 +58,19 @@ class JobRecords:
                     await session.execute(
                         select(func.pg_advisory_xact_lock(func.hashtext(f"{row.owner}/{row.idempotency_key}")))
                     )
-                before = await session.scalar(
-                    select(JobRow).where(JobRow.owner == row.owner, JobRow.idempotency_key == row.idempotency_key)
-                )
+                before = await _made_before(session, row.owner, row.idempotency_key, row.request_digest)
                 if before is not None:
-                    return _same_request(before, row), False
+                    return before, False
             session.add(row)
             await session.flush()
             for event, event_id in zip(events, event_ids, strict=True):
                 session.add(_event_row(row, event, event_id, row.created_at))
         return row, True
 
-    async def has_key(self, owner: str, idempotency_key: str | None) -> bool:
-        """Whether the owner has made a job with this key."""
-        query = select(JobRow.seq).where(JobRow.owner == owner, JobRow.idempotency_key == idempotency_key)
+    async def made_before(self, owner: str, key: str, digest: str) -> JobRow | None:
+        """The job that the owner made with this idempotency key. Raises InvalidInput if its request was another."""
         async with self._database.read() as session:
-            return idempotency_key is not None and await session.scalar(query) is not None
+            return await _made_before(session, owner, key, digest)
 
     async def get(self, job_id: str, owner: str | None = None) -> JobRow | None:
         query = select(JobRow).where(JobRow.id == job_id)
@@ -168,10 +165,11 @@ class JobRecords:
             return await page(session, query, CheckpointRow, after=after, limit=limit, order="desc")
 
 
-def _same_request(before: JobRow, row: JobRow) -> JobRow:
-    if before.request_digest != row.request_digest:
+async def _made_before(session: AsyncSession, owner: str, key: str, digest: str) -> JobRow | None:
+    before = await session.scalar(select(JobRow).where(JobRow.owner == owner, JobRow.idempotency_key == key))
+    if before is not None and before.request_digest != digest:
         raise InvalidInput(
-            f"Idempotency-Key '{row.idempotency_key}' was used for another request (job {before.id}). Use a new key.",
+            f"Idempotency-Key '{key}' was used for another request (job {before.id}). Use a new key.",
             param="Idempotency-Key",
             code="idempotency_key_reused",
         )

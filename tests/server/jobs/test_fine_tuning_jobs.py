@@ -1,5 +1,6 @@
 """A fine-tuning job from its file to a served version, over real processes that follow a script."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,19 @@ async def test_an_idempotency_key_makes_one_job(world: JobsWorld) -> None:
     assert [path.name for path in world.home.runs.iterdir()] == [first.id]
     with pytest.raises(InvalidInput, match="another request"):
         await world.fine_tune(training_file=file.id, key="k", suffix="other")
+
+
+async def test_a_key_that_comes_again_finds_its_job_whatever_has_changed_and_two_at_once_make_one(
+    tmp_path: Path,
+) -> None:
+    async with jobs_world(tmp_path, start=False) as world:
+        file = await world.upload()
+        jobs = await asyncio.gather(*(world.fine_tune(training_file=file.id, key="k") for _ in range(4)))
+        assert len({job.id for job in jobs}) == 1
+        await world.files.delete(file.id, "ann")
+    async with jobs_world(tmp_path, start=False) as world:
+        assert (await world.fine_tune(training_file=file.id, key="k")).id == jobs[0].id
+        assert [path.name for path in world.home.runs.iterdir()] == [jobs[0].id]
 
 
 async def test_more_jobs_than_may_wait_are_refused_and_leave_nothing(tmp_path: Path) -> None:
