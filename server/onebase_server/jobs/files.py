@@ -136,7 +136,7 @@ class FileService:
 
     async def get(self, file_id: str, owner: str | None) -> FileRow:
         """Raises NotFound."""
-        row = await self._records.get(file_id, owner)
+        row = None if "\x00" in file_id else await self._records.get(file_id, owner)
         if row is None or (row.expires_at is not None and row.expires_at <= self._now()):
             raise NotFound(f"No such File object: {file_id}", param="id")
         return row
