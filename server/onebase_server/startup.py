@@ -16,6 +16,7 @@ from sqlalchemy.exc import DatabaseError, SQLAlchemyError
 from onebase.errors import BaseModelError, InvalidInput
 from onebase.home import Home
 from onebase_server.records.database import Database
+from onebase_server.records.homes import claim
 from onebase_server.records.keys import KeyRecords
 from onebase_server.settings import LOOPBACK, Settings
 
@@ -73,6 +74,8 @@ async def _open_records(settings: Settings) -> bool:
     database = Database.at(settings.database) if settings.database else Database.file(path)
     try:
         await database.migrate()
+        if settings.database:
+            await claim(database, settings.home.root)
         return await KeyRecords(database).any()
     except DatabaseError as error:
         place = "the database" if settings.database else str(path)

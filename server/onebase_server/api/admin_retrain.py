@@ -85,6 +85,7 @@ def to_order(data: RetrainRequest, owner: str, deps: AppDeps) -> RetrainOrder:
         seed=hyperparameters.get("seed"),
         gate=gate_of(data),
         priority=data.priority or 0,
+        served_before=dict(entry.weights) if entry else {},
     )
 
 

@@ -72,6 +72,8 @@ class RetrainOrder:
     seed: int | None = None
     gate: Gate | None = None
     priority: int = 0
+    served_before: Mapping[int, float] | None = None
+    """The adapter's versions and shares when this was ordered. None: not known, and the name may be moved."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,13 @@ Everything is a row and a folder; a job exists once its row does. `owner=None` i
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from onebase.errors import InvalidInput, NotFound, Overloaded
 from onebase.home import Home
 from onebase_server.jobs.files import TRAINING, FileService
 from onebase_server.jobs.hyperparameters import AUTO
+from onebase_server.jobs.job_limits import JobLimits
 from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.names import new_id, tuned_name
 from onebase_server.jobs.orders import FineTuningOrder, Once, RetrainOrder
@@ -27,7 +28,6 @@ from onebase_server.jobs.states import (
     RUNNING,
     STOPPABLE,
     VALIDATING,
-    WAITING,
 )
 from onebase_server.jobs.stored_chats import write_training_lines
 from onebase_server.records.chats import ChatRecords
@@ -37,13 +37,6 @@ from onebase_server.records.tables import CheckpointRow, EventRow, FileRow, JobR
 
 MAX_SEED = 2**31 - 1
 LOOK_AGAIN_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class JobLimits:
-    """`waiting`: jobs that may wait for their turn, over all owners."""
-
-    waiting: int = 16
 
 
 class JobService:
@@ -105,6 +98,8 @@ class JobService:
         row.training_file = order.training_file
         row.hyperparameters = dict(order.hyperparameters)
         row.fine_tuned_model = tuned_name(order.base.id, order.adapter, row.id)
+        if order.served_before is not None:
+            row.served_before = {str(version): share for version, share in order.served_before.items()}
         folder = RunFolder(self._home.runs, row.id)
         if order.stored_chats:
             folder.create()
@@ -147,10 +142,11 @@ class JobService:
     async def _keep(
         self, row: JobRow, folder: RunFolder, files: Mapping[str, FileRow | None], events: list[NewEvent]
     ) -> JobRow:
-        waiting = await self._records.count(WAITING)
-        if waiting >= self._limits.waiting:
+        try:
+            await self._limits.check_room(self._records, row.owner)
+        except Overloaded:
             folder.remove()
-            raise Overloaded(f"{waiting} jobs wait already; try again when some have run.", retry_after_s=60)
+            raise
         await asyncio.to_thread(folder.create)
         kept, is_new = row, False
         try:

@@ -138,9 +138,22 @@ class JobRecords:
         async with self._database.read() as session:
             return (await session.scalars(query.limit(1))).first()
 
-    async def count(self, states: Collection[str]) -> int:
+    async def last_version(self, adapter: str, state: str, since: int) -> str | None:
+        """The version of the adapter's job that came into a final state last, `since` (Unix seconds) or later."""
+        query = (
+            select(JobRow.version)
+            .where(JobRow.adapter == adapter, JobRow.state == state, JobRow.finished_at >= since)
+            .order_by(JobRow.finished_at.desc(), JobRow.seq.desc())
+        )
         async with self._database.read() as session:
-            return await session.scalar(select(func.count()).where(JobRow.state.in_(states))) or 0
+            return (await session.scalars(query.limit(1))).first()
+
+    async def count(self, states: Collection[str], owner: str | None = None) -> int:
+        query = select(func.count()).where(JobRow.state.in_(states))
+        if owner is not None:
+            query = query.where(JobRow.owner == owner)
+        async with self._database.read() as session:
+            return await session.scalar(query) or 0
 
     async def ids(self) -> set[str]:
         async with self._database.read() as session:

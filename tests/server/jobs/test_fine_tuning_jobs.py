@@ -163,6 +163,17 @@ async def test_more_jobs_than_may_wait_are_refused_and_leave_nothing(tmp_path: P
         assert {path.name for path in world.home.runs.iterdir()} == {job.id for job in jobs}
 
 
+async def test_one_owner_can_not_fill_the_queue_nor_by_pausing(tmp_path: Path) -> None:
+    async with jobs_world(tmp_path, start=False, waiting_of_owner=2) as world:
+        first, _ = [await world.fine_tune(lines=10, suffix=str(number)) for number in range(2)]
+        await world.ledger.change(first.id, {"state": "paused"}, when=("validating_files",))
+        with pytest.raises(Overloaded, match="2 jobs of yours wait or are paused"):
+            await world.fine_tune()
+        assert await world.retrain(owner="bob", dataset=tmp_path)
+        await world.jobs.cancel(first.id, "ann")
+        assert await world.fine_tune()
+
+
 @pytest.mark.slow
 async def test_one_job_trains_at_a_time_the_most_urgent_first(tmp_path: Path) -> None:
     async with jobs_world(tmp_path, start=False) as world:
