@@ -186,7 +186,7 @@ class FileService:
         paths = list(self._folder.iterdir())
         known = await self._records.ids()
         for path in paths:
-            if path.name not in known and is_abandoned(path, self._now()):
+            if path.name not in known and path.is_file() and is_abandoned(path, self._now()):
                 logger.info("removing %s: no record names it", path)
                 path.unlink(missing_ok=True)
 

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict
 
-from onebase.errors import InvalidInput, NotFound, Overloaded
+from onebase.errors import InvalidInput, NotFound, OnebaseError
 from onebase.home import Home
 from onebase_server.jobs.files import TRAINING, FileService
 from onebase_server.jobs.hyperparameters import AUTO
@@ -144,19 +144,18 @@ class JobService:
     ) -> JobRow:
         try:
             await self._limits.check_room(self._records, row.owner)
-        except Overloaded:
-            folder.remove()
-            raise
-        await asyncio.to_thread(folder.create)
-        kept, is_new = row, False
-        try:
+            await asyncio.to_thread(folder.create)
             for name, file in files.items():
                 if file is not None:
                     await asyncio.to_thread(self._files.link, file, getattr(folder, name))
+            await asyncio.to_thread(folder.sync)
             kept, is_new = await self._ledger.add(row, events)
-        finally:
-            if not is_new:
-                await asyncio.to_thread(folder.remove)
+        except (OnebaseError, OSError):
+            await asyncio.to_thread(folder.remove)
+            raise
+        # Any other error may have come after the commit: then the folder is needed, and else it is swept.
+        if not is_new:
+            await asyncio.to_thread(folder.remove)
         return kept
 
     async def _file(self, file_id: str, owner: str | None, param: str) -> FileRow:

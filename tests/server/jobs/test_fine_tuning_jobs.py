@@ -1,9 +1,12 @@
 """A fine-tuning job from its file to a served version, over real processes that follow a script."""
 
 import asyncio
+import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from jobs_world import JobsWorld, jobs_world
 from onebase.errors import InvalidInput, Overloaded
@@ -101,6 +104,30 @@ async def test_a_job_whose_files_are_gone_fails_and_holds_nobody_up(tmp_path: Pa
         job = await world.ended(job)
         assert job.error is not None
         assert (job.state, job.error["code"]) == ("failed", "internal_error")
+
+
+async def test_a_job_has_its_files_also_when_the_answer_to_its_commit_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with jobs_world(tmp_path, start=False) as world:
+        add = world.ledger.add
+
+        async def lost(*given: Any) -> None:
+            await add(*given)
+            raise OperationalError("COMMIT", None, Exception("the connection was lost"))
+
+        def no_room(*_: Any) -> None:
+            raise OSError(errno.ENOSPC, "no space left")
+
+        monkeypatch.setattr(world.ledger, "add", lost)
+        with pytest.raises(OperationalError):
+            await world.fine_tune()
+        monkeypatch.setattr(world.files, "link", no_room)
+        with pytest.raises(OSError, match="no space left"):
+            await world.fine_tune()
+        [job] = (await world.jobs.list(None, kind=None, metadata=None, after=None, limit=10)).rows
+        assert list(world.home.runs.iterdir()) == [world.folder(job).path]
+        assert world.folder(job).training.stat().st_size > 0
 
 
 @pytest.mark.slow
