@@ -140,10 +140,19 @@ class AdapterStore(StoreReader):
             same_base=True,
         )
 
-    def set_current(self, name: str, version: int | Mapping[int, float]) -> Entry:
-        """Serve one version, or split the traffic: `{3: 0.9, 4: 0.1}`."""
+    def set_current(
+        self, name: str, version: int | Mapping[int, float], *, expected: Mapping[int, float] | None = None
+    ) -> Entry:
+        """Serve one version, or split the traffic: `{3: 0.9, 4: 0.1}`. Raises Conflict if what is served is not what
+        the caller `expected`: somebody else has moved the name meanwhile."""
         weights = version if isinstance(version, Mapping) else {version: 1.0}
-        return self._move(name, lambda pointer: pointer.serving(weights))
+
+        def change(pointer: Pointer) -> Pointer:
+            if expected is not None and pointer.weights != expected:
+                raise Conflict(f"{name} was moved meanwhile", param="version")
+            return pointer.serving(weights)
+
+        return self._move(name, change)
 
     def rollback(self, name: str, to: int | None = None) -> Entry:
         """Serve what was served before the last move, or version `to`. Raises Conflict if there is nothing before."""

@@ -32,6 +32,7 @@ from onebase_server.api.errors import handle_any_error
 from onebase_server.api.keys import KeyRing
 from onebase_server.api.limits import LIMIT_HEADERS, send_limits
 from onebase_server.api.preload import bring_near
+from onebase_server.api.query import refuse_nul
 from onebase_server.api.replies import at_start
 from onebase_server.api.request_id import send_request_id
 from onebase_server.api.response_store import ResponseStore
@@ -52,7 +53,7 @@ def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
     guard = require(keys, deps.limiter, deps.settings)
     inference = Router(
         "/v1",
-        guards=[guard],
+        guards=[guard, refuse_nul],
         opt={"scope": "inference"},
         route_handlers=[
             chat.create_chat_completion,
@@ -74,7 +75,7 @@ def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
     )
     training = Router(
         "/v1",
-        guards=[guard],
+        guards=[guard, refuse_nul],
         opt={"scope": "training"},
         route_handlers=[
             files.create_file,
@@ -94,7 +95,7 @@ def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
     )
     admin = Router(
         "/admin",
-        guards=[guard],
+        guards=[guard, refuse_nul],
         opt={"scope": "admin"},
         route_handlers=[
             admin_adapters.list_adapters,

@@ -132,6 +132,7 @@ class Settings:
     # Training jobs
     dataset_roots: tuple[Path, ...] = setting((), folders, "folders that /admin/retrain may read, besides datasets/")
     retrain_queue: int = setting(16, integer(1, 1000), "training jobs that may wait")
+    key_jobs: int | None = setting(None, integer(1, 1000), "training jobs of one key that may wait; none: no limit")
     training_jobs: int = setting(1, integer(1, 64), "training jobs that run at a time")
     retrain_nice: int = setting(10, integer(0, 19), "niceness of the training process")
     train_policy: str = setting("serve-first", train_policy, "how training makes way for requests")

@@ -14,6 +14,7 @@ from onebase_server.api.deps import AppDeps, Deps
 from onebase_server.api.query import metadata_filter
 from onebase_server.api.quota import check_adapter_quota
 from onebase_server.api.replies import json_reply
+from onebase_server.api.schemas_common import RequestBody
 from onebase_server.api.schemas_fine_tuning import (
     CheckpointList,
     CreateJob,
@@ -28,7 +29,7 @@ from onebase_server.api.schemas_fine_tuning import (
 from onebase_server.api.sse import EventStream, event
 from onebase_server.api.visible import visible_model, visible_version
 from onebase_server.jobs.hyperparameters import AUTO
-from onebase_server.jobs.orders import Base, FineTuningOrder
+from onebase_server.jobs.orders import Base, FineTuningOrder, Once
 from onebase_server.jobs.states import FINE_TUNING
 
 AnyRequest = Request[Any, Any, Any]
@@ -39,10 +40,12 @@ MAX_KEY = 255
 @post("/fine_tuning/jobs", operation_id="createFineTuningJob", status_code=200, tags=["Fine-tuning"])
 async def create_job(data: JSONBody[CreateJob], request: AnyRequest, deps: Deps) -> FineTuningJob:
     """Queue a fine-tuning job on the served base, or on top of a fine-tuned model."""
-    caller = caller_of(request)
-    await check_adapter_quota(caller, deps)
-    order = await order_of(data, caller, deps)
-    return job_object(await deps.jobs.fine_tune(order, caller.sees, idempotency_key(request)))
+    caller, once = caller_of(request), once_of(data, request)
+    job = await deps.jobs.made_before(caller.owner, once)
+    if job is None:
+        await check_adapter_quota(caller, deps)
+        job = await deps.jobs.fine_tune(await order_of(data, caller, deps), caller.sees, once)
+    return job_object(job)
 
 
 @get("/fine_tuning/jobs", operation_id="listFineTuningJobs", tags=["Fine-tuning"])
@@ -192,8 +195,11 @@ def hyperparameters_of(body: CreateJob) -> dict[str, Any]:
     return {**AUTO, **old, **new}
 
 
-def idempotency_key(request: AnyRequest) -> str | None:
+def once_of(body: RequestBody, request: AnyRequest) -> Once | None:
+    """The `Idempotency-Key` header with what it stands for. Raises InvalidInput for one of no use."""
     key = request.headers.get("idempotency-key")
-    if key is not None and not 0 < len(key) <= MAX_KEY:
+    if key is None:
+        return None
+    if not 0 < len(key) <= MAX_KEY:
         raise InvalidInput(f"'Idempotency-Key' must have 1 to {MAX_KEY} characters.", param="Idempotency-Key")
-    return key
+    return Once.of(key, request.url.path, body.model_dump(mode="json", by_alias=True, exclude_none=True))

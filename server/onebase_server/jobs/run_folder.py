@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onebase.durable import fsync_folder
 from onebase_server.jobs.words import without_paths
 
 
@@ -52,6 +53,15 @@ class RunFolder:
 
     def create(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
+
+    def sync(self) -> None:
+        """Make what was put in durable, before a row tells of it."""
+        for path in (self.training, self.validation):
+            if path.exists():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        for folder in (self.path, self.path.parent):
+            fsync_folder(folder)
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

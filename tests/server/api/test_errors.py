@@ -51,6 +51,34 @@ def test_json_is_read_whatever_its_content_type_says(world: World, content_type:
     assert world.post("/v1/chat/completions", content=body, headers={"content-type": content_type}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "param"),
+    [
+        ("/v1/files/file-%00", "id"),
+        ("/v1/fine_tuning/jobs/ftjob-%00/events", "id"),
+        ("/v1/chat/completions/%00", "id"),
+        ("/v1/models/a%00b", "id"),
+        ("/admin/retrain/%00", "id"),
+        ("/v1/files?after=%00", "after"),
+        ("/v1/files?purpose=fine-tune%00", "purpose"),
+        ("/v1/fine_tuning/jobs?metadata[a%00]=b", "metadata[a]"),
+    ],
+)
+def test_a_nul_character_in_a_path_or_a_query_is_400_by_name(world: World, path: str, param: str) -> None:
+    """PostgreSQL takes none, and would answer as a database that is away."""
+    reply = world.get(path)
+    assert (reply.status_code, error_of(reply)["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("field", ["training_file", "validation_file", "suffix"])
+def test_a_nul_character_in_an_order_is_400_by_field(world: World, field: str) -> None:
+    files = {"file": ("train.jsonl", b'{"messages": [{"role": "assistant", "content": "x"}]}\n')}
+    file_id = world.post("/v1/files", files=files, data={"purpose": "fine-tune"}).json()["id"]
+    body = {"model": "tiny/base", "training_file": file_id, field: "a\x00b"}
+    reply = world.post("/v1/fine_tuning/jobs", body)
+    assert (reply.status_code, error_of(reply)["param"]) == (400, field)
+
+
 @pytest.mark.parametrize("path", ["/", "/v1", "/v1/nothing", "/v1/chat", "/v2/models", "/admin/nothing"])
 def test_an_unknown_path_is_404(world: World, path: str) -> None:
     reply = world.get(path)

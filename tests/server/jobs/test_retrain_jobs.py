@@ -1,6 +1,7 @@
 """Retraining: the next version takes over only if the gate holds, and stored chats become its data."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,60 @@ async def test_a_job_cancelled_at_its_gate_takes_its_version_back(world: JobsWor
     entry = world.store.get("bot")
     assert entry is not None
     assert [version.id for version in entry.versions] == ["bot@1"]
+
+
+def served(world: JobsWorld) -> dict[int, float]:
+    entry = world.store.get("bot")
+    return dict(entry.weights) if entry is not None else {}
+
+
+def roll_back(world: JobsWorld) -> None:
+    world.store.rollback("bot", 1)
+
+
+def publish(world: JobsWorld) -> None:
+    world.store.set_current("bot", 2)
+
+
+def split(world: JobsWorld) -> None:
+    world.store.set_current("bot", {1: 0.9, 2: 0.1})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "by_hand"), [(2, roll_back), (1, publish), (1, split)], ids=["rollback", "publish", "canary"]
+)
+async def test_a_name_that_was_moved_by_hand_stays_where_it_was_put(
+    world: JobsWorld, dataset: Path, before: int, by_hand: Callable[[JobsWorld], None]
+) -> None:
+    for _ in range(2):
+        await world.ended(await world.retrain(dataset=dataset))
+    world.store.set_current("bot", before)
+    job = await world.retrain(dataset=dataset, served_before=served(world))
+    by_hand(world)
+    put = served(world)
+    job = await world.ended(job)
+    assert served(world) == put
+    assert job.error is not None
+    assert (job.state, job.error["code"], job.version) == ("failed", "name_moved", "bot@3")
+    assert "bot was moved by hand" in job.error["message"]
+    assert world.store.resolve("bot@3").version == 3, "it can still be published"
+
+
+@pytest.mark.slow
+async def test_a_name_that_the_adapters_other_runs_moved_moves_on_but_not_over_a_hand(
+    world: JobsWorld, dataset: Path
+) -> None:
+    await world.ended(await world.retrain(dataset=dataset, served_before={}))
+    second, third, fourth = [await world.retrain(dataset=dataset, served_before={1: 1.0}) for _ in range(3)]
+    fourth = await world.until(fourth, lambda row: row.state == "queued")
+    await world.jobs.pause(fourth.id, None)
+    assert [(await world.ended(job)).state for job in (second, third)] == ["succeeded", "succeeded"]
+    roll_back(world)  # to what was served when the fourth was ordered, and by a hand all the same
+    await world.jobs.resume(fourth.id, None)
+    fourth = await world.ended(fourth)
+    assert fourth.error is not None
+    assert (fourth.error["code"], served(world)) == ("name_moved", {1: 1.0})
 
 
 @pytest.mark.slow

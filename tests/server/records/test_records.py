@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from onebase_server.api.errors import answer_for
 from onebase_server.records.chats import ChatRecords
 from onebase_server.records.database import Database
 from onebase_server.records.files import FileRecords
+from onebase_server.records.homes import claim, home_id
 from onebase_server.records.jobs import LOOKED_UP, JobRecords, NewCheckpoint, NewEvent
 from onebase_server.records.tables import Base, ChatRow, FeedbackRow, FileRow, JobRow
 
@@ -73,6 +75,19 @@ async def test_a_database_of_a_newer_onebase_is_refused_and_left_alone(tmp_path:
     await FileRecords(database).add(a_file(1))
     assert await FileRecords(database).ids() == {"file-1"}
     await database.close()
+
+
+async def test_a_database_belongs_to_one_home_folder(database: Database, tmp_path: Path) -> None:
+    roots = [tmp_path / name for name in ("first", "second")]
+    for root in roots:
+        (root / "locks").mkdir(parents=True)
+    for _ in range(2):
+        await claim(database, roots[0])
+    with pytest.raises(InvalidInput, match="belongs to another home folder") as caught:
+        await claim(database, roots[1])
+    shutil.copy(roots[0] / "home-id", roots[1] / "home-id")  # as the message says of a restored one
+    assert home_id(roots[0]) in caught.value.message
+    await claim(database, roots[1])
 
 
 async def test_a_database_of_another_kind_is_refused_by_name() -> None:
