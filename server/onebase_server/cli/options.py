@@ -1,17 +1,34 @@
 """Options that several commands share, spelled once."""
 
 import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from onebase.errors import InvalidInput
 from onebase.home import Home, default_home
 
 HomeOption = Annotated[
     Path | None,
     typer.Option("--home", help="Where onebase keeps everything. Default: $ONEBASE_HOME, else ~/.onebase."),
 ]
+
+
+@contextmanager
+def named_by_option(options: Mapping[str, str]) -> Iterator[None]:
+    """Errors name the API's fields: here they get the options' names (field -> option), and count as wrong usage."""
+    try:
+        yield
+    except InvalidInput as error:
+        field = (error.param or "").partition("[")[0].partition(".")[0]
+        if field not in options:
+            raise
+        words = re.sub(rf"(value for )?'{field}[^']*': ", "", error.message)
+        raise typer.BadParameter(words.removeprefix("Invalid "), param_hint=f"'{options[field]}'") from error
 
 
 def open_home(path: Path | None) -> Home:
