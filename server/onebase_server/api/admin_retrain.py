@@ -6,6 +6,7 @@ from litestar import Request, get, post
 from litestar.params import FromPath, JSONBody
 
 from onebase.errors import InvalidInput, NotFound
+from onebase_server.api.audit import tell_target
 from onebase_server.api.caller import caller_of
 from onebase_server.api.datasets import find_dataset
 from onebase_server.api.deps import AppDeps, Deps
@@ -27,7 +28,9 @@ async def create_retrain_run(data: JSONBody[RetrainRequest], request: AnyRequest
     is no worse than the current one on held-out conversations; the answer then says why not.
     """
     order = to_order(data, caller_of(request).owner, deps)
-    return retrain_run(await deps.jobs.retrain(order, None, idempotency_key(request)))
+    row = await deps.jobs.retrain(order, None, idempotency_key(request))
+    tell_target(request, f"{row.id} of {row.adapter}")
+    return retrain_run(row)
 
 
 @get("/retrain", operation_id="listRetrainRuns", tags=["Admin"])
