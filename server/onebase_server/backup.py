@@ -60,6 +60,8 @@ def back_up(home: Home, target: Path, *, with_bases: bool = False) -> int:
 
 def restore(source: Path, home: Home) -> list[str]:
     """Unpack into a home folder that is empty or not there; the top names. Raises InvalidInput, leaving nothing."""
+    if not source.is_file():
+        raise InvalidInput(f"{source} is no file", param="source")
     if home.root.exists() and any(home.root.iterdir()):
         raise InvalidInput(f"{home.root} is not empty: restore into a new folder and move it into place", param="home")
     home.root.parent.mkdir(parents=True, exist_ok=True)

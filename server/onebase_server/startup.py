@@ -75,7 +75,7 @@ def open_records(settings: Settings) -> bool:
 def look_at_records(settings: Settings) -> Standing:
     """How the database stands, which is left as it is. Raises InvalidInput with words."""
     path = settings.home.root / "onebase.db"
-    with _in_words(settings, path):
+    with in_words(settings, path):
         return standing_at(settings.database) if settings.database else standing_of_file(path)
 
 
@@ -83,7 +83,7 @@ async def _open_records(settings: Settings) -> bool:
     path = settings.home.root / "onebase.db"
     database = Database.at(settings.database) if settings.database else Database.file(path)
     try:
-        with _in_words(settings, path):
+        with in_words(settings, path):
             await database.migrate()
             if settings.database:
                 await claim(database, settings.home.root)
@@ -93,7 +93,8 @@ async def _open_records(settings: Settings) -> bool:
 
 
 @contextmanager
-def _in_words(settings: Settings, path: Path) -> Iterator[None]:
+def in_words(settings: Settings, path: Path) -> Iterator[None]:
+    """SQLAlchemy's errors as InvalidInput. `path`: of the SQLite file, if that is what is used."""
     try:
         yield
     except DatabaseError as error:

@@ -102,7 +102,7 @@ def test_python_makes_and_revokes_keys(tmp_path: Path) -> None:
 
 
 def keys(client: Onebase) -> None:
-    made = client.server.create_key("ann", rpm=60)
+    made = client.server.create_key("ann", scopes=("inference", "admin"), rpm=60)
     assert made.key
     assert made.rpm == 60
     [listed] = client.server.keys()

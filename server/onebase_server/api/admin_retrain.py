@@ -6,6 +6,7 @@ from litestar import Request, get, post
 from litestar.params import FromPath, JSONBody
 
 from onebase.errors import InvalidInput, NotFound
+from onebase_server.api.audit import tell_target
 from onebase_server.api.caller import caller_of
 from onebase_server.api.datasets import find_dataset
 from onebase_server.api.deps import AppDeps, Deps
@@ -28,7 +29,9 @@ async def create_retrain_run(data: JSONBody[RetrainRequest], request: AnyRequest
     """
     owner, once = caller_of(request).owner, once_of(data, request)
     job = await deps.jobs.made_before(owner, once)
-    return retrain_run(job or await deps.jobs.retrain(to_order(data, owner, deps), None, once))
+    job = job or await deps.jobs.retrain(to_order(data, owner, deps), None, once)
+    tell_target(request, f"{job.id} of {job.adapter}")
+    return retrain_run(job)
 
 
 @get("/retrain", operation_id="listRetrainRuns", tags=["Admin"])

@@ -34,12 +34,12 @@ def require(keys: KeyRing, limiter: Limiter, settings: Settings) -> Guard:
     async def guard(connection: Connection, handler: BaseRouteHandler) -> None:
         connection.scope["state"][STARTED_KEY] = time.perf_counter()
         caller = await keys.identify(connection.headers.get("authorization"))
+        connection.scope["state"][STATE_KEY] = caller  # before it may be refused: the audit log tells who was
         scope = str(handler.opt.get("scope", ADMIN))
         if caller is LOCAL:
             check_local(connection, scope, settings)
         elif not caller.may(scope):
             raise Forbidden(refusal(caller, scope))
-        connection.scope["state"][STATE_KEY] = caller
         if connection.scope.get("method") not in FREE_METHODS:
             limiter.take_request(caller)
 
