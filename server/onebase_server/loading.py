@@ -98,7 +98,7 @@ def load_runner(settings: Settings, spec: BaseSpec) -> tuple[Runner, TextTokeniz
     from onebase.base_model import load_base
     from onebase_server.engine.runner_torch import RunnerConfig
 
-    device = torch.device(pick_device(settings.device, torch.cuda.is_available()))
+    device = torch.device(pick_device(settings.device, torch.cuda.device_count()))
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)  # of this thread; the runner binds the engine's
@@ -183,9 +183,15 @@ def make_cpu_runner(base: Any, config: Any, settings: Settings) -> tuple[Runner,
     return build_runner(base, kernels, replace(config, num_pages=pages_for(tokens)), place=place), shared
 
 
-def pick_device(wanted: str, has_cuda: bool) -> str:
+def pick_device(wanted: str, num_cuda: int) -> str:
+    """`cpu`, `cuda` or `cuda:N`. Raises BaseModelError for what is none of them, or not there."""
     if wanted == "auto":
-        return "cuda" if has_cuda else "cpu"
-    if wanted.startswith("cuda") and not has_cuda:
+        return "cuda" if num_cuda else "cpu"
+    kind, colon, number = wanted.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and not (kind == "cuda" and number.isdecimal())):
+        raise BaseModelError(f"device {wanted}: ONEBASE_DEVICE is auto, cpu, cuda or cuda:N", param="device")
+    if kind == "cuda" and not num_cuda:
         raise BaseModelError(f"device {wanted}: this machine has no CUDA device that torch can use", param="device")
+    if number and int(number) >= num_cuda:
+        raise BaseModelError(f"device {wanted}: the last one of this machine is cuda:{num_cuda - 1}", param="device")
     return wanted

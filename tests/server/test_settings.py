@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from onebase.errors import InvalidInput
+from onebase.errors import BaseModelError, InvalidInput
 from onebase_server.loading import pick_device
 from onebase_server.settings import Settings, load_settings
 from onebase_server.sizing import choose_kv_tokens, kv_bytes_per_token, pages_for
@@ -92,17 +92,27 @@ def test_every_setting_says_what_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "cuda", "device"), [("auto", True, "cuda"), ("auto", False, "cpu"), ("cpu", True, "cpu")]
+    ("wanted", "cuda", "device"),
+    [("auto", 1, "cuda"), ("auto", 0, "cpu"), ("cpu", 1, "cpu"), ("cuda", 1, "cuda"), ("cuda:1", 2, "cuda:1")],
 )
-def test_the_device_is_picked(wanted: str, cuda: bool, device: str) -> None:
+def test_the_device_is_picked(wanted: str, cuda: int, device: str) -> None:
     assert pick_device(wanted, cuda) == device
 
 
-def test_a_device_that_is_not_there_is_named() -> None:
-    from onebase.errors import BaseModelError
-
-    with pytest.raises(BaseModelError, match="cuda:1"):
-        pick_device("cuda:1", False)
+@pytest.mark.parametrize(
+    ("wanted", "cuda", "words"),
+    [
+        ("cuda:1", 0, "cuda:1.* no CUDA device"),
+        ("cuda:2", 2, "cuda:2.* last one .* cuda:1"),
+        ("gpu", 1, "auto, cpu, cuda or cuda:N"),
+        ("cuda:", 1, "cuda:N"),
+        ("cuda:-1", 1, "cuda:N"),
+        ("cpu:0", 1, "cuda:N"),
+    ],
+)
+def test_a_device_that_is_not_there_is_named(wanted: str, cuda: int, words: str) -> None:
+    with pytest.raises(BaseModelError, match=words):
+        pick_device(wanted, cuda)
 
 
 LLAMA = {"num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4096}

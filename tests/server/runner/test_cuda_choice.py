@@ -78,3 +78,36 @@ def test_a_released_model_gives_its_weights_away_and_the_read_ones_are_the_same(
             values = [dequantize(each.weight, torch.float32) for each in (projection, again)]
             assert torch.equal(*values)
             assert (projection.bias is None) == (again.bias is None)
+
+
+def test_a_server_without_our_kernels_plans_its_pages_and_answers_as_the_twin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The way of a GPU up to the kernels, on a CPU: bitsandbytes multiplies, torch does the rest."""
+    from onebase.base_model import load_base
+    from onebase_server.engine.runner_torch import RunnerConfig, TorchRunner
+    from onebase_server.loading import make_cuda_runner
+    from onebase_server.settings import load_settings
+    from step_driver import Driver, Sequence
+    from tiny_base import tiny_base
+
+    home, spec = tiny_base(tmp_path, hidden=64)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (4_000_000_000, 8_000_000_000))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: 1_500_000_000)
+    settings = load_settings({"ONEBASE_HOME": str(home.root), "ONEBASE_ADAPTER_SLOTS": "2"})
+    config = RunnerConfig(num_slots=2, max_lora_rank=8, max_batch_sequences=4, max_context=128)
+    base, own = load_base(spec), load_base(spec)
+    with caplog.at_level(logging.INFO):
+        runner, shared = make_cuda_runner(base, config, settings)
+    assert isinstance(runner, TorchRunner)
+    assert shared == {"device": "cpu"}
+    assert runner.limits.num_pages * 16 == 4 * 128, "as much as all sequences could fill"
+    assert "planned:    1.50 GB  weights" in caplog.text
+    assert base.model.model.layers[0].mlp.up_proj.weight is None
+
+    twin = TorchRunner(
+        read_weights(own.model, TorchKernels(), 128), TorchKernels(), config, eos_token_ids=base.tokenizer.eos_ids
+    )
+    drivers = [Driver(one) for one in (runner, twin)]
+    ours, theirs = (driver.logits(driver.add(Sequence([1, 30, 41, 52, 63]))) for driver in drivers)
+    assert relative_error(ours, theirs.double()) < 0.03
