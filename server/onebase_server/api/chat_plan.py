@@ -10,6 +10,7 @@ from onebase.messages import Message, Tool
 from onebase_server.api.backend import Backend
 from onebase_server.api.convert_messages import to_messages, to_tools
 from onebase_server.api.convert_sampling import (
+    LONG_TEXT,
     Extras,
     answer_limit,
     check_stream_options,
@@ -18,8 +19,11 @@ from onebase_server.api.convert_sampling import (
 )
 from onebase_server.api.models_lookup import ServedModel
 from onebase_server.api.schemas_chat import ChatRequest, NamedTool
-from onebase_server.api.structured import constraint_of, takes_long
+from onebase_server.api.structured import constraint_of
 from onebase_server.engine.types import GenerationRequest
+
+MESSAGE = 64
+"""What rendering a message costs besides its text, in characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +144,8 @@ def plan_chat(body: ChatRequest, given: ChatInput, model: ServedModel, backend: 
 
 
 async def plan_chat_aside(body: ChatRequest, given: ChatInput, model: ServedModel, backend: Backend) -> ChatPlan:
-    """As `plan_chat`, off the event loop where it takes long: other streams go on."""
-    if takes_long(body):
+    """As `plan_chat`, off the event loop where it takes milliseconds: other streams go on."""
+    wants_grammar = body.response_format is not None or bool(body.tools)
+    if wants_grammar or sum(len(message.content) + MESSAGE for message in given.messages) > LONG_TEXT:
         return await asyncio.to_thread(plan_chat, body, given, model, backend)
     return plan_chat(body, given, model, backend)

@@ -10,7 +10,7 @@ from litestar.types import ASGIApp
 
 from onebase_server.api.backend import Handle
 from onebase_server.api.caller import caller_of
-from onebase_server.api.completion_plan import CompletionPlan, check_completion, plan_completion
+from onebase_server.api.completion_plan import CompletionPlan, check_completion, plan_completion_aside
 from onebase_server.api.completion_reply import CompletionStream, complete_all, text_completion
 from onebase_server.api.deps import Deps
 from onebase_server.api.replies import json_reply
@@ -29,7 +29,7 @@ async def create_completion(data: JSONBody[CompletionRequest], deps: Deps, reque
     n = check_completion(data, deps.settings.max_choices)
     backend = deps.backend.get()
     model = await visible_model(data.model, caller_of(request), backend, deps)
-    plan = plan_completion(data, n, model, backend)
+    plan = await plan_completion_aside(data, n, model, backend)
     running = Running(plan, lambda wanted: submit_all(request, deps, backend, wanted))
     if data.stream:
         stream = CompletionStream(plan, backend.tokenizer, backend.fingerprint)
