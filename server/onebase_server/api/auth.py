@@ -18,6 +18,7 @@ from onebase_server.api.caller import LOCAL, STATE_KEY, Caller
 from onebase_server.api.keys import KeyRing
 from onebase_server.api.limits import Limiter
 from onebase_server.api.metrics import STARTED_KEY
+from onebase_server.api.request_id import client_request_id
 from onebase_server.settings import Settings
 
 Connection = ASGIConnection[Any, Any, Any, Any]
@@ -32,6 +33,7 @@ def require(keys: KeyRing, limiter: Limiter, settings: Settings) -> Guard:
 
     async def guard(connection: Connection, handler: BaseRouteHandler) -> None:
         connection.scope["state"][STARTED_KEY] = time.perf_counter()
+        client_request_id(connection.headers)  # refused before anything is done
         caller = await keys.identify(connection.headers.get("authorization"))
         scope = str(handler.opt.get("scope", ADMIN))
         if caller is LOCAL:

@@ -14,6 +14,7 @@ from litestar.datastructures import Headers
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 
 from onebase.errors import InvalidInput
+from onebase_server.api.media import check_encoding
 from onebase_server.jobs.files import FileService, Upload
 
 MAX_FIELD = 4096
@@ -35,7 +36,9 @@ class UploadForm:
 
 
 async def receive_form(request: Request[Any, Any, Any], files: FileService) -> UploadForm:
-    """Read the whole body. Raises InvalidInput, leaving nothing on disk, if it is no complete multipart form."""
+    """Read the whole body. Raises InvalidInput, leaving nothing on disk, if it is no complete multipart form, and
+    UnsupportedMedia if it is compressed."""
+    check_encoding(request.headers)
     form = UploadForm()
     reader = _Reader(form, files)
     try:
