@@ -41,6 +41,15 @@ from onebase_server.settings import Settings
 __all__ = ["AppDeps", "create_app"]
 
 
+class App(Litestar):
+    """Takes HEAD wherever it takes GET, as HTTP wants; whoever holds the connection leaves the answer's body out."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope.get("method") == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await super().__call__(scope, receive, send)
+
+
 def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
     """The app. Its base may still be loading: `deps.backend` is filled later, and answers 503 until then.
 
@@ -119,7 +128,7 @@ def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
         ],
     )
     metrics = Router("/", guards=[require_for_metrics(guard, deps.settings)], route_handlers=[health.metrics])
-    return Litestar(
+    return App(
         route_handlers=[inference, training, admin, metrics, health.healthz, health.readyz],
         dependencies={
             "deps": Provide(lambda: deps, sync_to_thread=False),

@@ -19,6 +19,7 @@ from onebase_server.api.caller import LOCAL, STATE_KEY, Caller
 from onebase_server.api.keys import KeyRing, bearer, digest_of
 from onebase_server.api.limits import Limiter
 from onebase_server.api.metrics import STARTED_KEY
+from onebase_server.api.request_id import client_request_id
 from onebase_server.settings import LOOPBACK, Settings
 
 Connection = ASGIConnection[Any, Any, Any, Any]
@@ -33,6 +34,7 @@ def require(keys: KeyRing, limiter: Limiter, settings: Settings) -> Guard:
 
     async def guard(connection: Connection, handler: BaseRouteHandler) -> None:
         connection.scope["state"][STARTED_KEY] = time.perf_counter()
+        client_request_id(connection.headers)  # refused before anything is done
         caller = await keys.identify(connection.headers.get("authorization"))
         connection.scope["state"][STATE_KEY] = caller  # before it may be refused: the audit log tells who was
         scope = str(handler.opt.get("scope", ADMIN))

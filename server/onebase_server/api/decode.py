@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from onebase.errors import InvalidInput
+from onebase_server.api.media import check_json
 from onebase_server.api.schemas_common import RequestPart
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -72,6 +73,10 @@ class RawJson:
 
 class WireRequest(Request[Any, Any, Any]):
     """Hands the body to `decode_body` as it came."""
+
+    async def body(self) -> bytes:
+        check_json(self.headers)
+        return await super().body()
 
     async def json(self) -> Any:
         return RawJson(await self.body())

@@ -17,6 +17,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from onebase import errors as domain
 from onebase_server.api.decode import RequestRefused
+from onebase_server.api.media import UnsupportedMedia
 from onebase_server.api.request_id import request_id_of
 from onebase_server.api.schemas_common import ErrorBody, ErrorDetail
 from onebase_server.api.waiting import ClientLeft
@@ -144,8 +145,11 @@ def _litestar(error: HTTPException, method: str, path: str) -> Answer:
     headers = {}
     if error.status_code in (408, 413):  # the rest of the body is not waited for
         headers = {"Connection": "close"}
-    message = words.format(method=method, path=path)
-    return _make(error.status_code, message, "invalid_request_error", None, code, headers)
+    if isinstance(error, UnsupportedMedia):
+        words, headers = error.detail, {"Accept-Encoding": "identity"}
+    else:
+        words = words.format(method=method, path=path)
+    return _make(error.status_code, words, "invalid_request_error", None, code, headers)
 
 
 def _validation_words(error: ValidationException) -> tuple[str, str, str | None, str | None]:

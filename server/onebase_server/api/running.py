@@ -15,7 +15,7 @@ from onebase.errors import InvalidInput, OnebaseError, Overloaded
 from onebase_server.api.backend import Backend
 from onebase_server.api.caller import Caller, caller_of
 from onebase_server.api.deps import AppDeps
-from onebase_server.api.request_id import request_id_of
+from onebase_server.api.request_id import client_request_id, request_id_of
 from onebase_server.api.tracing import Trace
 from onebase_server.engine.handle import Completion, RequestHandle, gather_choices
 from onebase_server.engine.types import FinishReason, GenerationRequest, TokenEvent
@@ -40,13 +40,15 @@ def submit_all(
     wanted = [replace(each, owner=caller.owner, deadline=deadline or each.deadline) for each in wanted]
     started: list[Generation] = []
     try:
+        names = Names(
+            request_id_of(request.scope), client_request_id(request.headers), request.headers.get("traceparent")
+        )
         check_parallel(caller, wanted)
         deps.limiter.begin(caller, sequences_of(wanted), prompt_tokens_of(wanted))
-        request_id, traceparent = request_id_of(request.scope), request.headers.get("traceparent")
         try:
             for each in wanted:
                 handle = backend.engine.submit(each)
-                started.append(Generation(handle, caller, deps, request_id, traceparent))
+                started.append(Generation(handle, caller, deps, names))
         except BaseException:
             left = wanted[len(started) :]
             deps.limiter.end(caller, sequences_of(left), unused=prompt_tokens_of(left))
@@ -81,6 +83,15 @@ def check_parallel(caller: Caller, wanted: Sequence[GenerationRequest]) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What the request is called: by us, by its client, by the trace that it is part of."""
+
+    request_id: str
+    client_id: str | None
+    traceparent: str | None
+
+
 @dataclass(slots=True)
 class Tally:
     """What has come out so far. Times are `time.perf_counter` seconds."""
@@ -109,14 +120,11 @@ class Tally:
 class Generation:
     """A `Handle` that measures the engine's. However it is left, it closes once."""
 
-    def __init__(
-        self, handle: RequestHandle, caller: Caller, deps: AppDeps, request_id: str, traceparent: str | None
-    ) -> None:
+    def __init__(self, handle: RequestHandle, caller: Caller, deps: AppDeps, names: Names) -> None:
         self._handle = handle
         self._caller = caller
         self._deps = deps
-        self._request_id = request_id
-        self._traceparent = traceparent
+        self._names = names
         self._tally = Tally(prompt=len(handle.request.prompt_ids))
         self._is_closed = False
         self._started_at = time.time()
@@ -174,7 +182,7 @@ class Generation:
             first_s = None if tally.first is None else tally.first - tally.started
             self._deps.tracer.record(
                 Trace(
-                    request_id=self._request_id,
+                    request_id=self._names.request_id,
                     key=self._caller.id,
                     model="base" if request.adapter is None else request.adapter.id,
                     outcome=tally.outcome.value,
@@ -184,7 +192,7 @@ class Generation:
                     total_s=took,
                     prompt_tokens=tally.prompt,
                     generated_tokens=tally.generated,
-                    parent=self._traceparent,
+                    parent=self._names.traceparent,
                 )
             )
 
@@ -206,10 +214,11 @@ class Generation:
         tally, request = self._tally, self._handle.request
         model = "base" if request.adapter is None else request.adapter.id
         logger.info(
-            "%s on %s: %s, %d+%d tokens in %.3f s", self._request_id, model, tally.outcome.value, tally.prompt,
+            "%s on %s: %s, %d+%d tokens in %.3f s", self._names.request_id, model, tally.outcome.value, tally.prompt,
             tally.generated, took,
             extra={
-                "request_id": self._request_id,
+                "request_id": self._names.request_id,
+                "client_request_id": self._names.client_id,
                 "generation_id": request.id,
                 "key": self._caller.id,
                 "adapter": model,
