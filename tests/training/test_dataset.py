@@ -1,9 +1,7 @@
 """Files become rows: every broken line is told, nothing is lost silently, and the same rows are held out each time."""
 
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -232,29 +230,6 @@ def test_the_seeds_loss_learns_every_token_but_the_first(tmp_path: Path, encoder
     row = load(sharegpt_file(tmp_path / "d.jsonl"), encoder, loss="all").train[0][0]
 
     assert np.flatnonzero(~row.learnt).tolist() == [0]
-
-
-def test_a_hub_dataset_is_read_as_a_stream(monkeypatch: pytest.MonkeyPatch, encoder: Encoder, tmp_path: Path) -> None:
-    asked: list[tuple[Any, ...]] = []
-
-    def load_dataset(name: str, *, split: str, streaming: bool) -> Any:
-        asked.append((name, split, streaming))
-        return iter([{"prompt": "a", "completion": "b", "extra": None}])
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    recipe = make_recipe({"name": "x", "data": {"train": {"path": "owner/name", "split": "test"}, "eval_fraction": 0}})
-
-    assert len(load_dataset_rows(recipe, encoder)) == 1
-    assert asked == [("owner/name", "test", True)]
-
-
-def test_without_the_package_a_hub_dataset_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, encoder: Encoder
-) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-
-    with pytest.raises(DatasetError, match="pip install datasets"):
-        load_dataset_rows(make_recipe({"name": "x", "data": {"train": "owner/name"}}), encoder)
 
 
 def test_a_long_text_without_turns_is_cut_at_the_limit_and_told(tmp_path: Path, encoder: Encoder) -> None:

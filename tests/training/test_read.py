@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from onebase_training.config import make_recipe
-from onebase_training.read import Problem, RawRecord, read_records
+from onebase_training.raw_record import Problem, RawRecord
+from onebase_training.read import read_records
 from onebase_training.text_stream import chunks
 
 
@@ -128,7 +129,8 @@ READ_IT = """
 import re, sys
 from pathlib import Path
 from onebase_training.config import make_recipe
-from onebase_training.read import RawRecord, read_records
+from onebase_training.raw_record import RawRecord
+from onebase_training.read import read_records
 
 file = Path(sys.argv[1])
 config = make_recipe({"name": "x", "data": {"train": str(file)}}).data

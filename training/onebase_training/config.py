@@ -30,8 +30,12 @@ class Source(Section):
     weight: float = Field(default=1.0, ge=0.001, le=100)
     """How often an epoch shows each row of this file: 2 is twice, 0.5 every other time (half of the rows in the
     first epoch, the other half in the second)."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our key -> the data's column: `{prompt: question, completion: answer}`."""
     split: str = "train"
-    """Of a hub dataset."""
+    """Of a hub dataset, or of a folder that `datasets` saved, as are the following."""
+    subset: str | None = None
+    revision: str | None = None
 
 
 def _as_sources(value: Any) -> Any:

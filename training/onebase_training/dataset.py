@@ -13,7 +13,8 @@ from pathlib import Path
 from onebase.errors import DatasetError, InvalidInput
 from onebase_training.config import DataConfig, Recipe, Source
 from onebase_training.oddities import UNKNOWN_SPEAKER, oddities
-from onebase_training.read import Problem, read_records
+from onebase_training.raw_record import Problem
+from onebase_training.read import read_records
 from onebase_training.record_parts import RecordError
 from onebase_training.records import PlainText, Record, parse_record
 from onebase_training.rows import Encoder, Row, cut_to_turns

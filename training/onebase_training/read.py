@@ -5,73 +5,69 @@ stream through. A broken line becomes a `Problem`, never an exception: the calle
 """
 
 import json
+import re
 from codecs import BOM_UTF8
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from onebase.errors import DatasetError
 from onebase_training.config import DataConfig, Source
+from onebase_training.hub_rows import hub_rows, saved_rows
+from onebase_training.raw_record import Problem, RawRecord, renamed
+from onebase_training.tables import csv_rows, parquet_rows
 from onebase_training.text_stream import NOT_UTF8, BadText, chunks, json_list, no_constant, text_blocks
 
+_HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
+_FILES: Final = (".jsonl", ".json", ".ndjson", ".txt", ".md", ".csv", ".tsv", ".parquet", ".gz", ".zip", ".zst")
 _LONGEST_LINE: Final = 64 << 20
 """Bytes. A longer one can only be another kind of file, and would have to be held whole."""
 
 
-@dataclass(frozen=True, slots=True)
-class RawRecord:
-    line: int
-    """Where the record starts, from 1; the record's number for hub datasets."""
-    value: object
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    line: int
-    text: str
-    is_record: bool = True
-    """False: of the file as a whole."""
-
-    def __str__(self) -> str:
-        return f"line {self.line}: {self.text}"
-
-
 def locate(source: Source, folder: Path) -> Path | None:
-    """The source's file, or None for a hub dataset. Raises DatasetError when it is neither."""
+    """The source's file or folder, or None for a hub dataset. Raises DatasetError when it is neither."""
     try:
         given = Path(source.path).expanduser()
         for candidate in (folder / given, given):
-            if candidate.is_file():
+            if candidate.is_file() or candidate.is_dir():
                 return candidate
     except (OSError, RuntimeError) as error:  # no permission, a name too long, ~nobody
         raise DatasetError(source.path, [f"can't be read: {error}"]) from error
-    looks_like_hub = source.path.count("/") == 1 and not given.suffix and not source.path.startswith(("/", ".", "~"))
-    if looks_like_hub:
+    if _HUB_ID.fullmatch(source.path) and given.suffix.lower() not in _FILES:
         return None
     raise DatasetError(source.path, [f"no such file (looked in {folder.resolve()} and {Path.cwd()})"])
 
 
 def read_records(source: Source, folder: Path, config: DataConfig) -> Iterator[RawRecord | Problem]:
-    """All records of a source in order."""
+    """All records of a source in order, under our column names."""
     path = locate(source, folder)
+    found: Iterator[RawRecord | Problem]
     if path is None:
-        yield from _read_hub(source)
-        return
+        found = hub_rows(source)
+    elif path.is_dir():
+        found = saved_rows(path, source)
+    else:
+        found = _read_file(path, source, config)
     empty = True
-    for record in _read_file(path, source, config):
+    for record in found:
         empty = False
-        yield record
+        is_record = isinstance(record, RawRecord)
+        yield RawRecord(record.line, renamed(record.value, source.columns)) if is_record else record
     if empty:
         yield Problem(1, "the file holds no record", is_record=False)
 
 
 def _read_file(path: Path, source: Source, config: DataConfig) -> Iterator[RawRecord | Problem]:
+    kind = path.suffix.lower()
     try:
-        if source.format == "text" or path.suffix.lower() in (".txt", ".md"):
+        if source.format == "text" or kind in (".txt", ".md"):
             for line, chunk in chunks(text_blocks(path), config.chunk_chars, config.chunk_overlap):
                 yield RawRecord(line, {"text": config.chunk_prefix + chunk})
+        elif kind in (".csv", ".tsv"):
+            yield from csv_rows(path)
+        elif kind == ".parquet":
+            yield from parquet_rows(path, source.path)
         elif _first_character(path) == b"[":
             for line, value in json_list(text_blocks(path)):
                 yield RawRecord(line, value)
@@ -117,20 +113,3 @@ def _read_lines(path: Path) -> Iterator[RawRecord | Problem]:
                 yield Problem(number, f"not JSON: {error.msg} (column {error.colno}){hint}")
             except (ValueError, RecursionError) as error:
                 yield Problem(number, f"not JSON: {error}")
-
-
-def _read_hub(source: Source) -> Iterator[RawRecord | Problem]:
-    try:
-        import datasets  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise DatasetError(source.path, ["no such file; to read it from the hub: pip install datasets"]) from None
-    try:
-        rows = datasets.load_dataset(source.path, split=source.split, streaming=True)
-    except (OSError, ValueError) as error:
-        raise DatasetError(source.path, [f"neither a file nor a readable hub dataset: {error}"]) from error
-    for number, row in enumerate(rows, 1):
-        yield RawRecord(number, _plain(row))
-
-
-def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if value is not None}
