@@ -18,7 +18,7 @@ from onebase.errors import InvalidInput
 from onebase.home import Home
 from onebase.home_version import FILE as VERSION_FILE
 
-FOLDERS = ("adapters", "files", "runs", "datasets", "audit")
+FOLDERS = ("adapters", "files", "runs", "datasets", "audit", "evaluations")
 DATABASE = "onebase.db"
 
 
