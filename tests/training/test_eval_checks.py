@@ -67,4 +67,5 @@ def test_reports_are_kept_by_version_and_compared_on_the_same_conversations_only
     assert [table.row_count for table in kept_tables(found)] in ([2, 1], [1, 2])
     assert [each["model"] for each in kept(tmp_path, ["pirate@1"])] == ["pirate@1"]
     assert len(kept(tmp_path, [])) == 4
+    assert "Hello" not in "".join(file.read_text() for file in tmp_path.iterdir()), "answers are nobody's to keep"
     assert kept(tmp_path / "none", []) == []

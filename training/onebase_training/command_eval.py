@@ -69,6 +69,7 @@ def evaluate(
                 place,
                 adapter or ([loaded.name] if is_recipe else []),
                 with_base=base,
+                deciding=deciding,
                 max_examples=max_examples,
                 max_new_tokens=max_tokens,
                 console=console,

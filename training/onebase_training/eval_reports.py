@@ -34,7 +34,8 @@ class Measurement:
     examples: int
     tokens: int
     misses: Mapping[str, Sequence[str]]
-    """Check -> the beginnings of a few answers that do not pass it; `exact` is one."""
+    """Check that decides -> the beginnings of a few answers that do not pass it. Shown, and not kept: they may hold
+    what the held-out conversations hold."""
 
 
 def as_table(results: Sequence[Measurement], title: str | None = None) -> Table:
@@ -68,7 +69,7 @@ def keep(folder: Path, results: Sequence[Measurement], data: str, rows: Sequence
     folder.mkdir(parents=True, exist_ok=True)
     for result in results:
         others = [each for each in _read(folder, result.model) if each.get("rows_digest") != digest]
-        content = [*others, {**told, **asdict(result)}]
+        content = [*others, {**told, **asdict(result), "misses": {}}]
         replace_file(folder / f"{result.model}.json", (json.dumps(content, indent=1) + "\n").encode())
 
 

@@ -39,13 +39,17 @@ def evaluate(
     adapters: Sequence[str],
     *,
     with_base: bool = True,
+    deciding: Sequence[str] = (),
     max_examples: int | None = None,
     max_new_tokens: int = 200,
     console: Console | None = None,
     status: StatusWriter | None = None,
     policy: str = "serve-first",
 ) -> list[Measurement]:
-    """Measure the base (first) and each adapter on the recipe's held-out rows. Raises OnebaseError."""
+    """Measure the base (first) and each adapter on the recipe's held-out rows. Raises OnebaseError.
+
+    `deciding`: the checks of which a few missing answers are to be shown.
+    """
     console, status = console or Console(), status or StatusWriter(None)
     store = AdapterStore(home.adapters)
     versions = [store.resolve(name) for name in adapters]
@@ -67,7 +71,7 @@ def evaluate(
     for version in [*([None] if with_base else []), *versions]:
         name = version.id if version else spec.id
         status.progress(message=f"evaluating {name}")
-        results.append(_measure(name, base, version, recipe, rows, max_new_tokens))
+        results.append(_measure(name, base, version, recipe, rows, max_new_tokens, deciding))
         beside.guard()
         if version is not None:
             eval_reports.keep(home.evaluations, results[-1:], _data_name(recipe), rows)
@@ -76,7 +80,13 @@ def evaluate(
 
 
 def _measure(
-    name: str, base: LoadedBase, version: Version | None, recipe: Recipe, rows: Sequence[Row], max_new_tokens: int
+    name: str,
+    base: LoadedBase,
+    version: Version | None,
+    recipe: Recipe,
+    rows: Sequence[Row],
+    max_new_tokens: int,
+    deciding: Sequence[str],
 ) -> Measurement:
     with lora.published_adapter(base, version.path if version else None) as model:
         model.eval()
@@ -106,7 +116,7 @@ def _measure(
         checks={check: _share(passed[check]) or 0.0 for check in recipe.eval.checks},
         examples=len(rows),
         tokens=int(metrics["tokens"]),
-        misses={check: _first_misses(texts, each) for check, each in passed.items()},
+        misses={check: _first_misses(texts, passed[check]) for check in deciding},
     )
 
 
