@@ -20,7 +20,7 @@ from onebase.home_version import FILE as VERSION_FILE
 from onebase.home_version import close_to_others
 from onebase_server.records.homes import FILE as HOME_ID
 
-FOLDERS = ("adapters", "files", "runs", "datasets", "audit")
+FOLDERS = ("adapters", "files", "runs", "datasets", "audit", "evaluations")
 DATABASE = "onebase.db"
 NEW = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
 

@@ -54,7 +54,7 @@ def train(
     return result, said.file.getvalue()
 
 
-def start(home: Home, recipe_file: Path, folder: Path, **env: str) -> subprocess.Popen[str]:
+def start(home: Home, recipe_file: Path, folder: Path, *words: str, **env: str) -> subprocess.Popen[str]:
     """As a process of its own, by the command line."""
     return subprocess.Popen(
         [
@@ -68,6 +68,7 @@ def start(home: Home, recipe_file: Path, folder: Path, **env: str) -> subprocess
             str(folder),
             "--status",
             str(folder / "status.json"),
+            *words,
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         stderr=subprocess.PIPE,
@@ -189,6 +190,28 @@ def test_ctrl_c_twice_ends_at_once_and_the_last_whole_checkpoint_stays(
     assert "stopped at once" in said
     assert f"saved {tmp_path}/run/checkpoint-3" in said
     assert not (tmp_path / "run/checkpoint-5").exists()
+
+
+def test_the_last_line_of_a_stopped_command_is_the_command_that_goes_on(
+    home: Home, tmp_path: Path, content: dict[str, Any]
+) -> None:
+    content["train"] |= {"epochs": 400, "save_every": "never"}
+    file, folder = write_recipe(tmp_path / "the recipe.yaml", content), tmp_path / "run"
+    process = start(home, file, folder)
+    while not status(folder).get("step"):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[1]
+
+    assert process.returncode == CANCELLED, said
+    command = f"onebase train '{file}' --home {home.root} --run-dir {folder} --status {folder}/status.json --resume"
+    assert said.splitlines()[-1].endswith(f"Go on with: {command}")
+
+    content["train"] |= {"epochs": 1}
+    quiet = start(home, write_recipe(file, content), tmp_path / "quiet", "--quiet")
+    assert quiet.communicate() == ("", "")
+    assert quiet.returncode == 0
 
 
 def test_the_launchers_sigterm_behind_a_ctrl_c_still_leaves_time_for_the_checkpoint(

@@ -11,6 +11,7 @@ from onebase.errors import DatasetError
 from onebase.tokenizer import TextTokenizer
 from onebase_training.config import Recipe, make_recipe
 from onebase_training.dataset import Dataset, load_dataset
+from onebase_training.plan import micro_batches
 from onebase_training.rows import Encoder, Row, cut_to_turns
 from tiny_base import CONVERSATIONS, sharegpt_file
 
@@ -178,6 +179,23 @@ def test_pitfall_8_a_row_with_nothing_left_to_learn_is_left_out_and_told(tmp_pat
         dataset = load(file, encoder, max_tokens=60, too_long=policy, eval_fraction=0)
         assert len(dataset.train) == 1
         assert word in " ".join(dataset.notices)
+
+
+@pytest.mark.parametrize("policy", ["drop", "truncate", "cut"])
+def test_pitfall_22_packing_puts_no_row_longer_than_max_tokens_into_a_micro_batch(
+    tmp_path: Path, encoder: Encoder, policy: str
+) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text("\n".join(chat_line("word " * n, "b " * n) for n in range(1, 60)))
+
+    dataset = load(file, encoder, max_tokens=64, too_long=policy)
+
+    rows = [row for row, _ in dataset.train]
+    assert rows
+    assert dataset.eval
+    assert max(len(row) for row in [*rows, *dataset.eval]) <= 64
+    sizes = [sum(len(rows[i]) for i in group) for group in micro_batches(rows, 128, packing=True)]
+    assert 64 < max(sizes) <= 128, "rows share micro-batches, and none outgrows its own"
 
 
 def test_too_long_can_be_an_error_with_the_line(tmp_path: Path, encoder: Encoder) -> None:

@@ -19,7 +19,8 @@ from onebase.store import AdapterStore
 from onebase_training import lora
 from onebase_training.__main__ import app
 from onebase_training.config import Recipe, make_recipe
-from onebase_training.evaluate import as_table, evaluate, write_json
+from onebase_training.eval_reports import as_table, kept, write_json
+from onebase_training.evaluate import evaluate
 from onebase_training.export import export
 from onebase_training.generate import greedy_answers
 from onebase_training.merge import nf4_values
@@ -66,6 +67,8 @@ def test_a_version_is_measured_beside_the_base(trained: tuple[Home, Recipe], tmp
     told = json.loads((tmp_path / "out.json").read_text())
     assert (told["response_loss"], told["stop_rate"]) == (adapter.response_loss, adapter.stop_rate)
     assert [each["model"] for each in told["models"]] == [NAME, "tiny@1"]
+    [report] = kept(trained[0].evaluations, ["tiny"])
+    assert (report["model"], report["response_loss"]) == ("tiny@1", adapter.response_loss)
 
 
 def test_measuring_leaves_the_base_as_it_was(trained: tuple[Home, Recipe]) -> None:
@@ -214,6 +217,29 @@ def test_the_command_line_measures_a_data_file_too(trained: tuple[Home, Recipe],
 
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "out.json").read_text())["examples"] == 3
+
+
+def test_a_check_that_fails_is_an_exit_code_of_its_own_and_shows_the_answers(
+    trained: tuple[Home, Recipe], tmp_path: Path
+) -> None:
+    home, loaded = trained
+    words = ["eval", loaded.data.train[0].path, "-a", "tiny", "--max-examples", "3", "--home", str(home.root)]
+
+    passed = command(*words, "--check", r"words=\w", "--at-least", "0.5")
+    failed = command(*words, "--check", "never=xyzzy", "--out", str(tmp_path / "out.json"))
+
+    assert (passed.exit_code, failed.exit_code) == (0, 3), passed.output + failed.output
+    assert "tiny@1 fails never: 0.0% of the answers, at least 100.0% must pass" in failed.output
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert told["failed"] == [{"model": "tiny@1", "check": "never", "share": 0.0, "at_least": 1.0}]
+    assert repr(told["misses"]["never"][0]) in failed.output
+    assert [each["model"] for each in told["models"]] == [NAME, "tiny@1"], "the base is shown, and not judged"
+
+    shown = command("eval", "--reports", "-a", "tiny", "--home", str(home.root))
+
+    assert shown.exit_code == 0
+    assert "tiny@1" in shown.output
+    assert "never" in shown.output
 
 
 def test_data_check_tells_broken_lines_and_shows_what_is_learnt(trained: tuple[Home, Recipe], tmp_path: Path) -> None:

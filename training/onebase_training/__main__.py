@@ -1,7 +1,8 @@
 """`python -m onebase_training RECIPE.yaml`: the command line of training. `onebase train|eval|export|data` end here.
 
-Exit codes: 0 done, 1 a user's error (said in one line), 2 wrong usage, 75 to be started again (the server whose base
-it used has ended), 130 stopped by a signal. The environment is read here only; torch is imported once it is needed.
+Exit codes: 0 done, 1 a user's error (said in one line), 2 wrong usage, 3 a check of `eval` failed, 75 to be started
+again (the server whose base it used has ended), 130 stopped by a signal. The environment is read here and in
+command_parts.py only; torch is imported once it is needed.
 """
 
 import gc
@@ -14,9 +15,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from onebase.home import Home, default_home
 from onebase.store import AdapterStore
-from onebase_training.command_parts import CANCELLED, HomeOption, PolicyOption, UserErrors, one_of, quiet_libraries
+from onebase_training.command_eval import evaluate
+from onebase_training.command_parts import (
+    CANCELLED,
+    HomeOption,
+    PolicyOption,
+    UserErrors,
+    home_at,
+    one_of,
+    quiet_libraries,
+)
 
 
 class _DefaultsToTrain(typer.core.TyperGroup):
@@ -71,7 +80,7 @@ def train(
         console.print(f"{loaded.name} on {loaded.base}: starting", highlight=False)
         from onebase_training.train import Run, RunOptions, carry_out
 
-        place = Home(home or default_home(os.environ)).create()
+        place = home_at(home).create()
         result = carry_out(
             Run(
                 loaded,
@@ -98,52 +107,7 @@ def _again(arguments: Sequence[str]) -> str:
     return shlex.join(["onebase", *(word for word in arguments if word != "--resume"), "--resume"])
 
 
-@app.command("eval")
-def evaluate(
-    recipe: Annotated[
-        Path, typer.Argument(help="A recipe: its held-out rows are used. Or a data file.", metavar="RECIPE|FILE")
-    ],
-    adapter: Annotated[
-        list[str] | None, typer.Option("--adapter", "-a", help="name or name@version; may be given again.")
-    ] = None,
-    home: HomeOption = None,
-    base: Annotated[bool, typer.Option(help="Measure the base too.")] = True,
-    max_examples: Annotated[int | None, typer.Option(help="So many conversations at most.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest greedy answer, in tokens.")] = 200,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the results as JSON.")] = None,
-    status: Annotated[Path | None, typer.Option("--status", help="Say there what is being measured.")] = None,
-    policy: PolicyOption = "serve-first",
-) -> None:
-    """Measure adapters beside the base on held-out conversations: loss, accuracy, stop rate, checks."""
-    console = Console(stderr=True)
-    quiet_libraries()
-    from onebase_training.config import load_recipe, recipe_for_file
-    from onebase_training.status import StatusWriter
-
-    with UserErrors(console):
-        place = Home(home or default_home(os.environ)).create()
-        is_recipe = recipe.suffix in (".yaml", ".yml")
-        loaded = load_recipe(recipe) if is_recipe else recipe_for_file(recipe, place, adapter or [])
-        from onebase_training import evaluate as measuring
-        from onebase_training import limits
-
-        with limits.told(loaded):
-            results = measuring.evaluate(
-                loaded,
-                place,
-                adapter or ([loaded.name] if is_recipe else []),
-                with_base=base,
-                max_examples=max_examples,
-                max_new_tokens=max_tokens,
-                console=console,
-                status=StatusWriter.taken_up(status),
-                policy=policy,
-            )
-        if out is not None:
-            measuring.write_json(results, out)
-        Console().print(measuring.as_table(results))
-
-
+app.command("eval")(evaluate)
 app.command("evaluate", hidden=True)(evaluate)
 
 
@@ -175,7 +139,7 @@ def export(
     with UserErrors(console):
         from onebase_training import hub
 
-        place = Home(home or default_home(os.environ))
+        place = home_at(home)
         if push is not None:
             hub.require_login(push)
         with console.status(f"writing {dest}"):
@@ -223,7 +187,7 @@ def data_check(
         source = {"path": str(file.resolve()), "format": format}
         content: dict[str, Any] = {"name": "checked", "data": {"train": [source], "max_tokens": max_tokens}}
         recipe = config.make_recipe(content | ({"base": base} if base else {}))
-        tokenizer, encoder, limit = inspect_data.tools(recipe, Home(home or default_home(os.environ)).create())
+        tokenizer, encoder, limit = inspect_data.tools(recipe, home_at(home).create())
         with console.status("reading") as line:
             report = inspect_data.check_file(
                 recipe, encoder, limit, show, lambda count: line.update(f"{count:,} records read")
