@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 def load_backend(settings: Settings) -> Backend:
     """Takes seconds to minutes. Raises OnebaseError with words for the operator."""
+    if settings.device.startswith("cuda"):
+        import torch
+
+        pick_device(settings.device, torch.cuda.is_available())  # now, and not after a base was fetched for it
     note = ServerNote.open(settings.home.serving)  # before all else: a training process waits for the base then
     try:
         spec = find_base(settings)

@@ -5,6 +5,7 @@ one message.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -64,6 +65,12 @@ def one_of(*allowed: str) -> Callable[[str], str]:
     return parse
 
 
+def device(raw: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", raw):
+        raise ValueError("must be auto, cpu, cuda or cuda:N")
+    return raw
+
+
 def train_policy(raw: str) -> str:
     policy_of(raw)
     return raw
@@ -92,7 +99,7 @@ class Settings:
     cors_origins: tuple[str, ...] = setting((), words, "origins whose pages may call, comma-separated; * is any")
     # What it serves, and with what
     base: str | None = setting(None, text, "base by id or path; none: the embedded one")
-    device: str = setting("auto", text, "auto, cpu, cuda or cuda:N")
+    device: str = setting("auto", device, "auto, cpu, cuda or cuda:N")
     dtype: str = setting("auto", one_of("auto", "bfloat16", "float32"), "compute type")
     base_format: str = setting(
         "auto", one_of("auto", "human_response", "chat_template"), "prompt format of the bare base"

@@ -4,6 +4,7 @@ Nothing here loads the base or opens a port.
 """
 
 import asyncio
+import errno
 import os
 import resource
 import shutil
@@ -142,10 +143,11 @@ def check_port_free(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise InvalidInput(
-                f"can't listen on {host}:{port} ({error.strerror}): end what does, or name another by ONEBASE_PORT",
-                param="port",
-            ) from error
+            mend = {
+                errno.EADDRINUSE: "end what does, or name another by ONEBASE_PORT",
+                errno.EACCES: "name one above 1023 by ONEBASE_PORT, or give this user the right to it",
+            }.get(error.errno or 0, "name an address of this machine by ONEBASE_HOST")
+            raise InvalidInput(f"can't listen on {host}:{port} ({error.strerror}): {mend}", param="port") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -30,6 +30,7 @@ VALUES = [
     ("ONEBASE_ALLOW_NO_KEYS", "0", "allow_no_keys", False),
     ("ONEBASE_DRAIN_S", "2.5", "drain_s", 2.5),
     ("ONEBASE_DTYPE", "float32", "dtype", "float32"),
+    ("ONEBASE_DEVICE", "cuda:1", "device", "cuda:1"),
     ("ONEBASE_BASE", "", "base", None),
     ("ONEBASE_PORT", " ", "port", 8000),
 ]
@@ -49,6 +50,7 @@ def test_every_problem_is_in_one_message() -> None:
         **ENV,
         "ONEBASE_PORT": "high",
         "ONEBASE_DTYPE": "int4",
+        "ONEBASE_DEVICE": "tpu",
         "ONEBASE_DRAIN_S": "-1",
         "ONEBASE_ALLOW_NO_KEYS": "?",
     }
@@ -57,6 +59,7 @@ def test_every_problem_is_in_one_message() -> None:
     for words in (
         "ONEBASE_PORT",
         "ONEBASE_DTYPE",
+        "ONEBASE_DEVICE",
         "ONEBASE_DRAIN_S",
         "ONEBASE_ALLOW_NO_KEYS",
         "--max-sequences",
