@@ -97,6 +97,37 @@ def test_a_reply_can_be_sent_back_as_it_came(client: OpenAI, live: Live) -> None
     assert client.chat.completions.create(model=BASE, messages=history, tools=[LOOK]).choices[0].message.content
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the package's own, at its typed message
+def test_parsed_and_streamed_messages_can_be_sent_back_as_they_came(client: OpenAI, live: Live) -> None:
+    """They hold more than the API gave: `parsed`, `parsed_arguments`, a call's `index`."""
+    live.says = '{"name": "Ann", "age": 7}'
+    parsed = client.chat.completions.parse(model=BASE, messages=HI, response_format=Person).choices[0].message
+    live.says = CALL
+    with client.chat.completions.stream(model=BASE, messages=HI, tools=[LOOK]) as stream:
+        called = stream.get_final_completion().choices[0].message
+    assert called.tool_calls is not None
+    result: Any = {"role": "tool", "tool_call_id": called.tool_calls[0].id, "content": "4"}
+    live.says = "Hello there."
+    for message in (called, called.model_dump()):
+        history: Any = [*HI, parsed, *HI, message, result]
+        assert client.chat.completions.create(model=BASE, messages=history, tools=[LOOK]).choices[0].message.content
+        history[1] = parsed.model_dump()
+        assert client.chat.completions.create(model=BASE, messages=history, tools=[LOOK]).choices[0].message.content
+
+
+def test_a_responses_output_can_be_sent_back_as_input(client: OpenAI, live: Live) -> None:
+    live.says = "Let me see.\n\n" + CALL
+    tool: Any = {"type": "function", "name": "look", "parameters": LOOK["function"]["parameters"], "strict": True}
+    with client.responses.stream(model=BASE, input="Hi", tools=[tool]) as stream:
+        streamed = stream.get_final_response().output
+    whole = client.responses.create(model=BASE, input="Hi", tools=[tool]).output
+    live.says = "Hello there."
+    for output in (streamed, whole, [item.model_dump() for item in streamed], [item.model_dump() for item in whole]):
+        call_id = output[-1]["call_id"] if isinstance(output[-1], dict) else output[-1].call_id  # type: ignore[union-attr]
+        items: Any = [*HI, *output, {"type": "function_call_output", "call_id": call_id, "output": "4"}]
+        assert client.responses.create(model=BASE, input=items, tools=[tool]).output_text == "Hello there."
+
+
 def test_parse_gives_a_typed_answer(client: OpenAI, live: Live) -> None:
     live.says = '{"name": "Ann", "age": 7}'
     parsed = client.chat.completions.parse(model=BASE, messages=HI, response_format=Person)

@@ -62,20 +62,13 @@ class CallReader:
         self._arguments = _Object()
         self.calls: list[ToolCall] = []
         """As far as they are there; their ids are not."""
-        self._marker: re.Pattern[str] | None = None
-        if layout is not None:
-            marker = layout.before.rstrip()
-            partial = "|".join(re.escape(marker[:size]) for size in range(len(marker) - 1, 0, -1))
-            # white space and # in front may belong to the call's block, and then they are no content
-            self._marker = re.compile(rf"[\s#]*{re.escape(marker)}")
-            self._maybe = re.compile(rf"[\s#]*(?:{partial})?\Z")
-            lead = r"(?:\A|\n\n)" if layout.own_paragraph else r"\s*"
-            self._opening = re.compile(lead + re.escape(marker))
-            self._longest = len(marker) + 2
+        self._marker = layout.before.rstrip() if layout else ""
+        self._own_paragraph = layout is not None and layout.own_paragraph
         self._held = False
         """The marker has come: as a call's opening or as text that looks alike."""
         self._looked = 0
-        self._opened: re.Match[str] | None = None
+        self._opening: tuple[int, int] | None = None
+        """Where the block of calls begins, white space in front of it and all, and where its opening ends."""
 
     @property
     def is_cut(self) -> bool:
@@ -85,9 +78,9 @@ class CallReader:
     def feed(self, text: str) -> list[Piece]:
         """What has become clear."""
         self._text += text
-        if self._opened is None:
+        if self._opening is None:
             shown = self._show()
-            return [*self._content(shown), *(self._read_calls() if self._opened else ())]
+            return [*self._content(shown), *(self._read_calls() if self._opening else ())]
         return self._read_calls()
 
     def finish(self) -> list[Piece]:
@@ -102,19 +95,37 @@ class CallReader:
 
     def _show(self) -> str:
         """The content that can be shown now. Looks for the opening of a call, too."""
-        end = len(self._text)
-        if self._marker is not None:
-            found = None if self._held else self._marker.search(self._text, self._at)
-            self._held = self._held or found is not None
-            if self._held:
-                self._opened = self._opening.search(self._text, self._looked)
-                self._looked = max(0, len(self._text) - self._longest)
-                end = found.start() if found else self._at
-            else:
-                maybe = self._maybe.search(self._text, self._at)
-                end = maybe.start() if maybe else end
-        shown, self._at = self._text[self._at : end], end
+        text, marker = self._text, self._marker
+        end = self._at if self._held else len(text)
+        if marker and not self._held:
+            place = text.find(marker, self._at)
+            self._held = place >= 0
+            end = self._content_end(place if self._held else len(text) - partial(text, marker))
+        if self._held:
+            self._find_opening()
+        shown, self._at = text[self._at : end], end
         return shown
+
+    def _content_end(self, place: int) -> int:
+        """If a call's opening is at `place`: the white space in front of it is the call's."""
+        rest = self._text[self._at : place]
+        if self._own_paragraph:
+            return place - (2 if rest.endswith("\n\n") else rest.endswith("\n"))
+        return self._at + len(rest.rstrip())
+
+    def _find_opening(self) -> None:
+        text, marker = self._text, self._marker
+        if not self._own_paragraph:
+            place = text.find(marker, self._at)
+            self._opening = (self._content_end(place), place + len(marker))
+        elif text.startswith(marker):
+            self._opening = (0, len(marker))
+        else:
+            paragraph = "\n\n" + marker
+            place = text.find(paragraph, self._looked)
+            self._looked = max(0, len(text) - len(paragraph))
+            if place >= 0:
+                self._opening = (place, place + len(paragraph))
 
     def _read_calls(self) -> list[Piece]:
         pieces: list[Piece] = []
@@ -126,12 +137,12 @@ class CallReader:
                     pieces.append(self._more(rest))
                 if self._arguments.is_open:
                     return pieces
-            assert self._opened is not None
-            head = HEAD.match(self._text, self._at if self.calls else self._opened.end())
+            assert self._opening is not None
+            begin, opened = self._opening
+            head = HEAD.match(self._text, self._at if self.calls else opened)
             if head is None:
                 return pieces
             if not self.calls:
-                begin = self._opened.start()
                 rest = self._parse(self._text[:begin]).content[self._at :]
                 self._at = begin
                 pieces += self._content(rest)
@@ -147,6 +158,11 @@ class CallReader:
         last = self.calls[-1]
         self.calls[-1] = ToolCall("", last.name, last.arguments + arguments)
         return Piece(arguments, self._at, len(self.calls) - 1)
+
+
+def partial(text: str, marker: str) -> int:
+    """So many characters at the text's end may be the beginning of the marker."""
+    return next((size for size in range(len(marker) - 1, 0, -1) if text.endswith(marker[:size])), 0)
 
 
 @dataclass(slots=True)

@@ -412,6 +412,17 @@ def test_a_cut_answer_is_a_call_from_its_arguments_on_and_no_letter_is_told_twic
             assert len(calls) == 1 or calls[1][0] == "put"
 
 
+@pytest.mark.parametrize("layout", [HUMAN.call_layout, HERMES], ids=["human_response", "hermes"])
+@pytest.mark.parametrize("fill", [" ", "\n", "#", " \n#"])
+def test_what_may_stand_before_a_call_is_looked_at_once_however_long_it_is(layout: CallLayout, fill: str) -> None:
+    """A regular expression looked through it from every place in it: 12 s for 20,000 characters."""
+    says = "x" + fill * 100_000 + "y"
+    assert content_of(told(says, 1_000, layout)) == says
+    call = layout.before + '{"name": "look", "arguments": {}}' + layout.after
+    pieces = told(says + "\n\n" + call, 1_000, layout)
+    assert (content_of(pieces), arguments_of(pieces)) == (says, [("look", "{}")])
+
+
 def test_text_that_cannot_be_a_call_is_not_held_back() -> None:
     reader = CallReader(HUMAN.call_layout, lambda text: Message("assistant", text))
     assert content_of(reader.feed("Hello")) == "Hello"
