@@ -52,8 +52,10 @@ def read_records(source: Source, folder: Path, config: DataConfig) -> Iterator[R
     empty = True
     for record in found:
         empty = False
-        is_record = isinstance(record, RawRecord)
-        yield RawRecord(record.line, renamed(record.value, source.columns)) if is_record else record
+        if isinstance(record, RawRecord):
+            yield RawRecord(record.line, renamed(record.value, source.columns))
+        else:
+            yield record
     if empty:
         yield Problem(1, "the file holds no record", is_record=False)
 
