@@ -1,15 +1,22 @@
 """What is odd about a record is counted with its lines, and trained on all the same."""
 
 import json
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
-from onebase.errors import InvalidInput
+from onebase.errors import DatasetError, InvalidInput
+from onebase.prompt import PromptRenderer
+from onebase.prompt_types import Example
+from onebase.tokenizer import TextTokenizer
 from onebase_training import inspect_data
+from onebase_training.command_parts import UserErrors
 from onebase_training.config import make_recipe
 from onebase_training.dataset import load_dataset
 from onebase_training.oddities import oddities
@@ -77,6 +84,34 @@ def test_a_kept_unknown_speaker_is_told_as_the_seed_warned(tmp_path: Path, encod
     ]
     with pytest.raises(InvalidInput, match=r"line 1: conversations\[0\].from: unknown speaker 'judge'"):
         load_dataset(make_recipe({"name": "x", "data": data}), encoder, 2048)
+
+
+class SkipsTheFirst:
+    """A renderer whose template shows the first answer differently in a history than it prompts for."""
+
+    def render_example(self, messages: Any, tools: Any) -> Example:
+        return Example([1, 2, 3, 4], [False, False, False, True], (1,))
+
+
+def test_answers_that_a_template_changes_are_told_as_not_learnt(tmp_path: Path, legacy: TextTokenizer) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text(json.dumps({"messages": [ASK, SAY, ASK, SAY]}))
+    encoder = Encoder(legacy, cast("PromptRenderer", SkipsTheFirst()))
+
+    dataset = load_dataset(make_recipe({"name": "x", "data": {"train": str(file), "eval_fraction": 0}}), encoder, 2048)
+
+    assert dataset.notices == [
+        f"{file}: 1 of 1 records have answers that the chat template does not write as given: those are not learnt"
+    ]
+
+
+def test_what_a_file_says_is_no_markup(tmp_path: Path) -> None:
+    out = StringIO()
+
+    with pytest.raises(typer.Exit), UserErrors(Console(file=out, width=200)):
+        raise DatasetError("d.jsonl", ["line 1: unknown role '[/red]'", "line 2: unknown role '[bold]'"])
+
+    assert out.getvalue() == "error: line 1: unknown role '[/red]'\nerror: line 2: unknown role '[bold]'\n"
 
 
 KEYS = (

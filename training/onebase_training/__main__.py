@@ -170,7 +170,7 @@ def export(
 
 @data_app.command("check")
 def data_check(
-    file: Annotated[Path, typer.Argument(help="JSONL, JSON or text.")],
+    file: Annotated[Path, typer.Argument(help="JSONL, JSON, text, CSV, Parquet, or a hub dataset owner/name.")],
     home: HomeOption = None,
     base: Annotated[str | None, typer.Option(help="Count tokens with this base's tokenizer.")] = None,
     format: Annotated[str, typer.Option(help="auto, sharegpt, openai, alpaca, orca, completion or text.")] = "auto",
@@ -184,7 +184,7 @@ def data_check(
     from onebase_training import config, inspect_data
 
     with UserErrors(console):
-        source = {"path": str(file.resolve()), "format": format}
+        source = {"path": str(file.resolve() if file.exists() else file), "format": format}
         content: dict[str, Any] = {"name": "checked", "data": {"train": [source], "max_tokens": max_tokens}}
         recipe = config.make_recipe(content | ({"base": base} if base else {}))
         tokenizer, encoder, limit = inspect_data.tools(recipe, home_at(home).create())

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from onebase.errors import DatasetError, OnebaseError
 from onebase.home import Home, default_home
@@ -81,7 +82,8 @@ class UserErrors:
             if len(error.problems) > 50:
                 lines.append(f"and {len(error.problems) - 50} more")
         for line in lines:
-            self._console.print(f"[red]error[/]: {line}", highlight=False)
+            # Escaped: a line may hold what a file says, and brackets are Rich's markup.
+            self._console.print(f"[red]error[/]: {escape(line)}", highlight=False)
         raise typer.Exit(1)
 
 

@@ -133,6 +133,8 @@ def usable_rows(
         except InvalidInput as error:
             _note(report, Problem(line, error.message))
             continue
+        if row.skipped:
+            report.left_out["have answers that the chat template does not write as given: those are not learnt"] += 1
         fitted = _fit(row, limit, config, report, line, plain=isinstance(record, PlainText))
         if fitted is None:
             continue

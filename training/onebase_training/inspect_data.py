@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.text import Text
 
 from onebase.base_fetch import find_base
@@ -85,7 +86,7 @@ def show(report: DataReport, console: Console, tokenizer: TextTokenizer) -> None
     """Counts, problems, a histogram, and some rows as coloured tokens."""
     told = report.as_json()
     console.print(
-        f"[bold]{told['path']}[/]: {told['records']} records, {told['usable']} usable, "
+        f"[bold]{escape(told['path'])}[/]: {told['records']} records, {told['usable']} usable, "
         f"{told['duplicates']} duplicates; {told['tokens']:,} tokens, {told['learnt_tokens']:,} of them learnt, "
         f"longest row {told['longest']}"
     )

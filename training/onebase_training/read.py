@@ -53,8 +53,9 @@ def read_records(source: Source, folder: Path, config: DataConfig) -> Iterator[R
     for record in found:
         empty = False
         if isinstance(record, RawRecord):
-            record = RawRecord(record.line, renamed(record.value, source.columns))
-        yield record
+            yield RawRecord(record.line, renamed(record.value, source.columns))
+        else:
+            yield record
     if empty:
         yield Problem(1, "the file holds no record", is_record=False)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from onebase.base_fetch import find_base
 from onebase.errors import OnebaseError
@@ -234,7 +235,7 @@ def _cancelled(run: Run, what: str) -> RunResult:
 
 def _say(run: Run, kind: str, notices: Any) -> None:
     for notice in notices:
-        run.console.print(f"[yellow]{kind}[/]: {notice}")
+        run.console.print(f"[yellow]{kind}[/]: {escape(notice)}")
         run.status.event("notice", {"message": notice})
 
 

@@ -92,7 +92,7 @@ def test_an_alias_with_colons_is_a_model(own_world: World, path: str) -> None:
     assert "ft:tiny:org:pirate:abc" in [card["id"] for card in own_world.get("/v1/models").json()["data"]]
 
 
-@pytest.mark.parametrize("path", ["nobody", "pirate@9", "a/b/c", "..%2F..%2Fetc", "%00", "x" * 500])
+@pytest.mark.parametrize("path", ["nobody", "pirate@9", "a/b/c", "..%2F..%2Fetc", "x" * 500])
 def test_an_unknown_id_is_404(world: World, path: str) -> None:
     reply = world.get(f"/v1/models/{path}")
     assert reply.status_code == 404
