@@ -210,3 +210,14 @@ def test_a_retry_finds_its_run_though_what_it_goes_on_from_has_moved(trained: Wo
     reply = trained.post("/admin/retrain", {**body, "from": "scratch"}, headers=headers)
     assert reply.status_code == 400
     assert error_of(reply)["code"] == "idempotency_key_reused"
+
+
+@pytest.mark.slow
+def test_a_rollback_by_hand_is_not_undone_by_a_run_that_was_ordered_before(trained: World) -> None:
+    for _ in range(2):
+        trained.publish("pirate")
+    run_id = start(trained)
+    trained.post("/admin/adapters/pirate/rollback")
+    run = wait_for(trained, run_id, "failed")
+    assert (run["error"]["code"], run["version"]) == ("name_moved", "pirate@3")
+    assert trained.get("/admin/adapters/pirate").json()["current"] == "pirate@1"
