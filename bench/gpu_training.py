@@ -97,9 +97,9 @@ def run_ours(arm: Arm, steps: Sequence[Sequence[Row]], *, packing: bool = True, 
         args = training_arguments(arm.recipe, Path(folder), len(steps), arm.device)
         clock = Clock()
         trainer = PlanTrainer(
-            arm.objective, args, dataset, eval_batches=[], keep_checkpoints=1, recipe_hash="", callbacks=[clock]
+            arm.objective, args, dataset, eval_batches=[], keep_checkpoints=1, made_with={}, callbacks=[clock]
         )
-        preflight.check(trainer, "auto", Console(stderr=True))
+        preflight.check(trainer, arm.recipe, Console(stderr=True))
         peak_from_here(arm.device)
         start = time.perf_counter()
         trainer.train()

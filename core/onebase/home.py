@@ -38,6 +38,11 @@ class Home:
         return self.root / "files"
 
     @property
+    def evaluations(self) -> Path:
+        """What was measured of each version. Made by the first measurement."""
+        return self.root / "evaluations"
+
+    @property
     def cache(self) -> Path:
         """What can be thrown away at any time."""
         return self.root / "cache"

@@ -18,8 +18,9 @@ from onebase.errors import InvalidInput
 from onebase.home import Home
 from onebase.home_version import FILE as VERSION_FILE
 from onebase.home_version import close_to_others
+from onebase_server.records.homes import FILE as HOME_ID
 
-FOLDERS = ("adapters", "files", "runs", "datasets", "audit")
+FOLDERS = ("adapters", "files", "runs", "datasets", "audit", "evaluations")
 DATABASE = "onebase.db"
 NEW = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
 
@@ -40,6 +41,8 @@ def back_up(home: Home, target: Path, *, with_bases: bool = False) -> int:
     try:
         with os.fdopen(os.open(part, NEW, 0o600), "wb") as raw, tarfile.open(fileobj=raw, mode=mode) as tar:  # type: ignore[call-overload]
             _add_version(tar, home)
+            if (home.root / HOME_ID).is_file():
+                _add_file(tar, home.root / HOME_ID, HOME_ID)
             _add_database(tar, home)
             for folder in (*FOLDERS, *(["bases"] if with_bases else [])):
                 for path in _lasting(home.root / folder):

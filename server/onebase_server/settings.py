@@ -13,7 +13,7 @@ from typing import Any
 
 from onebase.errors import InvalidInput
 from onebase.home import Home, default_home
-from onebase.train_policy import share_of
+from onebase.train_policy import policy_of
 
 SECRETS = ("ONEBASE_API_KEYS", "ONEBASE_ADMIN_KEY", "ONEBASE_METRICS_KEY", "ONEBASE_DATABASE")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -72,7 +72,7 @@ def device(raw: str) -> str:
 
 
 def train_policy(raw: str) -> str:
-    share_of(raw)
+    policy_of(raw)
     return raw
 
 
@@ -95,7 +95,7 @@ class Settings:
     allow_no_keys: bool = setting(False, yes_or_no, "listen beyond loopback without any key")
     key_rpm: int | None = setting(None, integer(1, 10**9), "requests a minute of a key that has no own limit")
     key_tpm: int | None = setting(None, integer(1, 10**12), "tokens a minute of a key that has no own limit")
-    key_parallel: int | None = setting(None, integer(1, 10**6), "generations at a time of a key without own limit")
+    key_parallel: int | None = setting(None, integer(1, 10**6), "sequences at a time of a key without own limit")
     cors_origins: tuple[str, ...] = setting((), words, "origins whose pages may call, comma-separated; * is any")
     # What it serves, and with what
     base: str | None = setting(None, text, "base by id or path; none: the embedded one")
@@ -139,6 +139,7 @@ class Settings:
     # Training jobs
     dataset_roots: tuple[Path, ...] = setting((), folders, "folders that /admin/retrain may read, besides datasets/")
     retrain_queue: int = setting(16, integer(1, 1000), "training jobs that may wait")
+    key_jobs: int | None = setting(None, integer(1, 1000), "training jobs of one key that may wait; none: no limit")
     training_jobs: int = setting(1, integer(1, 64), "training jobs that run at a time")
     retrain_nice: int = setting(10, integer(0, 19), "niceness of the training process")
     train_policy: str = setting("serve-first", train_policy, "how training makes way for requests")

@@ -13,11 +13,13 @@ import asyncio
 import logging
 from typing import Any
 
+import h11
 from litestar.exceptions import HTTPException
 from litestar.types import ASGIApp, HTTPReceiveMessage, Receive, Scope, Send, WebSocketReceiveMessage
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from onebase_server.api.waiting import ClientLeft
+from onebase_server.early_replies import NO_HTTP, early_reply, too_many_connections
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +38,15 @@ def protocol_within(limit_s: float, most: int) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            self._served = self.app
             self._watch()
             if len(self.connections) >= most and idle:
                 next(iter(idle)).shutdown()  # idle for longest
 
         def data_received(self, data: bytes) -> None:
             idle.pop(self, None)
+            crowded = max(len(self.connections), len(self.tasks)) >= most
+            self.app = too_many_connections if crowded else self._served
             super().data_received(data)
             self._watch()
 
@@ -73,6 +78,16 @@ def protocol_within(limit_s: float, most: int) -> type[H11Protocol]:
         def shutdown(self) -> None:
             idle.pop(self, None)
             super().shutdown()
+
+        def send_400_response(self, msg: str) -> None:
+            headers, body = early_reply(NO_HTTP.format(why=msg), "invalid_request_error")
+            for event in (
+                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+            self.transport.close()
 
         def _watch(self) -> None:
             """One timer from when a head is due until it is whole: bytes in between don't wind it up again."""

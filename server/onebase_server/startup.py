@@ -19,6 +19,7 @@ from sqlalchemy.exc import DatabaseError, SQLAlchemyError
 from onebase.errors import BaseModelError, InvalidInput
 from onebase.home import Home
 from onebase_server.records.database import Database
+from onebase_server.records.homes import claim
 from onebase_server.records.keys import KeyRecords
 from onebase_server.records.standing import Standing, standing_at, standing_of_file
 from onebase_server.settings import LOOPBACK, Settings
@@ -85,6 +86,8 @@ async def _open_records(settings: Settings) -> bool:
     try:
         with in_words(settings, path):
             await database.migrate()
+            if settings.database:
+                await claim(database, settings.home.root)
             return await KeyRecords(database).any()
     finally:
         await database.close()

@@ -28,6 +28,7 @@ from onebase_server.cli.main import app
 from onebase_server.jobs.files import FileService
 from onebase_server.records.database import Database
 from onebase_server.records.files import FileRecords
+from onebase_server.records.homes import home_id
 from onebase_server.records.keys import KeyRecords
 from onebase_server.settings import Settings, load_settings
 from scripted_base import IDENTITY
@@ -142,6 +143,14 @@ def test_a_database_that_is_none_is_said_so_and_left_alone(home: Home, damage: b
     assert path.read_bytes() == damage
 
 
+def test_the_database_of_another_home_is_refused_at_the_start(home: Home, tmp_path: Path) -> None:
+    shared = f"sqlite:///{tmp_path / 'shared.db'}"
+    startup.open_records(Settings(home=home, database=shared))
+    other = Home(tmp_path / "other").create()
+    with pytest.raises(InvalidInput, match=rf"belongs to another home folder \({home_id(home.root)}"):
+        startup.open_records(Settings(home=other, database=shared))
+
+
 def test_a_database_that_does_not_answer_is_said_so_without_its_password(home: Home) -> None:
     settings = Settings(home=home, database="postgresql://onebase:hunter2@127.0.0.1:1/onebase")
     with pytest.raises(InvalidInput, match="the database can't be used") as refused:
@@ -249,6 +258,7 @@ def test_doctor_looks_into_the_database_of_a_running_server(home: Home) -> None:
 @pytest.mark.parametrize("name", ["all.tar", "all.tar.gz"])
 def test_a_backup_of_a_running_home_restores_everything(home: Home, tmp_path: Path, name: str) -> None:
     made = full(home)
+    identity = home_id(home.root)
     with closing(sqlite3.connect(home.root / "onebase.db")) as writer:  # a transaction is open all the while
         writer.execute("BEGIN IMMEDIATE")
         writer.execute("UPDATE keys SET name = 'not committed'")
@@ -257,6 +267,7 @@ def test_a_backup_of_a_running_home_restores_everything(home: Home, tmp_path: Pa
     target = Home(tmp_path / "elsewhere")
     restore(tmp_path / name, target)
     assert version_of(target.root) == CURRENT
+    assert home_id(target.root) == identity
     assert target.root.stat().st_mode & 0o077 == 0
     store = AdapterStore(target.adapters)
     assert [version.id for entry in store.list() for version in entry.versions] == ["pirate@1", "pirate@2"]

@@ -12,10 +12,11 @@ from torch import Tensor
 from gradients import assert_same, loss_and_gradients, make_rows
 from onebase.base_model import LoadedBase, dequantized, load_base
 from onebase.bases import resolve_base
+from onebase.errors import RecipeError
 from onebase.home import Home
 from onebase_training import attention, lora
 from onebase_training.batches import collate, token_weights
-from onebase_training.config import LoraConfig, TrainConfig
+from onebase_training.config import ComputeConfig, LoraConfig, TrainConfig
 from onebase_training.fuse import fuse
 from onebase_training.loftq import start_from_rounding_error
 from onebase_training.objective import Objective
@@ -217,6 +218,12 @@ def test_pitfall_11_lora_is_fp32_on_a_bf16_base(base_home: Home) -> None:
 
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert base.model.lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("device", ["banana", "meta", "cuda:99", "cpu:x", ""])
+def test_a_device_that_is_none_is_told(device: str) -> None:
+    with pytest.raises(RecipeError, match=r"compute\.device: "):
+        lora.compute_settings(ComputeConfig(device=device))
 
 
 def test_loftq_starts_from_the_best_low_rank_image_of_what_nf4_rounded_away(base_home: Home) -> None:

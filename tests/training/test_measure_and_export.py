@@ -13,14 +13,15 @@ from typer.testing import CliRunner
 
 from onebase.base_model import load_base
 from onebase.bases import read_base, resolve_base
-from onebase.errors import Conflict, InvalidInput, OnebaseError
+from onebase.errors import Conflict, InvalidInput
 from onebase.home import Home
 from onebase.store import AdapterStore
 from onebase_training import lora
 from onebase_training.__main__ import app
 from onebase_training.config import Recipe, make_recipe
-from onebase_training.evaluate import as_table, evaluate, write_json
-from onebase_training.export import export, push
+from onebase_training.eval_reports import as_table, kept, write_json
+from onebase_training.evaluate import evaluate
+from onebase_training.export import export
 from onebase_training.generate import greedy_answers
 from onebase_training.merge import nf4_values
 from onebase_training.train import Run, carry_out
@@ -66,6 +67,8 @@ def test_a_version_is_measured_beside_the_base(trained: tuple[Home, Recipe], tmp
     told = json.loads((tmp_path / "out.json").read_text())
     assert (told["response_loss"], told["stop_rate"]) == (adapter.response_loss, adapter.stop_rate)
     assert [each["model"] for each in told["models"]] == [NAME, "tiny@1"]
+    [report] = kept(trained[0].evaluations, ["tiny"])
+    assert (report["model"], report["response_loss"]) == ("tiny@1", adapter.response_loss)
 
 
 def test_measuring_leaves_the_base_as_it_was(trained: tuple[Home, Recipe]) -> None:
@@ -157,9 +160,25 @@ def test_nf4_values_are_those_that_the_loaded_base_holds(trained: tuple[Home, Re
 def test_export_never_writes_over_something(trained: tuple[Home, Recipe], tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there/file").touch()
-    for form in ("peft", "merged"):
+    for form in ("peft", "merged", "gguf-lora", "gguf-merged"):
         with pytest.raises(Conflict):
-            export("tiny", tmp_path / "there", trained[0], form=form)
+            export("tiny", tmp_path / "there", trained[0], form=form)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["merged", "gguf-lora", "gguf-merged"])
+def test_an_export_that_fails_leaves_nothing_behind(
+    trained: tuple[Home, Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Any
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("onebase_training.merge.save_file", full)
+    monkeypatch.setattr("gguf.GGUFWriter.write_kv_data_to_file", full)
+
+    with pytest.raises(OSError, match="No space left"):
+        export("tiny", tmp_path / "new/out", trained[0], form=form)
+
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_dora_trains_and_is_merged_but_not_published(trained: tuple[Home, Recipe], tmp_path: Path) -> None:
@@ -200,6 +219,29 @@ def test_the_command_line_measures_a_data_file_too(trained: tuple[Home, Recipe],
     assert json.loads((tmp_path / "out.json").read_text())["examples"] == 3
 
 
+def test_a_check_that_fails_is_an_exit_code_of_its_own_and_shows_the_answers(
+    trained: tuple[Home, Recipe], tmp_path: Path
+) -> None:
+    home, loaded = trained
+    words = ["eval", loaded.data.train[0].path, "-a", "tiny", "--max-examples", "3", "--home", str(home.root)]
+
+    passed = command(*words, "--check", r"words=\w", "--at-least", "0.5")
+    failed = command(*words, "--check", "never=xyzzy", "--out", str(tmp_path / "out.json"))
+
+    assert (passed.exit_code, failed.exit_code) == (0, 3), passed.output + failed.output
+    assert "tiny@1 fails never: 0.0% of the answers, at least 100.0% must pass" in failed.output
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert told["failed"] == [{"model": "tiny@1", "check": "never", "share": 0.0, "at_least": 1.0}]
+    assert repr(told["misses"]["never"][0]) in failed.output
+    assert [each["model"] for each in told["models"]] == [NAME, "tiny@1"], "the base is shown, and not judged"
+
+    shown = command("eval", "--reports", "-a", "tiny", "--home", str(home.root))
+
+    assert shown.exit_code == 0
+    assert "tiny@1" in shown.output
+    assert "never" in shown.output
+
+
 def test_data_check_tells_broken_lines_and_shows_what_is_learnt(trained: tuple[Home, Recipe], tmp_path: Path) -> None:
     good = Path(trained[1].data.train[0].path).read_text()
     (tmp_path / "d.jsonl").write_text(good + good.splitlines()[0] + "\nnot json\n")
@@ -233,10 +275,3 @@ def test_a_users_mistake_is_one_line_and_no_traceback(
     assert done.exit_code in (1, 2)
     assert word in done.output
     assert "Traceback" not in done.output
-
-
-def test_a_push_that_the_hub_does_not_take_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-    with pytest.raises(OnebaseError, match="could not be pushed to me/captain"):
-        push(tmp_path, "me/captain")

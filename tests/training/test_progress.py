@@ -24,6 +24,7 @@ class FakeTrainer:
 
     last_loss: float = 3.25
     trained_tokens: int = 0
+    stops: bool = False
     state: TrainerState = field(default_factory=TrainerState)
 
 
@@ -61,8 +62,9 @@ def test_the_bar_has_loss_and_time_left_after_the_first_step_and_moves_within_a_
     shown = callback(tmp_path, Console(file=screen, force_terminal=True, width=120))
     state, control = TrainerState(), TrainerControl()
     shown.on_train_begin(None, state, control)
-    shown.on_part(0, 0.5)
+    shown.on_part(0, 0.5, 7.5)
     assert shown._bar.tasks[0].completed == 0.5
+    assert shown._bar.tasks[0].fields["loss"] == "7.500", "of the first half of the first step"
     state.global_step, shown.trainer.trained_tokens = 1, 100
 
     shown.on_step_end(None, state, control)
@@ -74,3 +76,23 @@ def test_the_bar_has_loss_and_time_left_after_the_first_step_and_moves_within_a_
     assert "tok/s" in last
     assert " left" in last
     assert "--:--" not in last
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then_and_not_one_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("onebase_training.progress.time.monotonic", lambda: now)
+    log = StringIO()
+    shown = callback(tmp_path, Console(file=log, width=120))
+    state, control = TrainerState(), TrainerControl()
+    shown.on_train_begin(None, state, control)
+    for step in range(1, 41):
+        now += 3.0
+        state.global_step = step
+        shown.on_step_end(None, state, control)
+
+    lines = log.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == [f"{step}/40" for step in (*range(1, 40, 4), 40)]
+    assert "loss 3.250" in lines[0]
+    assert lines[1].endswith("01:45 left")

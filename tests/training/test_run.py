@@ -177,6 +177,7 @@ def test_pitfall_15_a_pickle_in_a_checkpoint_runs_nothing(home: Home, data: Path
             return (Path.touch, (tmp_path / "exploded",))
 
     torch.save({"state": Bomb()}, saved / "optimizer.pt")
+    checkpoint.write_sums(saved)  # whoever can write there can write that too
     with pytest.raises(TrainingError, match=r"optimizer\.pt"):
         train(home, data, train=settings, options=RunOptions(resume=True))
     assert not (tmp_path / "exploded").exists()
@@ -185,7 +186,7 @@ def test_pitfall_15_a_pickle_in_a_checkpoint_runs_nothing(home: Home, data: Path
 def test_a_checkpoint_of_another_recipe_is_refused(home: Home, data: Path) -> None:
     train(home, data, train={"max_steps": 4, "save_every": 2})
 
-    with pytest.raises(TrainingError, match="made by another recipe"):
+    with pytest.raises(TrainingError, match=r"made by another recipe: train\.learning_rate was 0\.005 and is 0\.001"):
         train(
             home, data, train={"max_steps": 4, "save_every": 2, "learning_rate": 1e-3}, options=RunOptions(resume=True)
         )
@@ -252,8 +253,28 @@ def test_pitfall_20_too_little_memory_is_said_with_advice(
 
     monkeypatch.setattr("onebase_training.objective.Objective.forward", no_memory)
 
-    with pytest.raises(TrainingError, match=r"Lower train\.tokens_at_once"):
+    with pytest.raises(TrainingError, match=r"tokens at once do not fit in the memory of cpu.*tokens_at_once \(auto\)"):
         train(home, data, compute={"preflight": True}, train={"eval_every": "never"})
+    assert status(home)["error"]["code"] == "out_of_memory"
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory")]
+)
+def test_pitfall_20_memory_that_runs_out_in_a_step_says_which_settings_take_less(
+    home: Home, data: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def no_memory(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("onebase_training.trainer.PlanTrainer.training_step", no_memory)
+
+    with pytest.raises(TrainingError, match=r"data\.max_tokens.*gradient_checkpointing: true.*keep_dequantized: false"):
+        train(home, data, train={"eval_every": "never"})
+
+    told = status(home)["error"]
+    assert told["code"] == "out_of_memory"
+    assert "Lower train.tokens_at_once (auto)" in told["message"]
 
 
 def test_the_seed_preset_trains_all_tokens_with_the_seeds_lora(home: Home, data: Path) -> None:

@@ -1,19 +1,31 @@
 """`python -m onebase_training RECIPE.yaml`: the command line of training. `onebase train|eval|export|data` end here.
 
-Exit codes: 0 done, 1 a user's error (said in one line), 2 wrong usage, 75 to be started again (the server whose base
-it used has ended), 130 stopped by a signal. The environment is read here only; torch is imported once it is needed.
+Exit codes: 0 done, 1 a user's error (said in one line), 2 wrong usage, 3 a check of `eval` failed, 75 to be started
+again (the server whose base it used has ended), 130 stopped by a signal. The environment is read here and in
+command_parts.py only; torch is imported once it is needed.
 """
 
 import gc
 import os
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from onebase.home import Home, default_home
-from onebase_training.command_parts import CANCELLED, HomeOption, PolicyOption, UserErrors, one_of, quiet_libraries
+from onebase.store import AdapterStore
+from onebase_training.command_eval import evaluate
+from onebase_training.command_parts import (
+    CANCELLED,
+    HomeOption,
+    PolicyOption,
+    UserErrors,
+    home_at,
+    one_of,
+    quiet_libraries,
+)
 
 
 class _DefaultsToTrain(typer.core.TyperGroup):
@@ -22,6 +34,7 @@ class _DefaultsToTrain(typer.core.TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             args = ["train", *args]
+        ctx.obj = tuple(args)  # as they were given: a stopped run tells them again
         return super().parse_args(ctx, args)
 
 
@@ -35,6 +48,7 @@ app.add_typer(data_app, name="data")
 
 @app.command()
 def train(
+    context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="The run's YAML file; see training/recipes.", metavar="RECIPE.yaml")],
     home: HomeOption = None,
     status: Annotated[
@@ -49,22 +63,24 @@ def train(
         list[str] | None, typer.Option("--alias", help="A further name of the version, such as ft:...")
     ] = None,
     policy: PolicyOption = "serve-first",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
     """Train an adapter and publish it as the next version of its name. Ctrl-C once saves a checkpoint."""
     # Under `accelerate launch` every process trains, and the first one speaks.
     speaks = os.environ.get("RANK", "0") == "0"
-    console = Console(stderr=True, quiet=not speaks)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    console = Console(stderr=True, quiet=quiet or not speaks)
     quiet_libraries()
     from onebase_training.config import load_recipe
     from onebase_training.status import StatusWriter
 
     writer = StatusWriter(status if speaks else None)
-    with UserErrors(console, writer):
+    with UserErrors(Console(stderr=True, quiet=not speaks), writer):
         loaded = load_recipe(recipe)
         console.print(f"{loaded.name} on {loaded.base}: starting", highlight=False)
         from onebase_training.train import Run, RunOptions, carry_out
 
-        place = Home(home or default_home(os.environ)).create()
+        place = home_at(home).create()
         result = carry_out(
             Run(
                 loaded,
@@ -72,57 +88,26 @@ def train(
                 run_dir or place.runs / loaded.name,
                 writer,
                 console,
-                RunOptions(resume, make_current, tuple(alias or ()), policy),
+                RunOptions(
+                    resume,
+                    make_current,
+                    tuple(alias or ()),
+                    policy,
+                    "" if several else _again(context.find_root().obj),
+                    int(os.environ.get("LOCAL_RANK", "0")) if several else None,
+                ),
             )
         )
     if result.state == "cancelled":
         raise typer.Exit(CANCELLED)
 
 
-@app.command("eval")
-def evaluate(
-    recipe: Annotated[
-        Path, typer.Argument(help="A recipe: its held-out rows are used. Or a data file.", metavar="RECIPE|FILE")
-    ],
-    adapter: Annotated[
-        list[str] | None, typer.Option("--adapter", "-a", help="name or name@version; may be given again.")
-    ] = None,
-    home: HomeOption = None,
-    base: Annotated[bool, typer.Option(help="Measure the base too.")] = True,
-    max_examples: Annotated[int | None, typer.Option(help="So many conversations at most.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest greedy answer, in tokens.")] = 200,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the results as JSON.")] = None,
-    status: Annotated[Path | None, typer.Option("--status", help="Say there what is being measured.")] = None,
-    policy: PolicyOption = "serve-first",
-) -> None:
-    """Measure adapters beside the base on held-out conversations: loss, accuracy, stop rate, checks."""
-    console = Console(stderr=True)
-    quiet_libraries()
-    from onebase_training.config import load_recipe, recipe_for_file
-    from onebase_training.status import StatusWriter
-
-    with UserErrors(console):
-        place = Home(home or default_home(os.environ)).create()
-        is_recipe = recipe.suffix in (".yaml", ".yml")
-        loaded = load_recipe(recipe) if is_recipe else recipe_for_file(recipe, place, adapter or [])
-        from onebase_training import evaluate as measuring
-
-        results = measuring.evaluate(
-            loaded,
-            place,
-            adapter or ([loaded.name] if is_recipe else []),
-            with_base=base,
-            max_examples=max_examples,
-            max_new_tokens=max_tokens,
-            console=console,
-            status=StatusWriter.taken_up(status),
-            policy=policy,
-        )
-        if out is not None:
-            measuring.write_json(results, out)
-        Console().print(measuring.as_table(results))
+def _again(arguments: Sequence[str]) -> str:
+    """The command line that goes on with a stopped run."""
+    return shlex.join(["onebase", *(word for word in arguments if word != "--resume"), "--resume"])
 
 
+app.command("eval")(evaluate)
 app.command("evaluate", hidden=True)(evaluate)
 
 
@@ -138,9 +123,13 @@ def export(
     dtype: Annotated[str, typer.Option(help="merged: bfloat16 or float32.")] = "bfloat16",
     gguf_type: Annotated[str, typer.Option(help="gguf-merged: f16, bf16 or q8_0.")] = "f16",
     check: Annotated[bool, typer.Option(help="merged: compare its logits with the unmerged adapter's.")] = True,
-    push: Annotated[str | None, typer.Option(help="Upload it to the hub, too, as owner/name (private).")] = None,
+    push: Annotated[str | None, typer.Option(help="Upload it to the hub, too, as owner/name.")] = None,
+    private: Annotated[bool, typer.Option(help="push: make the repository private, if it is new.")] = True,
 ) -> None:
-    """Write a version as a PEFT folder, merged into its base, or as GGUF (LoRA or merged) for llama.cpp."""
+    """Write a version as a PEFT folder, merged into its base, or as GGUF (LoRA or merged) for llama.cpp.
+
+    `onebase adapters export` is the same command.
+    """
     console = Console(stderr=True)
     quiet_libraries()
     one_of("--form", form, ("peft", "merged", "gguf-lora", "gguf-merged"))
@@ -148,24 +137,35 @@ def export(
     one_of("--onto", onto, ("base", "nf4"))
     one_of("--dtype", dtype, ("bfloat16", "float32"))
     with UserErrors(console):
-        import torch
+        from onebase_training import hub
 
-        from onebase_training import export as exporting
-
-        written = exporting.export(
-            model,
-            dest,
-            Home(home or default_home(os.environ)),
-            form=form,  # type: ignore[arg-type]
-            onto=onto,  # type: ignore[arg-type]
-            dtype=getattr(torch, dtype),
-            gguf_type=gguf_type,  # type: ignore[arg-type]
-            check=check,
-            console=console,
-        )
-        Console().print(f"wrote {written}", highlight=False)
+        place = home_at(home)
         if push is not None:
-            Console().print(exporting.push(written, push), highlight=False)
+            hub.require_login(push)
+        with console.status(f"writing {dest}"):
+            if form == "peft":  # without torch, which takes longer to import than the files to copy
+                written = AdapterStore(place.adapters).export(model, dest)
+            else:
+                import torch
+
+                from onebase_training import export as exporting
+
+                written = exporting.export(
+                    model,
+                    dest,
+                    place,
+                    form=form,  # type: ignore[arg-type]
+                    onto=onto,  # type: ignore[arg-type]
+                    dtype=getattr(torch, dtype),
+                    gguf_type=gguf_type,  # type: ignore[arg-type]
+                    check=check,
+                    console=console,
+                )
+        Console().print(f"wrote {written}", highlight=False, soft_wrap=True)
+        if push is not None:
+            with console.status(f"pushing to {push}"):
+                address = hub.push(written, push, private=private)
+            Console().print(address, highlight=False, soft_wrap=True)
 
 
 @data_app.command("check")
@@ -187,12 +187,15 @@ def data_check(
         source = {"path": str(file.resolve()), "format": format}
         content: dict[str, Any] = {"name": "checked", "data": {"train": [source], "max_tokens": max_tokens}}
         recipe = config.make_recipe(content | ({"base": base} if base else {}))
-        tokenizer, encoder, limit = inspect_data.tools(recipe, Home(home or default_home(os.environ)).create())
-        report = inspect_data.check_file(recipe, encoder, limit)
+        tokenizer, encoder, limit = inspect_data.tools(recipe, home_at(home).create())
+        with console.status("reading") as line:
+            report = inspect_data.check_file(
+                recipe, encoder, limit, show, lambda count: line.update(f"{count:,} records read")
+            )
         if as_json:
             Console().print_json(data=report.as_json())
         else:
-            inspect_data.show(report, Console(), tokenizer, show)
+            inspect_data.show(report, Console(), tokenizer)
     if not report.ok:
         raise typer.Exit(1)
 

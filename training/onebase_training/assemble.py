@@ -1,10 +1,8 @@
 """The parts of a run, each made from the recipe: base, rows, model to train, Trainer's arguments. No run logic."""
 
 import difflib
-import hashlib
 import importlib.util
-import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,8 @@ from onebase_training.objective import Objective
 from onebase_training.plan import Plan
 from onebase_training.progress import RunCallback
 from onebase_training.recompute import Recompute
-from onebase_training.rows import Encoder, Row
+from onebase_training.rows import Encoder
+from onebase_training.same_recipe import made_with
 from onebase_training.trainer import PlanTrainer, StepDataset, eval_batches
 
 
@@ -39,9 +38,12 @@ def make_renderer(recipe: Recipe, spec: BaseSpec, tokenizer: TextTokenizer) -> P
     )
 
 
-def read_data(recipe: Recipe, spec: BaseSpec, tokenizer: TextTokenizer) -> Dataset:
+def read_data(
+    recipe: Recipe, spec: BaseSpec, tokenizer: TextTokenizer, alive: Callable[[], None] = lambda: None
+) -> Dataset:
+    """`alive` is called for every row: millions take long."""
     encoder = Encoder(tokenizer, make_renderer(recipe, spec, tokenizer), headers=recipe.data.headers)
-    return load_dataset(recipe, encoder, spec.context_length)
+    return load_dataset(recipe, encoder, spec.context_length, alive)
 
 
 def prepare(base: LoadedBase, recipe: Recipe) -> Objective:
@@ -77,7 +79,7 @@ def training_arguments(recipe: Recipe, run_dir: Path, steps: int, device: torch.
     """The recipe in Trainer's words. Evaluation, saving and accumulation are ours (progress.py, trainer.py)."""
     config = recipe.train
     warmup = round(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
-    return transformers.TrainingArguments(
+    args = transformers.TrainingArguments(
         output_dir=str(run_dir),
         max_steps=steps,
         per_device_train_batch_size=1,
@@ -102,6 +104,17 @@ def training_arguments(recipe: Recipe, run_dir: Path, steps: int, device: torch.
         dataloader_pin_memory=False,
         average_tokens_across_devices=False,
     )
+    keep_on_one_device(args, device)
+    return args
+
+
+def keep_on_one_device(args: Any, device: torch.device) -> None:
+    """A process trains on the device that its base is on. Left alone, Trainer would go to the first GPU, and hand
+    copies of the model to every other one that it sees (DataParallel)."""
+    if device.type == "cuda" and args.world_size == 1:
+        args.__dict__["_setup_devices"] = torch.device("cuda", device.index or 0)  # its cached property
+        args._n_gpu = 1
+        torch.cuda.set_device(device.index or 0)
 
 
 def build_trainer(
@@ -131,11 +144,12 @@ def build_trainer(
         steps,
         eval_batches=eval_batches(dataset.eval, tokens_at_once=tokens, pad_id=pad_id),
         keep_checkpoints=recipe.train.keep_checkpoints,
-        recipe_hash=_run_hash(recipe, rows),
+        made_with=made_with(recipe, rows),
         callbacks=[callback],
     )
     callback.trainer = trainer
     trainer.on_part = callback.on_part
+    trainer.asks_to_stop = callback.asks_to_stop
     return trainer
 
 
@@ -149,12 +163,3 @@ def tokens_at_once(recipe: Recipe, base: LoadedBase, longest: int) -> int:
     if recipe.train.tokens_at_once != "auto":
         return recipe.train.tokens_at_once
     return max(longest, 2048 if base.device.type == "cpu" else 8192)
-
-
-def _run_hash(recipe: Recipe, rows: Sequence[Row]) -> str:
-    """What a checkpoint depends on: the settings and every row."""
-    settings = {key: value for key, value in recipe.settings().items() if key not in ("compute", "description", "eval")}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for row in rows:
-        digest.update(row.key)
-    return digest.hexdigest()

@@ -28,8 +28,8 @@ _SIGN_OF_LIFE_S = 10.0
 class Beside:
     """One process' relation to the servers that keep notes in `folder` (`Home.serving`).
 
-    `sign_of_life(message)` is called now and then while it waits ("": for requests); `hurries()`: no more waiting
-    between layers.
+    `sign_of_life(message)` is called now and then, while it waits and at the layers of a model that it watches (with
+    "" when there is nothing to say); `hurries()`: no more waiting between layers.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Beside:
         self._signed_at = time.monotonic()
         self._borrowed: Borrowed | None = None
         self._yielder = Yielder(folder, policy, str(device), hurries=hurries, on_wait=lambda: self._sign(""))
-        self._boundaries = Boundaries(self._yielder, self.guard, device)
+        self._boundaries = Boundaries(self._yielder, self._at_layer, device)
 
     def load_base(
         self, spec: BaseSpec, tokenizer: TextTokenizer, dtype: ComputeDtype, *, may_share: bool = True
@@ -83,6 +83,10 @@ class Beside:
     def waited_s(self) -> float:
         """Seconds given to requests so far."""
         return self._yielder.waited_s
+
+    def _at_layer(self) -> None:
+        self.guard()
+        self._sign("")
 
     def _sign(self, message: str) -> None:
         now = time.monotonic()

@@ -1,13 +1,15 @@
 """Checkpoints that are whole or absent, and the adapter's file inside them. Torch and safetensors; no pickled code.
 
 A checkpoint is written into a hidden folder, flushed, then renamed to `checkpoint-N`; older ones go only after that.
-It holds the adapter (PEFT's two files), optimiser, scheduler, random state and Trainer's state: enough to go on
-bit for bit on CPU. Which rows come next needs no state: the plan is a function of the recipe (`plan.py`).
+A list of its files' digests tells later whether the disk still has what was written. It holds the adapter (PEFT's two
+files), optimiser, scheduler, random state and Trainer's state: enough to go on bit for bit on CPU. Which rows come next
+needs no state: the plan is a function of the recipe (`plan.py`).
 """
 
+import hashlib
 import os
-import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,8 +20,8 @@ from onebase.durable import fsync_folder
 from onebase.errors import TrainingError
 
 BEST: Final = "best"
-_NAME: Final = re.compile(r"checkpoint-(\d+)")
-RECIPE_HASH: Final = "recipe.sha256"
+STAGING: Final = ".staging"
+SUMS: Final = "SHA256SUMS"
 
 
 def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
@@ -45,25 +47,25 @@ def save_adapter(model: Any, folder: Path, tensors: dict[str, torch.Tensor] | No
         config.inference_mode = training
 
 
-def save_best(model: Any, run: Path) -> None:
-    """Over the best so far, atomically."""
+def save_best(model: Any, run: Path, step: int) -> None:
+    """The best so far, whole or not at all; the one before goes only once it is there."""
     staged = run / ".best"
     shutil.rmtree(staged, ignore_errors=True)
     save_adapter(model, staged)
-    for file in staged.iterdir():
-        _fsync_file(file)
-    shutil.rmtree(run / BEST, ignore_errors=True)
-    os.rename(staged, run / BEST)
-    fsync_folder(run)
+    _put(staged, run / f"{BEST}-{step}")
+    for _, old in _numbered(run, BEST)[:-1]:
+        shutil.rmtree(old)
 
 
 def best_adapter(run: Path) -> Path | None:
-    return run / BEST if (run / BEST / WEIGHTS).is_file() else None
+    """That of the last evaluation that was the best so far."""
+    found = _numbered(run, BEST)
+    return found[-1][1] if found else None
 
 
 def clear(run: Path) -> None:
     """A fresh run in a used folder: what an earlier one left there would mislead a later resume."""
-    for old in (*run.glob("checkpoint-*"), run / BEST, run / ".best", run / ".staging"):
+    for old in (*run.glob("checkpoint-*"), *run.glob(f"{BEST}-*"), run / ".best", run / STAGING):
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -88,37 +90,84 @@ def set_adapter_tensors(model: Any, tensors: dict[str, torch.Tensor], source: st
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The whole checkpoint with the highest step."""
-    found = [(int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
-    return max(found)[1] if found else None
+    """The checkpoint with the highest step."""
+    found = _numbered(folder, "checkpoint")
+    return found[-1][1] if found else None
+
+
+def whole_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path | None:
+    """The newest whose files are as they were written, to go on from; None if there is none at all.
+
+    Each damaged one is told. Raises TrainingError when all are.
+    """
+    found = [path for _, path in reversed(_numbered(folder, "checkpoint"))]
+    for path in found:
+        wrong = damage(path)
+        if wrong is None:
+            return path
+        tell(f"{path} is damaged, so the one before it is tried: {wrong}")
+    if found:
+        raise TrainingError(f"no checkpoint in {folder} is whole: start without --resume", code="checkpoint_damaged")
+    return None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with its files, by the list that was written with them; None: nothing."""
+    try:
+        lines = (checkpoint / SUMS).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return f"no {SUMS}: another build of onebase wrote it, or files are missing"
+    for line in lines:
+        known, _, name = line.partition("  ")
+        try:
+            if _sha256(checkpoint / name) != known:
+                return f"{name} is not as it was written"
+        except OSError as error:
+            return f"{name} can't be read ({error.strerror})"
+    return None
 
 
 def commit_checkpoint(staged: Path, folder: Path, keep: int) -> Path:
     """Flush the staged checkpoint, rename it into place, and drop all but the newest `keep`."""
     for unsafe in ("training_args.bin",):  # a pickle that nothing here reads (pitfall 15)
         (staged / unsafe).unlink(missing_ok=True)
-    for file in staged.iterdir():
-        _fsync_file(file)
-    fsync_folder(staged)
+    write_sums(staged)
     target = folder / staged.name
-    if target.exists():
-        shutil.rmtree(target)
-    os.rename(staged, target)
-    fsync_folder(folder)
-    numbered = [(int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
-    for _, old in sorted(numbered)[:-keep]:
+    _put(staged, target)
+    for _, old in _numbered(folder, "checkpoint")[:-keep]:
         shutil.rmtree(old)
     return target
 
 
-def require_same_recipe(checkpoint: Path, recipe_hash: str) -> None:
-    """A checkpoint goes on only under the settings that it was made with."""
-    file = checkpoint / RECIPE_HASH
-    if not file.is_file() or file.read_text("utf-8").strip() != recipe_hash:
-        raise TrainingError(
-            f"{checkpoint} was made by another recipe, or the data has changed since: start afresh, "
-            "or put the recipe back as it was"
-        )
+def write_sums(folder: Path) -> None:
+    """The list of the folder's files, in the form of the `sha256sum` command."""
+    files = sorted(file for file in folder.iterdir() if file.name != SUMS)
+    (folder / SUMS).write_text("".join(f"{_sha256(file)}  {file.name}\n" for file in files), "utf-8")
+
+
+def _put(staged: Path, target: Path) -> None:
+    """Make the staged folder durable and let it appear as `target`; one that is there goes aside first."""
+    for file in staged.iterdir():
+        _fsync_file(file)
+    fsync_folder(staged)
+    aside = target.with_name(f".{target.name}.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    if target.exists():
+        os.rename(target, aside)
+    os.rename(staged, target)
+    fsync_folder(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _numbered(folder: Path, word: str) -> list[tuple[int, Path]]:
+    """`word-7` as (7, path), in rising order."""
+    found = ((path.name.removeprefix(f"{word}-"), path) for path in folder.glob(f"{word}-*"))
+    return sorted((int(number), path) for number, path in found if number.isdecimal())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fsync_file(path: Path) -> None:

@@ -9,16 +9,18 @@ import typer
 from rich.console import Console
 
 from onebase.errors import DatasetError, OnebaseError
+from onebase.home import Home, default_home
 from onebase.serving_note import RESUME_EXIT
-from onebase.train_policy import share_of
+from onebase.train_policy import policy_of
 from onebase_training.stop import ServerGone
 
 CANCELLED = 130
+CHECK_FAILED = 3
 
 
 def _policy(given: str) -> str:
     try:
-        share_of(given)
+        policy_of(given)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     return given
@@ -37,6 +39,11 @@ PolicyOption = Annotated[
 HomeOption = Annotated[
     Path | None, typer.Option("--home", help="Home folder. Default: $ONEBASE_HOME, else ~/.onebase", metavar="DIR")
 ]
+
+
+def home_at(given: Path | None) -> Home:
+    """The folder of --home, or the environment's."""
+    return Home(given or default_home(os.environ))
 
 
 def one_of(option: str, value: str, known: tuple[str, ...]) -> None:

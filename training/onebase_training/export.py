@@ -1,4 +1,4 @@
-"""A version in a form that other tools read: PEFT's folder, a merged model, GGUF; and to the hub.
+"""A version in a form that other tools read: PEFT's folder, a merged model, GGUF.
 
 A folder of PEFT's files goes too: what was trained but can't be served (DoRA) is merged from its run's folder.
 """
@@ -13,7 +13,7 @@ from rich.console import Console
 from onebase.adapter import AdapterFiles
 from onebase.base_fetch import find_base
 from onebase.bases import BaseSpec
-from onebase.errors import OnebaseError
+from onebase.errors import Conflict
 from onebase.home import Home
 from onebase.store import AdapterStore
 from onebase.tokenizer import TextTokenizer
@@ -65,6 +65,9 @@ def export(
     if form == "peft":
         return store.export(model, dest)
     source = Source.find(model, store)
+    if dest.exists():
+        raise Conflict(f"{dest} already exists", param="dest")
+    dest.parent.mkdir(parents=True, exist_ok=True)
     spec = find_base(home, source.base_id)
     if form == "gguf-lora":
         from onebase_training.gguf_lora import write_gguf_lora
@@ -75,23 +78,11 @@ def export(
 
         return write_gguf_merged(source.path, spec, dest, onto=onto, kind=gguf_type, name=source.id)
     merged = merge(source.path, spec, dest, onto=onto, dtype=dtype)
-    (merged / "README.md").write_text(_card(source, spec, onto), "utf-8")
-    if check:
-        _tell(console, parity(source.path, spec, merged, _probe(spec), onto=onto))
+    found = _told(parity(source.path, spec, merged, _probe(spec), onto=onto)) if check else ""
+    (merged / "README.md").write_text(_card(source, spec, onto, found), "utf-8")
+    if found:
+        console.print(found)
     return merged
-
-
-def push(folder: Path, repository: str, *, private: bool = True) -> str:
-    """Upload a folder to the hub under `owner/name`; the address. Raises OnebaseError when the hub refuses."""
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-
-    api = huggingface_hub.HfApi()
-    try:
-        api.create_repo(repository, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repository, folder_path=folder))
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
-        raise OnebaseError(f"{folder} could not be pushed to {repository}: {error}. `hf auth login` first?") from error
 
 
 def _probe(spec: BaseSpec) -> list[int]:
@@ -100,17 +91,18 @@ def _probe(spec: BaseSpec) -> list[int]:
     return start + tokenizer.encode(PROBE, True)
 
 
-def _tell(console: Console, found: Parity) -> None:
-    console.print(
+def _told(found: Parity) -> str:
+    return (
         f"largest logit difference from the unmerged adapter {found.max_logit_difference:.4f}, "
         f"KL {found.kl_same_base:.2e} nats a token; KL from what is served (NF4) {found.kl_served:.2e}"
     )
 
 
-def _card(source: Source, base: BaseSpec, onto: Onto) -> str:
+def _card(source: Source, base: BaseSpec, onto: Onto, parity_told: str) -> str:
     under = "its published weights" if onto == "base" else "its NF4 values, as served"
     return (
         f"---\nbase_model: {base.id}\ntags: [onebase, merged]\n---\n\n# {source.id}, merged\n\n"
         f"The adapter `{source.id}` added into `{base.id}` at revision `{base.identity.revision}`, onto {under}.\n"
         f"Prompt format: `{source.prompt_format}`.\n"
+        + (f"\nMeasured after merging: {parity_told}.\n" if parity_told else "")
     )

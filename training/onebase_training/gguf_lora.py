@@ -5,13 +5,16 @@ permuted as its own converter permutes the weights (llama.cpp, conversion of Lla
 """
 
 import os
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from torch import Tensor
 
 from onebase.adapter import WEIGHTS, AdapterFiles
 from onebase.bases import BaseSpec
@@ -36,16 +39,24 @@ def write_gguf_lora(adapter: Path, base: BaseSpec, dest: Path) -> Path:
     files = AdapterFiles.read(adapter)
     if files.config.use_dora:
         raise AdapterInvalid(str(adapter), ["DoRA can't be written as a GGUF LoRA; --form gguf-merged can"])
-    weights = load_file(adapter / WEIGHTS)
     partial = dest.with_name(f".{dest.name}.partial")
-    writer = gguf.GGUFWriter(partial, "llama")
+    try:
+        with closing(gguf.GGUFWriter(partial, "llama")) as writer:
+            _write(writer, files, load_file(adapter / WEIGHTS), base)
+        os.replace(partial, dest)
+    finally:
+        partial.unlink(missing_ok=True)  # of what failed or was interrupted
+    return dest
+
+
+def _write(writer: Any, files: AdapterFiles, weights: Mapping[str, Tensor], base: BaseSpec) -> None:
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # 0: no further scaling
     for module in sorted(files.modules()):
         prefix = f"base_model.model.{module}"
         a = weights[f"{prefix}.lora_A.weight"].float().numpy()
-        b = weights[f"{prefix}.lora_B.weight"].float().numpy() * files.config.scaling(module)
+        b = weights[f"{prefix}.lora_B.weight"].float().mul(files.config.scaling(module)).numpy()
         layer, name = module.removeprefix("model.layers.").split(".", 1)
         target = f"blk.{layer}.{NAMES[name]}.weight"
         writer.add_tensor(f"{target}.lora_a", a)
@@ -53,9 +64,6 @@ def write_gguf_lora(adapter: Path, base: BaseSpec, dest: Path) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
-    writer.close()
-    os.replace(partial, dest)
-    return dest
 
 
 def in_llama_cpp_order(b: NDArray[np.float32], name: str, base: BaseSpec) -> NDArray[np.float32]:

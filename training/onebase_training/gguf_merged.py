@@ -5,6 +5,7 @@ The gguf package knows the names and the forms; the vocabulary is gguf_vocabular
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -40,7 +41,16 @@ def write_gguf_merged(
     merging = Merging(adapter, spec, onto)
     dest.parent.mkdir(parents=True, exist_ok=True)
     partial = dest.with_name(f".{dest.name}.partial")
-    writer = gguf.GGUFWriter(partial, _ARCHITECTURES[spec.config["model_type"]])
+    try:
+        with closing(gguf.GGUFWriter(partial, _ARCHITECTURES[spec.config["model_type"]])) as writer:
+            _write(writer, merging, spec, kind, name)
+        os.replace(partial, dest)
+    finally:
+        partial.unlink(missing_ok=True)  # of what failed or was interrupted
+    return dest
+
+
+def _write(writer: Any, merging: Merging, spec: BaseSpec, kind: GgufType, name: str) -> None:
     _describe(writer, spec, kind, name)
     add_vocabulary(writer, spec)
     names = _names(spec)
@@ -57,9 +67,6 @@ def write_gguf_merged(
             if not _is_left_out(tensor, spec):
                 values = in_llama_cpp_order(weight.float().numpy(), _module(tensor), spec)
                 writer.write_tensor_data(_encoded(values, _form(values.shape, kind)))
-    writer.close()
-    os.replace(partial, dest)
-    return dest
 
 
 def _describe(writer: Any, spec: BaseSpec, kind: GgufType, name: str) -> None:

@@ -131,15 +131,44 @@ def checkpoint_activations(base: LoadedBase, setting: bool | str) -> bool:
     return True
 
 
-def compute_settings(compute: ComputeConfig) -> torch.device:
-    """The device to train on. Sets the number of CPU threads when the recipe names one."""
+def compute_settings(compute: ComputeConfig, local_rank: int | None = None) -> torch.device:
+    """The device to train on. Sets the number of CPU threads when the recipe names one.
+
+    `local_rank`: this process's number on its machine, of several that train together: each has the GPU of its number.
+    Raises RecipeError for a device that is not there.
+    """
     if compute.threads:
         torch.set_num_threads(compute.threads)
     if compute.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(compute.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("compute.device: cuda asked for, but torch sees no CUDA device", param="compute.device")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    else:
+        device = _named_device(compute.device)
+    if device.type != "cuda":
+        return device
+    if local_rank is not None:
+        if device.index is not None:
+            raise RecipeError(
+                f"compute.device: {compute.device} is one GPU, but several processes train: say cuda, and each takes "
+                "its own",
+                param="compute.device",
+            )
+        device = torch.device("cuda", local_rank)
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) >= seen:
+        raise RecipeError(
+            f"compute.device: {device} asked for, but torch sees {seen} CUDA GPUs", param="compute.device"
+        )
+    torch.cuda.set_device(device.index or 0)
+    return device
+
+
+def _named_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"compute.device: {name!r} is none; use auto, cpu, cuda or cuda:N", param="compute.device")
     return device
 
 

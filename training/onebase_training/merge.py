@@ -48,11 +48,14 @@ def merge(
     scratch = dest.with_name(f".{dest.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    for shard in weight_files(spec.path):
-        merged = {name: weight.to(dtype).contiguous() for name, weight in merging.tensors(shard)}
-        save_file(merged, scratch / shard.name, metadata={"format": "pt"})
-    _copy_rest(spec, scratch, dtype)
-    scratch.rename(dest)
+    try:
+        for shard in weight_files(spec.path):
+            merged = {name: weight.to(dtype).contiguous() for name, weight in merging.tensors(shard)}
+            save_file(merged, scratch / shard.name, metadata={"format": "pt"})
+        _copy_rest(spec, scratch, dtype)
+        scratch.rename(dest)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)  # of what failed or was interrupted
     return dest
 
 

@@ -3,13 +3,12 @@
 On CUDA it also finds by measuring how many layers may keep their activations (recompute.py).
 """
 
-from typing import Any
-
 import torch
 from rich.console import Console
 
-from onebase.errors import TrainingError
 from onebase_training.batches import MicroBatch
+from onebase_training.config import Recipe
+from onebase_training.limits import is_memory, memory_error
 from onebase_training.objective import Objective
 from onebase_training.recompute import Recompute, layers_that_fit, memory_limit
 from onebase_training.trainer import PlanTrainer
@@ -18,12 +17,12 @@ _LONG_ON_CPU = 2048
 """Tokens from which the extra step is worth its time on CPU."""
 
 
-def check(trainer: PlanTrainer, setting: bool | str, console: Console) -> None:
+def check(trainer: PlanTrainer, recipe: Recipe, console: Console) -> None:
     """Forward and backward of the plan's heaviest micro-batch, without a trace in weights or random state.
 
     Raises TrainingError saying what to lower when it does not fit.
     """
-    device = trainer.args.device
+    device, setting = trainer.args.device, recipe.compute.preflight
     if setting == "auto":
         setting = device.type == "cuda" or trainer.steps.longest_row() >= _LONG_ON_CPU
     if not setting:
@@ -40,13 +39,9 @@ def check(trainer: PlanTrainer, setting: bool | str, console: Console) -> None:
                 kept = _keep_what_fits(objective, objective.recompute, on_device, peak)
                 peak = _step(objective, on_device)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_memory(error):
+        if not is_memory(error):
             raise
-        raise TrainingError(
-            f"{batch.ids.numel()} tokens at once do not fit in the memory of {device}. Lower train.tokens_at_once or "
-            "data.max_tokens, or set compute.gradient_checkpointing: true",
-            code="out_of_memory",
-        ) from error
+        raise memory_error(recipe, f"{batch.ids.numel()} tokens at once do not fit", device) from error
     finally:
         objective.zero_grad(set_to_none=True)
         if device.type == "cuda":
@@ -84,7 +79,3 @@ def _told(device: torch.device, peak: int) -> str:
     if device.type != "cuda":
         return ""
     return f", peak {peak / 1e9:.1f} of {torch.cuda.get_device_properties(device).total_memory / 1e9:.1f} GB"
-
-
-def _is_memory(error: Any) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "alloc" in str(error).lower()

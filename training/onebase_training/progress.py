@@ -7,7 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import transformers
 from rich.console import Console
@@ -19,6 +19,9 @@ from onebase_training.plan import Plan
 from onebase_training.status import StatusWriter
 from onebase_training.stop import StopRequest
 
+LINE_S: Final = 10.0
+"""Between lines where there is no terminal for a bar; the first and the last step always have one."""
+
 
 class _TimeLeft(ProgressColumn):
     """Counts down from the last step's estimate, so that a long step shows its own passing."""
@@ -27,10 +30,14 @@ class _TimeLeft(ProgressColumn):
         ends = task.fields["ends"]
         if ends is None:
             return Text("--:-- left", style="progress.remaining")
-        minutes, seconds = divmod(max(0, round(ends - time.monotonic())), 60)
-        hours, minutes = divmod(minutes, 60)
-        text = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
-        return Text(f"{text} left", style="progress.remaining")
+        return Text(f"{_clock(ends - time.monotonic())} left", style="progress.remaining")
+
+
+def _clock(seconds: float) -> str:
+    """`05:09`, or `1:05:09`."""
+    minutes, left = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes:02}:{left:02}"
 
 
 class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
@@ -61,9 +68,14 @@ class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
         )
         self._task = self._bar.add_task("training", total=len(plan), step=0, loss="-", speed="-", ends=None)
         self._rate = self._left = 0.0
+        self._line_at = -math.inf
         self.trainer: Any = None
         self._best_loss = math.inf
         self._without_better = 0
+
+    def asks_to_stop(self) -> bool:
+        """Whether this process has been asked to end its run."""
+        return self._stop.asked
 
     @property
     def stops_early(self) -> bool:
@@ -77,24 +89,35 @@ class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
             if "eval_loss" in entry:
                 self._judge(float(entry["eval_loss"]))
         self._status.enter("running", step=state.global_step, total_steps=len(self._plan))
+        if self._is_evaluation_missing(state):
+            self.trainer.evaluate()
+
+    def _is_evaluation_missing(self, state: Any) -> bool:
+        """A run that goes on may have been stopped before, or during, the evaluation of its last step."""
+        done = any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
+        return state.global_step > 0 and not done and self._is_due(self._config.eval_every, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._guard()
         step = state.global_step
         self._show(step)
-        if self._stop.asked:
-            control.should_training_stop = True
-            control.should_save = self._stop.save
-            return
-        at_epoch_end = step in self._plan.epoch_ends
         finished = step == len(self._plan)
         control.should_log = finished or step % self._config.log_every == 0 or step == 1
-        control.should_evaluate = self._has_eval and _due(self._config.eval_every, step, at_epoch_end, finished)
-        control.should_save = _due(self._config.save_every, step, at_epoch_end, False)
+        if self.trainer.stops:
+            control.should_training_stop = control.should_save = True
+            return
+        control.should_evaluate = self._is_due(self._config.eval_every, step)
+        control.should_save = _due(self._config.save_every, step, step in self._plan.epoch_ends, False)
 
-    def on_part(self, step: int, share: float) -> None:
-        """So much of the step that follows `step` is done."""
+    def _is_due(self, eval_every: int | str, step: int) -> bool:
+        finished = step == len(self._plan)
+        return self._has_eval and _due(eval_every, step, step in self._plan.epoch_ends, finished)
+
+    def on_part(self, step: int, share: float, loss: float | None) -> None:
+        """So much of the step that follows `step` is done; `loss`: of that part, if it is known."""
         self._bar.update(self._task, completed=step + share)
+        if loss is not None:
+            self._bar.update(self._task, loss=f"{loss:.3f}")
 
     def _show(self, step: int) -> None:
         """The bar and the status file after every step, whatever is logged."""
@@ -111,6 +134,11 @@ class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
             epoch=round(self._plan.epochs * step / len(self._plan), 3),
             trained_tokens=self.trainer.trained_tokens,
         )
+        now, last = time.monotonic(), step == len(self._plan)
+        if not self._console.is_terminal and (last or now - self._line_at >= LINE_S):
+            self._line_at = now
+            left = "" if last else f"  {_clock(self._left)} left"
+            self._console.print(f"step {step}/{len(self._plan)}  loss {loss:.3f}  {self._rate:,.0f} tok/s{left}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs is None or "loss" not in logs:
@@ -127,11 +155,6 @@ class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
                 "grad_norm": logs.get("grad_norm"),
             },
         )
-        if not self._console.is_terminal:
-            self._console.print(
-                f"step {state.global_step}/{len(self._plan)}  loss {loss:.3f}  {self._rate:,.0f} tok/s  "
-                f"{self._left:,.0f} s left"
-            )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         self._guard()

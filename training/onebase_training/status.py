@@ -4,13 +4,19 @@ The supervisor in the server reads these; it never talks to the training process
 """
 
 import json
+import logging
 import os
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from onebase.durable import replace_file
+
+logger = logging.getLogger(__name__)
 
 State = Literal["validating", "running", "succeeded", "failed", "cancelled"]
 
@@ -39,13 +45,16 @@ class Status:
 class StatusWriter:
     """Writes `path` (None: nowhere) and appends events beside it, in `<path>.events.jsonl`.
 
-    Every change of state is written; progress at most a few times a second.
+    Every change of state is written; progress at most a few times a second. Threads may share it.
     """
 
     MIN_INTERVAL_S = 0.3
+    ALIVE_S = 10.0
+    """What is written anyway once this has passed, as a sign of life."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
+        self._lock = threading.RLock()
         self._written_at = 0.0
         self.status = Status("validating", pid=os.getpid())
         if path is not None:
@@ -66,25 +75,45 @@ class StatusWriter:
         return writer
 
     def progress(self, **changes: Any) -> None:
-        self.status = replace(self.status, **changes)
-        if time.monotonic() - self._written_at >= self.MIN_INTERVAL_S:
-            self._write()
+        with self._lock:
+            self.status = replace(self.status, **changes)
+            if time.monotonic() - self._written_at >= self.MIN_INTERVAL_S:
+                self._write()
+
+    def alive(self) -> None:
+        """Nothing new, but work goes on: called from inside long work, as often as one likes."""
+        if time.monotonic() - self._written_at >= self.ALIVE_S:
+            self.progress()
 
     def enter(self, state: State, message: str = "", **changes: Any) -> None:
         """A new state: written at once, durably."""
-        self.status = replace(self.status, state=state, message=message, **changes)
-        self._write()
+        with self._lock:
+            self.status = replace(self.status, state=state, message=message, **changes)
+            self._write()
 
     def event(self, kind: str, data: dict[str, Any]) -> None:
         """Append one event: `metrics`, `eval`, `checkpoint`, `notice`."""
         if self._path is None:
             return
         line = json.dumps({"type": kind, "created_at": int(time.time()), **data}, ensure_ascii=False)
-        with self._path.with_name(self._path.name + ".events.jsonl").open("a", encoding="utf-8") as stream:
+        with (
+            _not_the_end_of_the_run(),
+            self._path.with_name(self._path.name + ".events.jsonl").open("a", encoding="utf-8") as stream,
+        ):
             stream.write(line + "\n")
 
     def _write(self) -> None:
         self._written_at = time.monotonic()
         self.status = replace(self.status, updated_at=time.time())
         if self._path is not None:
-            replace_file(self._path, (json.dumps(asdict(self.status)) + "\n").encode())
+            with _not_the_end_of_the_run():
+                replace_file(self._path, (json.dumps(asdict(self.status)) + "\n").encode())
+
+
+@contextmanager
+def _not_the_end_of_the_run() -> Iterator[None]:
+    """A full disk: what can't be told is lost, not the hours before it. Checkpoints and versions do fail then."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("the run's status can't be written: %s", error)

@@ -1,4 +1,4 @@
-"""Signals become a request that the run answers at a safe place. Ctrl-C saves a checkpoint first; SIGTERM does not."""
+"""Signals become a request that the run answers at a safe place: Ctrl-C and SIGTERM save a checkpoint first."""
 
 import signal
 from collections.abc import Iterator
@@ -17,28 +17,25 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
-        self.save = False
+        self.reached_training = False
+        """Whether the run folder's checkpoints are this run's own."""
         self._deferred = False
+        self._seen: set[int] = set()
 
     @contextmanager
     def installed(self, console: Console) -> Iterator[None]:
-        """Catch SIGINT and SIGTERM. A second Ctrl-C interrupts at once."""
+        """Catch SIGINT and SIGTERM. A second one of the same kind interrupts at once: of another it may be the
+        launcher's, which passes on a Ctrl-C that the terminal has sent to all."""
 
-        def interrupt(_signal: int, _frame: FrameType | None) -> None:
-            if self.asked or not self._deferred:
+        def stop(number: int, _frame: FrameType | None) -> None:
+            if number in self._seen or not self._deferred:
                 raise KeyboardInterrupt
-            self.asked = self.save = True
-            console.print("[yellow]stopping after this step; a checkpoint will be saved (Ctrl-C again: at once)")
+            self._seen.add(number)
+            if not self.asked:
+                self.asked = True
+                console.print("[yellow]stopping after this step; a checkpoint will be saved (Ctrl-C again: at once)")
 
-        def terminate(_signal: int, _frame: FrameType | None) -> None:
-            if not self._deferred:
-                raise KeyboardInterrupt
-            self.asked = True
-
-        before = {
-            signal.SIGINT: signal.signal(signal.SIGINT, interrupt),
-            signal.SIGTERM: signal.signal(signal.SIGTERM, terminate),
-        }
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
@@ -48,7 +45,7 @@ class StopRequest:
     @contextmanager
     def after_the_step(self) -> Iterator[None]:
         """Inside, a signal waits for the end of the step."""
-        self._deferred = True
+        self._deferred = self.reached_training = True
         try:
             yield
         finally:

@@ -17,7 +17,8 @@ from onebase.errors import OnebaseError
 from onebase.home import Home
 from onebase.store import AdapterStore, Version
 from onebase.tokenizer import TextTokenizer
-from onebase_training import checkpoint, lora, preflight
+from onebase_training import checkpoint, limits, lora, preflight
+from onebase_training.alive import while_working
 from onebase_training.assemble import (
     build_trainer,
     has_tensorboard,
@@ -50,6 +51,10 @@ class RunOptions:
     """Further names of the version, such as a job's `ft:...`."""
     policy: str = "serve-first"
     """How it makes way for servers on the same home."""
+    resume_command: str = ""
+    """What a stopped run tells to go on with; empty: the same command and --resume."""
+    local_rank: int | None = None
+    """This process's number on its machine, when several train together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,7 @@ def carry_out(run: Run) -> RunResult:
     """
     run.run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        with run.stop.installed(run.console):
+        with run.stop.installed(run.console), limits.told(run.recipe, run.run_dir):
             return _carry_out(run)
     except OnebaseError as error:
         run.status.enter("failed", error.message, error=_error(error))
@@ -91,11 +96,7 @@ def carry_out(run: Run) -> RunResult:
         run.status.progress(message=str(error))
         raise
     except KeyboardInterrupt:
-        last = checkpoint.last_checkpoint(run.run_dir) if run.stop.asked else None
-        message = f"stopped {'at once' if run.stop.asked else 'before training'}; nothing published"
-        run.console.print(message + (f". Go on from {last} with the same command and --resume" if last else ""))
-        run.status.enter("cancelled", message, checkpoint=str(last) if last else None)
-        return RunResult("cancelled", None, {})
+        return _cancelled(run, "stopped at once" if run.stop.asked else "stopped")
     except BaseException as error:
         run.status.enter("failed", f"{type(error).__name__}: {error}", error=_error(error))
         raise
@@ -111,18 +112,19 @@ def _carry_out(run: Run) -> RunResult:
         _say(run, "note", ["no curves for tensorboard: pip install tensorboardX"])
     spec = find_base(run.home, recipe.base)
     tokenizer = TextTokenizer.load(spec.path)
-    dataset = read_data(recipe, spec, tokenizer)
+    dataset = read_data(recipe, spec, tokenizer, run.status.alive)
     _say(run, "data", dataset.notices)
     plan = make_plan([weight for _, weight in dataset.train], recipe.train)
     run.status.enter("validating", "loading the base", total_steps=len(plan))
 
-    device = lora.compute_settings(recipe.compute)
+    device = lora.compute_settings(recipe.compute, run.options.local_rank)
     optimizer_name(recipe, device)
     torch.manual_seed(recipe.train.seed)
     dtype = lora.compute_dtype(recipe.compute.dtype, device)
     beside = _beside(run, device)
-    base = beside.load_base(spec, tokenizer, dtype, may_share=not recipe.lora.use_dora)
-    objective = prepare(base, recipe)
+    with while_working(run.status.alive):
+        base = beside.load_base(spec, tokenizer, dtype, may_share=not recipe.lora.use_dora)
+        objective = prepare(base, recipe)
     objective.between = beside.between
     beside.watch(base.model)
     if recipe.resume_from is not None:
@@ -135,11 +137,11 @@ def _carry_out(run: Run) -> RunResult:
         plan, recipe.train, run.status, console, run.stop, has_eval=bool(dataset.eval), guard=beside.guard
     )
     trainer = build_trainer(recipe, objective, base, dataset, plan, run.run_dir, callback)
-    preflight.check(trainer, recipe.compute.preflight, console)
+    preflight.check(trainer, recipe, console)
     before = _measure_base(run, trainer)
     outcome = _train(run, trainer, callback)
-    if run.stop.asked:
-        return _cancelled(run)
+    if run.stop.asked or trainer.stops:
+        return _cancelled(run, "stopped")
     if not trainer.is_world_process_zero():
         return RunResult("succeeded", None, {})
 
@@ -147,8 +149,9 @@ def _carry_out(run: Run) -> RunResult:
     metrics = final_metrics(trainer, callback, before, outcome, time.monotonic() - started)
     if beside.waited_s >= 0.05:
         metrics["waited_s"] = round(beside.waited_s, 1)
-    version = _publish(run, trainer, callback, metrics, dataset)
-    write_reports(run.run_dir, recipe, spec, trainer.state.log_history, metrics, version)
+    with while_working(run.status.alive):
+        version = _publish(run, trainer, callback, metrics, dataset)
+        write_reports(run.run_dir, recipe, spec, trainer.state.log_history, metrics, version)
     where = f"published {version.id}" if version else f"trained: {run.run_dir / 'adapter'}. {lora.MERGE_IT}"
     console.print(
         f"[green]{where}[/]: {metrics['steps']} steps, {metrics['seconds']} s, {metrics['tokens_per_s']} tok/s"
@@ -162,7 +165,7 @@ def _beside(run: Run, device: torch.device) -> Beside:
         run.home.serving,
         run.options.policy,
         device,
-        sign_of_life=lambda message: run.status.progress(message=message),
+        sign_of_life=lambda message: run.status.progress(**({"message": message} if message else {})),
         hurries=lambda: run.stop.asked,
     )
 
@@ -180,10 +183,11 @@ def _measure_base(run: Run, trainer: PlanTrainer) -> dict[str, float]:
 
 
 def _train(run: Run, trainer: PlanTrainer, callback: RunCallback) -> Any:
-    last = checkpoint.last_checkpoint(run.run_dir) if run.options.resume else None
-    if last is not None:
-        run.console.print(f"going on from {last}")
-    elif trainer.is_world_process_zero():
+    last = None
+    if run.options.resume:
+        last = checkpoint.whole_checkpoint(run.run_dir, lambda damaged: _say(run, "warning", [damaged]))
+        run.console.print(f"going on from {last}" if last else f"no checkpoint in {run.run_dir}: from the beginning")
+    if last is None and trainer.is_world_process_zero():
         checkpoint.clear(run.run_dir)
     trainer.accelerator.wait_for_everyone()
     with run.stop.after_the_step():
@@ -198,8 +202,9 @@ def _publish(
 ) -> Version | None:
     """The last weights, or with early stopping those of the best evaluation; once they have been heard to speak."""
     model = trainer.model.model
-    if callback.stops_early and checkpoint.best_adapter(run.run_dir) is not None:
-        checkpoint.load_adapter_tensors(model, run.run_dir / checkpoint.BEST)
+    best = checkpoint.best_adapter(run.run_dir) if callback.stops_early else None
+    if best is not None:
+        checkpoint.load_adapter_tensors(model, best)
     folder = run.run_dir / "adapter"
     write_checked(model, checkpoint.adapter_tensors(model), folder)
     spec = find_base(run.home, run.recipe.base)
@@ -216,11 +221,14 @@ def _publish(
     )
 
 
-def _cancelled(run: Run) -> RunResult:
-    last = checkpoint.last_checkpoint(run.run_dir) if run.stop.save else None
-    if last is not None:
-        run.console.print(f"stopped; saved {last}. Go on with the same command and --resume")
-    run.status.enter("cancelled", "stopped by a signal; nothing published", checkpoint=str(last) if last else None)
+def _cancelled(run: Run, what: str) -> RunResult:
+    """Say what there is to go on from: this run's last checkpoint, if it came so far."""
+    own = run.stop.reached_training or run.options.resume
+    last = checkpoint.last_checkpoint(run.run_dir) if own else None
+    command = run.options.resume_command or "the same command and --resume"
+    way = f"saved {last}. Go on with: {command}" if last else "nothing saved"
+    run.console.print(f"{what}; nothing published; {way}", highlight=False, soft_wrap=True)
+    run.status.enter("cancelled", f"{what}; nothing published", checkpoint=str(last) if last else None)
     return RunResult("cancelled", None, {})
 
 

@@ -8,7 +8,8 @@ or pickled checkpoints (14, 15), data order on resume (14).
 import contextlib
 import math
 import pickle
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from onebase_training.config import TrainConfig
 from onebase_training.objective import Objective
 from onebase_training.plan import Plan, micro_batches
 from onebase_training.rows import Row
+from onebase_training.same_recipe import require_same_recipe, write_made_with
 
 
 class StepDataset(Dataset[list[MicroBatch]]):
@@ -77,7 +79,7 @@ class StepDataset(Dataset[list[MicroBatch]]):
 
 
 class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
-    """`objective` wraps the PeftModel. `eval_rows` may be empty. `recipe_hash` guards checkpoints."""
+    """`objective` wraps the PeftModel. `eval_rows` may be empty. `made_with` guards checkpoints (same_recipe.py)."""
 
     def __init__(
         self,
@@ -87,7 +89,7 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
         *,
         eval_batches: Sequence[MicroBatch],
         keep_checkpoints: int,
-        recipe_hash: str,
+        made_with: Mapping[str, Any],
         callbacks: list[Any],
     ) -> None:
         super().__init__(model=objective, args=args, train_dataset=steps, callbacks=callbacks)
@@ -96,22 +98,26 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
         self.steps = steps
         self.eval_batches = eval_batches
         self._keep = keep_checkpoints
-        self._recipe_hash = recipe_hash
+        self._made_with = made_with
         self.session_tokens = 0
         """Tokens since this process started."""
         self.last_loss = math.nan
-        self.on_part: Callable[[int, float], None] = lambda step, share: None
-        """Told how much of a step is done, micro-batch by micro-batch."""
+        self.on_part: Callable[[int, float, float | None], None] = lambda step, share, loss: None
+        """Told how much of a step is done, micro-batch by micro-batch, and its loss so far where that costs no wait."""
+        self.asks_to_stop: Callable[[], bool] = lambda: False
+        """Whether this process has been asked to."""
+        self.stops = False
+        """What all processes have agreed on, step by step: none goes on while another leaves."""
         self._last_accuracy = math.nan
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens of this process since the run began, before a resume too."""
+        """Of all processes since the run began, before a resume too."""
         return int(self.state.num_input_tokens_seen)
 
     def keep_best(self) -> None:
         """The adapter as it is now, whole or not at all, in the run's folder."""
-        ck.save_best(self.model.model, Path(self.args.output_dir))
+        ck.save_best(self.model.model, Path(self.args.output_dir), self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -127,7 +133,8 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
         model.train()
         total = torch.zeros((), device=self.args.device)
         correct = torch.zeros((), device=self.args.device)
-        learnt = 0
+        learnt = tokens = 0
+        nll = 0.0
         for index, batch in enumerate(inputs):
             last = index == len(inputs) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
@@ -137,12 +144,21 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
             total += losses.loss.detach()
             correct += losses.correct
             learnt += len(batch.targets)
-            self.session_tokens += batch.tokens
-            self.state.num_input_tokens_seen += batch.tokens
-            self.on_part(self.state.global_step, (index + 1) / len(inputs))
+            tokens += batch.tokens
+            if total.device.type == "cpu":
+                nll += losses.nll_sum.item()
+            so_far = nll / max(1, learnt) if total.device.type == "cpu" else None
+            self.on_part(self.state.global_step, (index + 1) / len(inputs), so_far)
+        sums = torch.stack((total, correct))
+        asked = int(self.asks_to_stop())
         if self.args.world_size > 1:
-            total = self.accelerator.reduce(total, reduction="sum")
-        loss, right = torch.stack((total, correct)).tolist()  # the step's one wait for the device
+            own = torch.tensor([learnt, tokens, asked], dtype=sums.dtype, device=sums.device)
+            sums = self.accelerator.reduce(torch.cat((sums, own)), reduction="sum")
+            total, (learnt, tokens, asked) = sums[0], (int(value) for value in sums[2:].tolist())
+        loss, right = sums[:2].tolist()  # the step's one wait for the device
+        self.stops = bool(asked)
+        self.session_tokens += tokens
+        self.state.num_input_tokens_seen += tokens
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss of step {self.state.global_step + 1} is {loss}: training stopped, nothing "
@@ -156,8 +172,19 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
         return inputs
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Response loss and token accuracy of the held-out rows, each learnt token counting the same."""
-        metrics = held_out_metrics(self.model, self.eval_batches, self.args.device)
+        """Response loss and token accuracy of the held-out rows, each learnt token counting the same.
+
+        Empty when it was asked to stop: a checkpoint is saved then, and a resumed run makes up for it (progress.py).
+        """
+        alone = self.args.world_size == 1  # several would not stop at the same place
+        metrics = held_out_metrics(
+            self.model, self.eval_batches, self.args.device, stopped=lambda: alone and self.asks_to_stop()
+        )
+        if not metrics:
+            self.stops = True
+            self.control.should_evaluate = False
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
         self.log(dict(metrics))
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -169,14 +196,21 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Into a hidden folder first; `commit_checkpoint` makes it appear whole."""
         run = Path(self.args.output_dir)
-        staging = run / ".staging"
+        staging = run / ck.STAGING
         staged = staging / f"checkpoint-{self.state.global_step}"
-        with _changed(self.args, "output_dir", str(staging)):
-            super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            (staged / ck.RECIPE_HASH).write_text(self._recipe_hash + "\n", "utf-8")
-            ck.commit_checkpoint(staged, run, self._keep)
+            shutil.rmtree(staging, ignore_errors=True)  # what a crash left half written
+        self.accelerator.wait_for_everyone()
+        try:
+            with _changed(self.args, "output_dir", str(staging)):
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                write_made_with(staged, self._made_with)
+                ck.commit_checkpoint(staged, run, self._keep)
+        except BaseException:  # a full disk needs the room
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
         self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -188,7 +222,7 @@ class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
             super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        ck.require_same_recipe(Path(resume_from_checkpoint), self._recipe_hash)
+        require_same_recipe(Path(resume_from_checkpoint), self._made_with)
         ck.load_adapter_tensors(self.model.model, Path(resume_from_checkpoint))
 
 
@@ -202,15 +236,22 @@ def _no_pickles(files: str) -> Any:
 
 
 def held_out_metrics(
-    objective: Objective, batches: Sequence[MicroBatch], device: torch.device, prefix: str = "eval_"
+    objective: Objective,
+    batches: Sequence[MicroBatch],
+    device: torch.device,
+    prefix: str = "eval_",
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """`loss`, `accuracy` and `tokens` over the learnt tokens of all batches."""
+    """`loss`, `accuracy` and `tokens` over the learnt tokens of all batches; nothing once `stopped()`."""
     was_training = objective.training
     objective.eval()
     nll = correct = 0.0
     tokens = 0
     with torch.no_grad():
         for batch in batches:
+            if stopped():
+                objective.train(was_training)
+                return {}
             losses = objective(batch.to(device))
             nll += losses.nll_sum.item()
             correct += losses.correct.item()

@@ -1,7 +1,8 @@
-"""The audit log: every call that needs the admin scope, and what became of it, one JSON line under <home>/audit/.
+"""The audit log: calls that need the admin scope or delete a model, and what became of them, in <home>/audit/.
 
-No bodies and no keys are in it. It is appended to only; a file a month, so that old ones can be moved away. Whoever
-may not call can't fill the disk with it: past `MOST_REFUSED` a minute refusals are counted, and the count written down.
+One JSON line each, without bodies and keys. It is appended to only; a file a month, so that old ones can be moved
+away. Whoever may not call can't fill the disk with it: past `MOST_REFUSED` a minute refusals are counted, and the
+count written down.
 """
 
 import json
@@ -65,7 +66,7 @@ class AuditLog:
 
     async def note(self, message: Message, scope: Scope) -> None:
         """Litestar's before-send hook: refused calls are written down too."""
-        if message["type"] != "http.response.start" or not needs_admin(scope):
+        if message["type"] != "http.response.start" or not is_audited(scope):
             return
         state = scope.get("state", {})
         caller = state.get(STATE_KEY)
@@ -95,6 +96,6 @@ class AuditLog:
         self._window_began, self._refused = now, 0
 
 
-def needs_admin(scope: Scope) -> bool:
+def is_audited(scope: Scope) -> bool:
     handler: Any = scope.get("route_handler")
-    return handler is not None and handler.opt.get("scope") == ADMIN
+    return handler is not None and (handler.opt.get("scope") == ADMIN or bool(handler.opt.get("audited")))

@@ -19,6 +19,7 @@ from onebase_server.api.caller import LOCAL, STATE_KEY, Caller
 from onebase_server.api.keys import KeyRing, bearer, digest_of
 from onebase_server.api.limits import Limiter
 from onebase_server.api.metrics import STARTED_KEY
+from onebase_server.api.request_id import client_request_id
 from onebase_server.settings import LOOPBACK, Settings
 
 Connection = ASGIConnection[Any, Any, Any, Any]
@@ -33,6 +34,7 @@ def require(keys: KeyRing, limiter: Limiter, settings: Settings) -> Guard:
 
     async def guard(connection: Connection, handler: BaseRouteHandler) -> None:
         connection.scope["state"][STARTED_KEY] = time.perf_counter()
+        client_request_id(connection.headers)  # refused before anything is done
         caller = await keys.identify(connection.headers.get("authorization"))
         connection.scope["state"][STATE_KEY] = caller  # before it may be refused: the audit log tells who was
         scope = str(handler.opt.get("scope", ADMIN))
@@ -72,18 +74,24 @@ def refusal(caller: Caller, scope: str) -> str:
 
 def check_local(connection: Connection, scope: str, settings: Settings) -> None:
     """On a server without keys: /admin from this machine only, and nothing for other sites' pages in a browser."""
-    client = connection.client
-    if scope == ADMIN and not is_loopback(client.host if client else None):
-        raise Forbidden(
-            "Without an admin key (ONEBASE_ADMIN_KEY, or `onebase keys create --scope admin`) this may be called from "
-            "the server's machine only."
-        )
+    if scope == ADMIN:
+        check_admin_place(connection)
     origin = connection.headers.get("origin")
     if origin is not None and not {"*", origin} & set(settings.cors_origins) and not same_site(origin, connection):
         raise Forbidden(f"Pages of {origin[:100]} may not call this server: see ONEBASE_CORS_ORIGINS.")
     if not settings.allow_no_keys and not names_address(connection):
         host = connection.headers.get("host", "")
         raise Forbidden(f"Without keys this server answers to its address and to localhost, not to '{host[:100]}'.")
+
+
+def check_admin_place(connection: Connection) -> None:
+    """Raises Forbidden unless the caller, who needs no key, is on this machine."""
+    client = connection.client
+    if not is_loopback(client.host if client else None):
+        raise Forbidden(
+            "Without an admin key (ONEBASE_ADMIN_KEY, or `onebase keys create --scope admin`) this may be called from "
+            "the server's machine only."
+        )
 
 
 def names_address(connection: Connection) -> bool:

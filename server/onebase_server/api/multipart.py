@@ -15,6 +15,7 @@ from litestar.datastructures import Headers
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 
 from onebase.errors import InvalidInput
+from onebase_server.api.media import check_encoding
 from onebase_server.jobs.files import FileService, Upload
 
 MAX_FIELD = 4096
@@ -40,8 +41,10 @@ async def receive_form(
 ) -> UploadForm:
     """Read the whole body. `take` is told of the file's bytes before they are written and may refuse them.
 
-    Raises InvalidInput, or what `take` raises, leaving nothing on disk, if it is no complete multipart form.
+    Raises InvalidInput, or what `take` raises, leaving nothing on disk, if it is no complete multipart form, and
+    UnsupportedMedia if it is compressed.
     """
+    check_encoding(request.headers)
     form = UploadForm()
     reader = _Reader(form, files, take)
     try:

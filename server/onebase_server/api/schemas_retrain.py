@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
 from onebase_server.api.schemas_admin import AdapterName
-from onebase_server.api.schemas_common import ListPage, RequestBody, Wire
+from onebase_server.api.schemas_common import ListPage, RequestBody, RequestPart, Wire
 from onebase_server.jobs.states import PAUSED, PUBLISHING, QUEUED, RUNNING, VALIDATING
 from onebase_server.records.tables import JobRow
 
@@ -13,10 +13,8 @@ from onebase_server.records.tables import JobRow
 SHOWN = {VALIDATING: QUEUED, PAUSED: QUEUED, PUBLISHING: RUNNING}
 
 
-class RetrainHyperparameters(Wire):
+class RetrainHyperparameters(RequestPart):
     """Knobs of the recipe that a retrain may set; the preset gives the rest."""
-
-    model_config = ConfigDict(extra="forbid")
 
     epochs: Annotated[float, Field(gt=0, le=1000)] | None = None
     max_steps: Annotated[int, Field(ge=1)] | None = None
@@ -30,16 +28,18 @@ class RetrainHyperparameters(Wire):
     target_modules: Annotated[list[str], Field(min_length=1)] | None = None
     use_rslora: bool | None = None
     max_tokens: Annotated[int, Field(ge=8)] | None = None
+    tokens_at_once: Annotated[int, Field(ge=1)] | None = None
+    """Of a micro-batch: less takes less memory, and changes no result."""
+    gradient_checkpointing: bool | None = None
+    memory_gb: Annotated[float, Field(gt=0)] | None = None
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None
     device: str | None = None
     dtype: Literal["bfloat16", "float32"] | None = None
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
 
 
-class GateSpec(Wire):
+class GateSpec(RequestPart):
     """By how much the new version may be worse than the current one, on the same held-out conversations."""
-
-    model_config = ConfigDict(extra="forbid")
 
     max_loss_increase: Annotated[float, Field(ge=0)] | None = None
     """Of the response loss, in nats a token. Default 0.02."""
@@ -53,7 +53,7 @@ def switch_or_spec(value: Any) -> str:
     return "#switch" if isinstance(value, bool) else "#spec"
 
 
-class RetrainFields(Wire):
+class RetrainFields(RequestPart):
     """What a retraining is, but for the adapter's name."""
 
     dataset: str | None = None

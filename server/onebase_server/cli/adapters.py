@@ -14,7 +14,7 @@ from onebase.errors import BaseModelError, ModelNotFound
 from onebase.prompt_types import PromptFormat
 from onebase.store import AdapterStore
 from onebase.store_read import Entry, Version
-from onebase_server.cli.options import HomeOption, open_home
+from onebase_server.cli.options import HANDED_OVER, HomeOption, hand_over, open_home
 
 console = Console()
 app = typer.Typer(help="Adapters: list, show, remove, roll back, import, export.", no_args_is_help=True)
@@ -119,12 +119,7 @@ def known_format(text: str | None) -> PromptFormat | None:
     raise typer.BadParameter("must be human_response or chat_template", param_hint="--prompt-format")
 
 
-@app.command("export")
-def export(
-    model: Model,
-    dest: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
-    home: HomeOption = None,
-) -> None:
-    """Write a version as a PEFT folder (`onebase export` merges it into its base instead)."""
-    written = open_store(home).export(model, dest)
-    console.print(f"wrote {written}", highlight=False)
+@app.command("export", context_settings=HANDED_OVER)
+def export(context: typer.Context) -> None:
+    """Write a version as a PEFT folder, merged into its base, or as GGUF; or push it (`--help` for all)."""
+    hand_over("export", context.args)

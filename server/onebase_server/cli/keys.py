@@ -47,7 +47,9 @@ def create(
     owner: Annotated[str | None, typer.Option(help="Keys with one owner share files, jobs and adapters.")] = None,
     rpm: Annotated[int | None, typer.Option(min=1, help="Requests a minute.")] = None,
     tpm: Annotated[int | None, typer.Option(min=1, help="Tokens a minute.")] = None,
-    parallel: Annotated[int | None, typer.Option(min=1, help="Generations at a time.")] = None,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="Sequences at a time: n=3 or three prompts are three.")
+    ] = None,
     expires: Annotated[str | None, typer.Option(help="Such as 12h, 30d, 1y. Default: never.")] = None,
     home: HomeOption = None,
 ) -> None:

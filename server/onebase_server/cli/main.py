@@ -4,7 +4,6 @@ Training is another package and another process: `train`, `eval`, `export` and `
 `python -m onebase_training` unchanged, so that neither package imports the other.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -16,6 +15,7 @@ from rich.markup import escape
 from onebase import __version__
 from onebase.errors import OnebaseError
 from onebase_server.cli import adapters, base, bench, care, chat, keys, schedules, serve
+from onebase_server.cli.options import HANDED_OVER, hand_over
 
 app = typer.Typer(
     name="onebase",
@@ -37,12 +37,6 @@ app.command("restore")(care.restore)
 
 UsageError: type[Any] = typer.BadParameter.__bases__[0]
 """click's, which typer has a copy of since 0.2x and does not name."""
-HANDED_OVER = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-
-
-def hand_over(command: str, arguments: list[str]) -> None:
-    """Become the training process, with the same standard streams and signals."""
-    os.execv(sys.executable, [sys.executable, "-m", "onebase_training", command, *arguments])
 
 
 @app.command("train", context_settings=HANDED_OVER)
@@ -57,10 +51,7 @@ def evaluate(context: typer.Context) -> None:
     hand_over("eval", context.args)
 
 
-@app.command("export", context_settings=HANDED_OVER)
-def export(context: typer.Context) -> None:
-    """Write an adapter as a PEFT folder or merged into its base."""
-    hand_over("export", context.args)
+app.command("export", context_settings=HANDED_OVER)(adapters.export)
 
 
 @app.command("data", context_settings=HANDED_OVER)

@@ -137,17 +137,16 @@ class EngineCore:
         return True
 
     def _launch_and_collect(self, plan: StepPlan) -> tuple[StepResult, float]:
-        """Run the step, and how long that took; while an overlapping runner works, emit the step before."""
+        """Run the step, and how long that took; while an overlapping runner works, emit the step before and fill this
+        one's masks."""
         batch = pack(plan, self.scheduler.tables)
-        if self._overlapping is None:
-            begin = time.perf_counter()
-            result = self._runner.run(batch)
-        else:
-            ticket = self._overlapping.launch(batch)
-            with self.requests.step_in_flight():
+        ticket = None if self._overlapping is None else self._overlapping.launch(batch)
+        with self.requests.step_in_flight():
+            if self._overlapping is not None:
                 self._emit()
-                begin = time.perf_counter()
-                result = self._overlapping.collect(ticket)
+            self.constrained.fill_masks(self.requests.fail)
+            begin = time.perf_counter()
+            result = self._runner.run(batch) if self._overlapping is None else self._overlapping.collect(ticket)
         return result, time.perf_counter() - begin
 
     def _emit(self) -> None:

@@ -22,7 +22,7 @@ from onebase_server.engine.detokenizer import TokenBytes, TokenTable
 from onebase_server.engine.grammar import GrammarBackend
 from onebase_server.engine.handle import RequestHandle
 from onebase_server.engine.intake import check_request, make_group
-from onebase_server.engine.residence import AdapterStatus
+from onebase_server.engine.residence import AdapterStatus, Place
 from onebase_server.engine.runner import Runner, RunnerLimits
 from onebase_server.engine.stats import EngineStats
 from onebase_server.engine.types import AdapterRef, GenerationRequest
@@ -138,6 +138,10 @@ class Engine:
         """Every version known, and where it is."""
         done: Future[list[AdapterStatus]] = Future()
         return self._order(commands.ListAdapters(done), done)
+
+    def place_of(self, digest: str) -> Place:
+        """Where a version is. Does not wait for the engine thread, so it may just have moved."""
+        return self.core.residency.place_of(digest)
 
     @property
     def is_healthy(self) -> bool:

@@ -5,9 +5,8 @@ one copy; other sampling runs on the logits that the graph left. It must not kno
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,18 +21,18 @@ from onebase_server.engine.cuda_graphs import DecodeGraphs, StepBuffers
 from onebase_server.engine.logit_edits import has_edits
 from onebase_server.engine.model_forward import ModelForward
 from onebase_server.engine.run_ahead import RunAhead
-from onebase_server.engine.runner import DeviceLost, HostAdapter, Int32, StepBatch, StepResult
-from onebase_server.engine.runner_torch import RunnerConfig, TorchRunner, build_runner
+from onebase_server.engine.runner import HostAdapter, Int32, StepBatch, StepResult
+from onebase_server.engine.runner_torch import RunnerConfig, TorchRunner
 from onebase_server.engine.sampler import is_greedy, is_truncated, uniforms
 from onebase_server.engine.weights import ModelWeights, read_weights
+from onebase_server.kernels.cuda_bnb import BnbKernels, has_bitsandbytes
 from onebase_server.kernels.cuda_build import CudaBuildError, available
 from onebase_server.kernels.cuda_ops import CudaKernels
 from onebase_server.kernels.cuda_tiles import Tiles
+from onebase_server.kernels.ops import Kernels
 from onebase_server.kernels.torch_ops import TorchKernels
 
 logger = logging.getLogger(__name__)
-
-_CUDA_ERROR: type[Exception] = getattr(torch, "AcceleratorError", RuntimeError)  # older torch has no class for it
 
 
 @dataclass(slots=True)
@@ -69,10 +68,17 @@ class CudaRunner(TorchRunner):
         with torch.inference_mode():
             self._graphs = DecodeGraphs(self.forward, config.max_batch_sequences, width)
             self._draws_in_graph = self._graphs.check_draws()
-            self._graphs.warm_up((False, True) if self._draws_in_graph else (False,))
+            before = torch.cuda.mem_get_info(self.device)[0]
+            self._graphs.warm_up((False, True) if self._draws_in_graph else (False,), config.max_lora_rank)
+            self.graph_bytes = before - torch.cuda.mem_get_info(self.device)[0]
+            """What the graphs captured at the start took, and what their kernels allocated on the way."""
         if not self._draws_in_graph:
             logger.warning("the kernel that draws tokens disagrees with torch here; tokens are drawn by torch")
         self._ahead = RunAhead(config.page_size, weights.geometry.max_context)
+
+    @property
+    def num_graphs(self) -> int:
+        return self._graphs.num_graphs
 
     def load_slot(self, slot: int, adapter: HostAdapter) -> None:
         """As the base class; a step started ahead would be followed by one with the rows' old places."""
@@ -81,13 +87,17 @@ class CudaRunner(TorchRunner):
         if self.slots.num_moves != moves:
             self._ahead.forget()
 
+    def release_state(self, state_id: int) -> None:
+        self._ahead.release(state_id)
+        super().release_state(state_id)
+
     def run(self, batch: StepBatch) -> StepResult:
         return self.collect(self.launch(batch))
 
     @torch.inference_mode()
     def launch(self, batch: StepBatch) -> Ticket:
         """Start a step and return at once."""
-        with _device_errors():
+        with self.guard.step():
             decodes = len(batch.token_ids) == len(batch.slots) <= self._graphs.largest and not len(batch.scored)
             if not decodes:
                 self._ahead.forget()
@@ -107,7 +117,7 @@ class CudaRunner(TorchRunner):
     @torch.inference_mode()
     def collect(self, ticket: Ticket) -> StepResult:
         """Wait for the sampled tokens of a started step."""
-        with _device_errors():
+        with self.guard.step():
             batch, rows = ticket.batch, ticket.batch.rows
             if ticket.logits is not None:
                 return self.choose(ticket.logits.float(), batch)
@@ -156,7 +166,7 @@ class CudaRunner(TorchRunner):
         self._graphs.launch(buffers, active, int(ranks.max(initial=0)), longest, draws=draws)
         if plain:
             return None
-        return self._graphs.logits[torch.from_numpy(batch.sample_seqs.astype(np.int64)).to(self.device)]
+        return self._graphs.logits[self._put(batch.sample_seqs.astype(np.int64))]
 
     def _launch_chunks(self, batch: StepBatch) -> Tensor:
         meta, active = self.step_meta(batch)
@@ -185,17 +195,6 @@ def _record() -> torch.cuda.Event:
     return cast(torch.cuda.Event, torch.cuda.current_stream().record_event())
 
 
-@contextmanager
-def _device_errors() -> Iterator[None]:
-    """A device that faulted does not come back; running out of memory fails one step only."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except (_CUDA_ERROR, CudaBuildError) as error:
-        raise DeviceLost(str(error)) from error
-
-
 def can_capture(weights: ModelWeights, page_size: int) -> bool:
     """Whether a decode step runs on our kernels alone, without a sync with the host in it."""
     g, projections = weights.geometry, weights.layers[0].projections.values()
@@ -206,36 +205,74 @@ def can_capture(weights: ModelWeights, page_size: int) -> bool:
 
 
 def build_cuda_runner(
-    base: Any, config: RunnerConfig, *, cache_dir: Path | None = None, identity: BaseIdentity | None = None
+    base: Any,
+    config: RunnerConfig,
+    *,
+    cache_dir: Path | None = None,
+    identity: BaseIdentity | None = None,
+    kernels: Kernels | None = None,
+    num_pages: Callable[[int, bool], int] | None = None,
+    release: bool = False,
 ) -> TorchRunner:
     """`base` is a `onebase.base_model.LoadedBase` on CUDA; compiled kernels are kept in `cache_dir`. Where our kernels
-    can't be built or don't fit the model, a runner that does without what is missing."""
-    if not available():
-        return build_runner(base, TorchKernels(), config, identity=identity)
-    kernels = CudaKernels(cache_dir)
-    weights = read_weights(base.model, kernels, config.max_context)
-    fits = can_capture(weights, config.page_size)
-    if not fits:
+    can't be built or don't fit the model, a runner that does without what is missing.
+
+    `kernels`: others than `cuda_kernels` picks. `num_pages(free bytes, with graphs)`: how many KV pages, asked once the
+    weights lie as they will; else `config`'s. `release`: `base.model` is not needed any more, so that memory holds the
+    weights once.
+    """
+    kernels = kernels or cuda_kernels(base.model.config, cache_dir)
+    weights = read_weights(base.model, kernels, config.max_context, release=release)
+    fits = isinstance(kernels, CudaKernels) and can_capture(weights, config.page_size)
+    if isinstance(kernels, CudaKernels) and not fits:
         logger.warning("%s: decode steps run without CUDA graphs: its sizes are not the kernels'", base.spec.id)
-    runner = (CudaRunner if fits else TorchRunner)(
-        weights,
-        kernels,
-        config,
-        eos_token_ids=base.tokenizer.eos_ids,
-        identity=identity if identity is not None else base.spec.identity,
-    )
+    if num_pages is not None:
+        torch.cuda.empty_cache()
+        config = replace(config, num_pages=num_pages(torch.cuda.mem_get_info(weights.device)[0], fits))
+    named: dict[str, Any] = {
+        "eos_token_ids": base.tokenizer.eos_ids,
+        "identity": identity if identity is not None else base.spec.identity,
+    }
+    if fits:
+        assert isinstance(kernels, CudaKernels)
+        runner: TorchRunner = CudaRunner(weights, kernels, config, **named)
+    else:
+        runner = TorchRunner(weights, kernels, config, **named)
     log_memory(runner)
     return runner
 
 
+def cuda_kernels(config: Any, cache_dir: Path | None) -> Kernels:
+    """Ours, all compiled; where they can't be, bitsandbytes' matmul in plain torch, with a warning. `config`: the
+    model's, in transformers' words."""
+    try:
+        if available():
+            kernels = CudaKernels(cache_dir)
+            head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            kernels.compile_attention(head, config.num_attention_heads // config.num_key_value_heads)
+            return kernels
+    except CudaBuildError as error:
+        logger.warning("our CUDA kernels can't be built here: %s", error)
+    if not has_bitsandbytes():
+        logger.warning("NF4 weights are multiplied in plain torch: slow; bitsandbytes would be faster")
+        return TorchKernels()
+    logger.warning("NF4 weights are multiplied by bitsandbytes, all else is plain torch: several times slower")
+    return BnbKernels()
+
+
 def log_memory(runner: TorchRunner) -> None:
     """What the device's memory went to, in words for the operator."""
-    tiles = [p.weight.repacked for layer in runner.weights.layers for p in layer.projections.values()]
-    weights = sum(t.data.numel() for t in tiles if isinstance(t, Tiles))
-    dense = sum(t.numel() * t.element_size() for t in (runner.weights.embed, runner.weights.lm_head))
-    pages = 2 * runner.cache.k.numel() * runner.cache.k.element_size()
+    w = runner.weights
+    tiles = [p.weight.repacked for layer in w.layers for p in layer.projections.values()]
+    dense = {t.data_ptr(): t.numel() * t.element_size() for t in (w.embed, w.lm_head)}
+    parts = {
+        "NF4 weights in tiles": sum(t.data.numel() for t in tiles if isinstance(t, Tiles)),
+        "embeddings": sum(dense.values()),
+        "KV pages": 2 * runner.cache.k.numel() * runner.cache.k.element_size(),
+        "adapter slots": runner.slots.nbytes,
+    }
+    if isinstance(runner, CudaRunner):
+        parts[f"{runner.num_graphs} graphs"] = runner.graph_bytes
     free, total = torch.cuda.mem_get_info(runner.device)
-    logger.info(
-        "device memory in GB: NF4 weights %.2f, embeddings %.2f, KV pages %.2f, adapter slots %.2f; %.2f of %.2f free",
-        *(v / 1e9 for v in (weights, dense, pages, runner.slots.nbytes, free, total)),
-    )
+    shown = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items())
+    logger.info("device memory taken, GB: %s; %.2f of %.2f free", shown, free / 1e9, total / 1e9)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -81,14 +82,13 @@ class RunProcess:
         if self._child is not None:
             self._child.returncode = 0  # Popen warns of a living child when it is dropped
 
-    def interrupt(self, *, save: bool) -> None:
-        """Ask it to stop cleanly, after a checkpoint if `save`; it publishes nothing then."""
-        number = signal.SIGINT if save else signal.SIGTERM
+    def interrupt(self) -> None:
+        """Ask it to save a checkpoint and to end; it publishes nothing then."""
         if self._child is not None and self._child.poll() is None:
-            self._child.send_signal(number)
+            self._child.send_signal(signal.SIGTERM)
             return
         for process in holders(self._folder):
-            _send(process, number)
+            _send(process, signal.SIGTERM)
 
     def kill(self) -> None:
         """End it and all that it started: at once, also where its leader is dead and a child still lives."""
@@ -99,6 +99,21 @@ class RunProcess:
                 return
         for process in holders(self._folder):
             _send(process, signal.SIGKILL)
+
+
+class Silence:
+    """How long a process has given no new sign of life, by a clock that stands still while the machine sleeps and
+    that nobody sets: a laptop that wakes up must not kill a good run."""
+
+    def __init__(self) -> None:
+        self._last_sign: float | None = None
+        self._since = time.monotonic()
+
+    def seconds(self, sign: float) -> float:
+        """`sign`: when the process last wrote anything, by whatever clock."""
+        if sign != self._last_sign:
+            self._last_sign, self._since = sign, time.monotonic()
+        return time.monotonic() - self._since
 
 
 def holders(folder: RunFolder) -> list[psutil.Process]:

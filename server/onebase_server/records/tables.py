@@ -85,6 +85,7 @@ class JobRow(Base):
     hyperparameters: Mapped[Json]
     recipe: Mapped[Json]
     gate: Mapped[Json | None]
+    served_before: Mapped[Json | None]
 
     attempt: Mapped[int]
     run_open: Mapped[bool] = mapped_column(index=True)
@@ -104,6 +105,13 @@ class JobRow(Base):
     result_files: Mapped[list[str]]
     error: Mapped[Json | None]
     gate_report: Mapped[Json | None]
+
+
+class HomeRow(Base):
+    """The one home folder whose files, runs and adapters these tables are about."""
+
+    __tablename__ = "homes"
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
 
 
 class EventRow(Base):

@@ -21,6 +21,7 @@ from scripted_base import IDENTITY
 
 OPEN = "needs no key, holds nobody's data"
 ADMIN = "needs the admin scope"
+TRAINED = "needs the key whose job trained it, or the admin scope: test_delete_models.py"
 LIST = "shows the caller's own only"
 OWN = "names one thing of the caller's by its id"
 MODEL = "names a model in its path"
@@ -40,7 +41,7 @@ DECISIONS = {
     "listInputItems": OWN,
     "listModels": LIST,
     "retrieveModel": MODEL,
-    "deleteModel": ADMIN,
+    "deleteModel": TRAINED,
     "createFile": MAKES,
     "listFiles": LIST,
     "retrieveFile": OWN,
@@ -166,7 +167,7 @@ def ask(world: World, route: Route, who: dict[str, str], ids: dict[str, str], **
     return world.request(route.method, path, headers=who, **options)
 
 
-@routes_with(ADMIN)
+@routes_with(ADMIN, TRAINED)
 def test_admin_routes_are_closed_to_other_keys(world: World, tenants: list[Tenant], route: Route) -> None:
     ids = {"name": "everyones", "model_id": "everyones", "run_id": "run-1", "key_id": "key_1", "version": "1"}
     ids["schedule_id"] = "sched-1"

@@ -10,9 +10,9 @@ import pytest
 
 from jobs_world import FAST, JobsWorld, jobs_world
 from onebase.errors import InvalidInput, ModelNotFound
-from onebase_server.jobs.process import holders
-from onebase_server.jobs.run_life import RunTimes
+from onebase_server.jobs.process import Silence, holders
 from onebase_server.jobs.supervisor import Supervisor
+from onebase_server.jobs.watch import RunTimes
 from onebase_server.records.jobs import JobRecords
 from onebase_server.records.tables import JobRow
 
@@ -65,6 +65,9 @@ async def test_a_trainer_that_always_crashes_fails_its_job_and_the_next_job_runs
     job = await world.ended(await world.fine_tune())
     assert job.error is not None
     assert (job.state, job.error["code"], job.attempt) == ("failed", "trainer_died", FAST.max_losses)
+    assert "killed by signal 9" in job.error["message"]
+    assert "lower hyperparameters.tokens_at_once" in job.error["message"]
+    assert str(world.home.root) not in job.error["message"]
     world.script()
     assert (await world.ended(await world.fine_tune())).state == "succeeded"
 
@@ -84,6 +87,18 @@ async def test_a_silent_trainer_is_killed_and_started_again(tmp_path: Path) -> N
         world.script(steps=2, every=1, ends=["hang", "succeed"])
         job = await world.ended(await world.fine_tune())
     assert (job.state, job.attempt) == ("succeeded", 2)
+
+
+def test_silence_is_counted_while_the_machine_is_awake_and_any_sign_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("onebase_server.jobs.process.time.monotonic", lambda: now)
+    silence = Silence()
+    assert silence.seconds(5.0) == 0
+    now = 160.0  # whatever the wall clock says: it may have been set, or have gone on while the machine slept
+    assert silence.seconds(5.0) == 60
+    assert silence.seconds(4.0) == 0, "written by a clock that has been set back"
+    now = 170.0
+    assert silence.seconds(4.0) == 10
 
 
 @pytest.mark.parametrize(
