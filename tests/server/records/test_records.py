@@ -13,8 +13,8 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import DatabaseError, IntegrityError
 
 from onebase.errors import InvalidInput
-from onebase_server.api.keys import KeyOrder, new_key
 from onebase_server.api.errors import answer_for
+from onebase_server.api.keys import KeyOrder, new_key
 from onebase_server.records.chats import ChatRecords
 from onebase_server.records.database import Database
 from onebase_server.records.files import FileRecords
