@@ -14,11 +14,14 @@ from sqlalchemy.exc import DatabaseError, IntegrityError
 
 from onebase.errors import InvalidInput
 from onebase_server.api.errors import answer_for
+from onebase_server.api.keys import KeyOrder, new_key
 from onebase_server.records.chats import ChatRecords
 from onebase_server.records.database import Database
 from onebase_server.records.files import FileRecords
 from onebase_server.records.homes import claim, home_id
 from onebase_server.records.jobs import LOOKED_UP, JobRecords, NewCheckpoint, NewEvent
+from onebase_server.records.keys import KeyRecords
+from onebase_server.records.standing import standing_at
 from onebase_server.records.tables import Base, ChatRow, FeedbackRow, FileRow, JobRow
 
 pytestmark = pytest.mark.anyio
@@ -268,3 +271,19 @@ async def test_an_error_of_the_database_does_not_tell_what_was_to_be_written(
     assert "could not be stored" in caplog.text
     assert "IntegrityError" in caplog.text
     assert secret not in caplog.text
+
+
+async def test_how_a_database_stands_is_asked_without_changing_it(database: Database, url: str) -> None:
+    standing = await asyncio.to_thread(standing_at, url)
+    assert (standing.is_current, standing.is_known, standing.has_keys, standing.damage) == (True, True, False, None)
+    row, _ = new_key(KeyOrder("ann"), 1)
+    await KeyRecords(database).add(row)
+    assert (await asyncio.to_thread(standing_at, url)).has_keys
+    async with database.write() as session:
+        await session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    try:
+        newer = await asyncio.to_thread(standing_at, url)
+    finally:
+        async with database.write() as session:
+            await session.execute(text("UPDATE alembic_version SET version_num = :was"), {"was": standing.revision})
+    assert (newer.revision, newer.is_known, newer.is_current) == ("9999", False, False)
