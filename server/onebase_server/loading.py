@@ -128,7 +128,7 @@ def make_cuda_runner(base: Any, config: Any, settings: Settings) -> tuple[Runner
     """Over our kernels where they fit, else bitsandbytes' or plain torch's, and KV pages from what memory is left."""
     import torch
 
-    from onebase_server.engine.runner_cuda import build_cuda_runner
+    from onebase_server.engine.build_cuda import build_cuda_runner
     from onebase_server.engine.share_weights import describe_cuda
     from onebase_server.kernels.torch_ops import TorchKernels
 

@@ -47,7 +47,8 @@ def _base(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("name", ["llama_64", "qwen3", "qwen2", "llama"])
 def test_logprobs_follow_transformers(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """llama_64: fused forward; qwen3: graphs with norms of q and k; qwen2 and llama (heads of 32): no graphs."""
-    from onebase_server.engine.runner_cuda import CudaRunner, build_cuda_runner
+    from onebase_server.engine.build_cuda import build_cuda_runner
+    from onebase_server.engine.runner_cuda import CudaRunner
     from onebase_server.engine.runner_torch import RunnerConfig
 
     base = _base(tmp_path, name, monkeypatch)
@@ -60,7 +61,8 @@ def test_logprobs_follow_transformers(tmp_path: Path, name: str, monkeypatch: py
 def test_logprobs_follow_transformers_where_our_kernels_can_not_be_built(
     tmp_path: Path, missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from onebase_server.engine.runner_cuda import CudaRunner, build_cuda_runner
+    from onebase_server.engine.build_cuda import build_cuda_runner
+    from onebase_server.engine.runner_cuda import CudaRunner
     from onebase_server.engine.runner_torch import RunnerConfig
     from onebase_server.kernels import cuda_build
     from onebase_server.kernels.cuda_bnb import BnbMatmul
@@ -77,7 +79,8 @@ def test_logprobs_follow_transformers_where_our_kernels_can_not_be_built(
 
 
 def test_the_bases_own_weights_go_as_the_runners_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from onebase_server.engine.runner_cuda import CudaRunner, build_cuda_runner
+    from onebase_server.engine.build_cuda import build_cuda_runner
+    from onebase_server.engine.runner_cuda import CudaRunner
     from onebase_server.engine.runner_torch import RunnerConfig
 
     base, reference = (_base(tmp_path, "llama_64", monkeypatch) for _ in range(2))

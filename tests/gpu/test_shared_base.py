@@ -20,7 +20,7 @@ from onebase.base_model import load_base
 from onebase.bases import resolve_base
 from onebase.home import Home
 from onebase.serving_note import ServerNote
-from onebase_server.engine.runner_cuda import build_cuda_runner
+from onebase_server.engine.build_cuda import build_cuda_runner
 from onebase_server.engine.runner_torch import RunnerConfig
 from onebase_server.engine.share_weights import describe_cuda
 

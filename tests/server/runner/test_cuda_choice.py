@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from nf4_weights import exact, random_weight, relative_error  # noqa: E402
-from onebase_server.engine import runner_cuda  # noqa: E402
+from onebase_server.engine import build_cuda  # noqa: E402
 from onebase_server.engine.weights import PROJECTIONS, read_weights  # noqa: E402
 from onebase_server.kernels.cuda_bnb import BnbKernels  # noqa: E402
 from onebase_server.kernels.cuda_build import CudaBuildError  # noqa: E402
@@ -39,19 +39,19 @@ class Uncompiled:
 def test_bitsandbytes_multiplies_where_our_kernels_can_not_be_built(
     fails: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(runner_cuda, "available", lambda: fails != "no NVRTC")
-    monkeypatch.setattr(runner_cuda, "CudaKernels", Uncompiled)
+    monkeypatch.setattr(build_cuda, "available", lambda: fails != "no NVRTC")
+    monkeypatch.setattr(build_cuda, "CudaKernels", Uncompiled)
     monkeypatch.setattr(Uncompiled, "at_once", fails == "compiler")
     with caplog.at_level(logging.WARNING):
-        assert isinstance(runner_cuda.cuda_kernels(CONFIG, None), BnbKernels)
+        assert isinstance(build_cuda.cuda_kernels(CONFIG, None), BnbKernels)
     assert "bitsandbytes" in caplog.text
     assert ("sm_99" in caplog.text) == (fails != "no NVRTC")
 
 
 def test_plain_torch_multiplies_where_bitsandbytes_is_missing_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_cuda, "available", lambda: False)
-    monkeypatch.setattr(runner_cuda, "has_bitsandbytes", lambda: False)
-    assert type(runner_cuda.cuda_kernels(CONFIG, None)) is TorchKernels
+    monkeypatch.setattr(build_cuda, "available", lambda: False)
+    monkeypatch.setattr(build_cuda, "has_bitsandbytes", lambda: False)
+    assert type(build_cuda.cuda_kernels(CONFIG, None)) is TorchKernels
 
 
 def test_bitsandbytes_kernels_multiply_by_the_weights_values() -> None:

@@ -104,8 +104,8 @@ extern "C" __global__ void __launch_bounds__(128)
 extern "C" __global__ void __launch_bounds__(32)
     lora_prefetch(const u16* a, const u16* b, const int* __restrict__ starts, const int* __restrict__ ranks, int slices, int R,
                   int K, int N) {
-  const int token = blockIdx.x, slice = blockIdx.y, start = starts[token], rank = ranks[token];
   launch_dependents();
+  const int token = blockIdx.x, slice = blockIdx.y, start = starts[token], rank = ranks[token];
 #if __CUDA_ARCH__ >= 900
   bool is_asked = rank == 0;
   for (int i = threadIdx.x; i < token; i += 32) is_asked |= ranks[i] > 0 && starts[i] == start;
