@@ -40,7 +40,14 @@ def remove_when_unused(model: str, version: Version, engine: Engine, store: Adap
     means. Raises Conflict for a version that a name serves, unless it is an alias that is deleted."""
     entry = None if is_alias(model) or "@" in model else store.get(model)
     readable = {each.version: each for each in (entry.versions if entry else (version,))}
-    for name, number in store.withdraw(model, force=is_alias(model)):
+    try:
+        withdrawn = store.withdraw(model, force=is_alias(model))
+    except Conflict as error:  # the store's own words tell of the command line's way
+        raise Conflict(
+            f"`{version.name}` serves {version.id}: serve another version first (roll back, or publish one), or delete "
+            f"`{version.name}` as a whole."
+        ) from error
+    for name, number in withdrawn:
         if number in readable:
             discard_after(readable[number], engine, store)
         else:  # damaged: nobody can be reading it

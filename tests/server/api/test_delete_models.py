@@ -96,6 +96,16 @@ def test_other_keys_can_not_delete_it(world: World) -> None:
     assert [line["status"] for line in told if line["method"] == "DELETE"] == [404, 403, 403, 200]
 
 
+def test_a_version_that_a_name_serves_stays_until_another_is_served(world: World) -> None:
+    for _ in range(2):
+        world.publish("everyones")
+    refused = delete(world, "everyones@2", ADMIN)
+    assert refused.status_code == 409
+    assert "everyones@2" in error_of(refused)["message"]
+    assert world.post("/admin/adapters/everyones/rollback", headers=ADMIN).status_code == 200
+    assert delete(world, "everyones@2", ADMIN).status_code == 200
+
+
 @pytest.mark.parametrize("model", [TUNED, ADAPTER])
 def test_what_a_job_is_to_publish_can_not_be_deleted_yet(world: World, model: str) -> None:
     train(world, "ann", state=PAUSED)
