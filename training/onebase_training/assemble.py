@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,11 @@ def make_renderer(recipe: Recipe, spec: BaseSpec, tokenizer: TextTokenizer) -> P
     )
 
 
-def read_data(recipe: Recipe, spec: BaseSpec, tokenizer: TextTokenizer) -> Dataset:
+def read_data(
+    recipe: Recipe, spec: BaseSpec, tokenizer: TextTokenizer, told: Callable[[str], None] = lambda _: None
+) -> Dataset:
     encoder = Encoder(tokenizer, make_renderer(recipe, spec, tokenizer), headers=recipe.data.headers)
-    return load_dataset(recipe, encoder, spec.context_length)
+    return load_dataset(recipe, encoder, spec.context_length, told)
 
 
 def prepare(base: LoadedBase, recipe: Recipe) -> Objective:
