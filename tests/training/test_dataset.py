@@ -151,6 +151,17 @@ def test_a_held_out_file_is_evaluated_whole_unless_told_otherwise(tmp_path: Path
     assert cut.notices == [f"{held_out}: 1193 of 1200 records left out of evaluations: max_eval_rows = 7"]
 
 
+def test_a_long_reading_tells_how_far_it_is(tmp_path: Path, encoder: Encoder) -> None:
+    heard: list[str] = []
+    file = tmp_path / "d.jsonl"
+    file.write_text("not json\n" * 1001 + chat_line("a", "b"))
+
+    with pytest.raises(DatasetError):
+        load_dataset(make_recipe({"name": "x", "data": {"train": str(file)}}), encoder, 2048, heard.append)
+
+    assert heard == ["500 records read of d.jsonl", "1,000 records read of d.jsonl"]
+
+
 def test_held_out_rows_that_are_trained_on_are_told(tmp_path: Path, encoder: Encoder) -> None:
     held_out = chats(tmp_path / "e.jsonl", 1, 2, 3)
 

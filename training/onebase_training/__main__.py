@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from onebase.store import AdapterStore
 from onebase_training.command_eval import evaluate
@@ -189,9 +190,7 @@ def data_check(
         recipe = config.make_recipe(content | ({"base": base} if base else {}))
         tokenizer, encoder, limit = inspect_data.tools(recipe, home_at(home).create())
         with console.status("reading") as line:
-            report = inspect_data.check_file(
-                recipe, encoder, limit, show, lambda count: line.update(f"{count:,} records read")
-            )
+            report = inspect_data.check_file(recipe, encoder, limit, show, lambda text: line.update(escape(text)))
         if as_json:
             Console().print_json(data=report.as_json())
         else:

@@ -21,6 +21,7 @@ from onebase_training.rows import Encoder, Row, cut_to_turns
 
 _MAX_PROBLEMS = 1000
 _SHOWN_LINES = 10
+_TOLD_EVERY = 500
 _MOST_SPLIT_OFF = 1000
 """Rows: an evaluation takes a pass over all of them. A file that is given as held out is evaluated whole."""
 
@@ -30,6 +31,8 @@ class FileReport:
     """What became of one file's records."""
 
     path: str
+    told: Callable[[str], None] = field(default=lambda _: None, repr=False, compare=False)
+    """Hears every few hundred records how far the reading is: a large file takes minutes."""
     records: int = 0
     used: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
@@ -73,17 +76,23 @@ def _kept_speakers(report: FileReport) -> list[tuple[str, int]]:
 
 
 def load_dataset(
+<<<<<<< HEAD
     recipe: Recipe, encoder: Encoder, context_length: int, alive: Callable[[], None] = lambda: None
 ) -> Dataset:
     """Read, render, cut, deduplicate and split; `alive` is called now and then. Raises DatasetError with every broken
     line."""
+=======
+    recipe: Recipe, encoder: Encoder, context_length: int, told: Callable[[str], None] = lambda _: None
+) -> Dataset:
+    """Read, render, cut, deduplicate and split. Raises DatasetError with every broken line; `told` hears progress."""
+>>>>>>> data
     config = recipe.data
     limit = min(config.max_tokens or 2048, context_length)
     learn_all = recipe.train.loss == "all"
     reports: list[FileReport] = []
     rows: dict[bytes, tuple[Row, float]] = {}
     for source in config.train:
-        report = FileReport(source.path)
+        report = FileReport(source.path, told)
         reports.append(report)
         usable = usable_rows(source, recipe.folder, config, encoder, limit, report, learn_all=learn_all)
         for number, row in enumerate(usable):
@@ -96,7 +105,7 @@ def load_dataset(
             report.used += 1
     held_out: list[Row] = []
     for source in config.eval:
-        report = FileReport(source.path)
+        report = FileReport(source.path, told)
         reports.append(report)
         for row in usable_rows(source, recipe.folder, config, encoder, limit, report):
             held_out.append(row)
@@ -148,7 +157,9 @@ def parsed_records(
     source: Source, folder: Path, config: DataConfig, report: FileReport
 ) -> Iterator[tuple[int, Record]]:
     """(line, record) of every sound record; broken ones go into the report."""
-    for raw in read_records(source, folder, config):
+    for number, raw in enumerate(read_records(source, folder, config), 1):
+        if number % _TOLD_EVERY == 0:
+            report.told(f"{number:,} records read of {Path(source.path).name}")
         if isinstance(raw, Problem):
             report.records += raw.is_record
             _note(report, raw)

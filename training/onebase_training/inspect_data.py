@@ -62,16 +62,13 @@ def tools(recipe: Recipe, home: Home) -> tuple[TextTokenizer, Encoder, int]:
 
 
 def check_file(
-    recipe: Recipe, encoder: Encoder, limit: int, examples: int = 1, told: Callable[[int], None] = lambda _: None
+    recipe: Recipe, encoder: Encoder, limit: int, examples: int = 1, told: Callable[[str], None] = lambda _: None
 ) -> DataReport:
-    """Read the recipe's first training file to its end, and keep the first `examples` rows. `told` hears how many
-    records have been read, every so often."""
+    """Read the recipe's first training file to its end, and keep the first `examples` rows; `told` hears progress."""
     source = recipe.data.train[0]
-    report = DataReport(FileReport(source.path))
+    report = DataReport(FileReport(source.path, told))
     seen: set[bytes] = set()
     for row in usable_rows(source, recipe.folder, recipe.data, encoder, limit, report.file):
-        if report.file.records % 500 == 0:
-            told(report.file.records)
         key = row.key
         report.duplicates += key in seen
         seen.add(key)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from rich.markup import escape
+from rich.status import Status
 
 from onebase.base_fetch import find_base
 from onebase.errors import OnebaseError
@@ -113,7 +114,12 @@ def _carry_out(run: Run) -> RunResult:
         _say(run, "note", ["no curves for tensorboard: pip install tensorboardX"])
     spec = find_base(run.home, recipe.base)
     tokenizer = TextTokenizer.load(spec.path)
+<<<<<<< HEAD
     dataset = read_data(recipe, spec, tokenizer, run.status.alive)
+=======
+    with console.status("reading the data") as line:  # a sign of life for whoever watches the run, too
+        dataset = read_data(recipe, spec, tokenizer, lambda text: _told(run, line, text))
+>>>>>>> data
     _say(run, "data", dataset.notices)
     plan = make_plan([weight for _, weight in dataset.train], recipe.train)
     run.status.enter("validating", "loading the base", total_steps=len(plan))
@@ -231,6 +237,11 @@ def _cancelled(run: Run, what: str) -> RunResult:
     run.console.print(f"{what}; nothing published; {way}", highlight=False, soft_wrap=True)
     run.status.enter("cancelled", f"{what}; nothing published", checkpoint=str(last) if last else None)
     return RunResult("cancelled", None, {})
+
+
+def _told(run: Run, line: Status, text: str) -> None:
+    line.update(escape(text))
+    run.status.progress(message=text)
 
 
 def _say(run: Run, kind: str, notices: Any) -> None:
