@@ -2,12 +2,7 @@
 
 import difflib
 import importlib.util
-<<<<<<< HEAD
 from collections.abc import Callable
-=======
-import json
-from collections.abc import Callable, Sequence
->>>>>>> data
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +39,10 @@ def make_renderer(recipe: Recipe, spec: BaseSpec, tokenizer: TextTokenizer) -> P
 
 
 def read_data(
-<<<<<<< HEAD
-    recipe: Recipe, spec: BaseSpec, tokenizer: TextTokenizer, alive: Callable[[], None] = lambda: None
-) -> Dataset:
-    """`alive` is called for every row: millions take long."""
-    encoder = Encoder(tokenizer, make_renderer(recipe, spec, tokenizer), headers=recipe.data.headers)
-    return load_dataset(recipe, encoder, spec.context_length, alive)
-=======
     recipe: Recipe, spec: BaseSpec, tokenizer: TextTokenizer, told: Callable[[str], None] = lambda _: None
 ) -> Dataset:
     encoder = Encoder(tokenizer, make_renderer(recipe, spec, tokenizer), headers=recipe.data.headers)
     return load_dataset(recipe, encoder, spec.context_length, told)
->>>>>>> data
 
 
 def prepare(base: LoadedBase, recipe: Recipe) -> Objective:

@@ -76,16 +76,9 @@ def _kept_speakers(report: FileReport) -> list[tuple[str, int]]:
 
 
 def load_dataset(
-<<<<<<< HEAD
-    recipe: Recipe, encoder: Encoder, context_length: int, alive: Callable[[], None] = lambda: None
-) -> Dataset:
-    """Read, render, cut, deduplicate and split; `alive` is called now and then. Raises DatasetError with every broken
-    line."""
-=======
     recipe: Recipe, encoder: Encoder, context_length: int, told: Callable[[str], None] = lambda _: None
 ) -> Dataset:
     """Read, render, cut, deduplicate and split. Raises DatasetError with every broken line; `told` hears progress."""
->>>>>>> data
     config = recipe.data
     limit = min(config.max_tokens or 2048, context_length)
     learn_all = recipe.train.loss == "all"
@@ -96,7 +89,6 @@ def load_dataset(
         reports.append(report)
         usable = usable_rows(source, recipe.folder, config, encoder, limit, report, learn_all=learn_all)
         for number, row in enumerate(usable):
-            alive()
             key = row.key if config.deduplicate else f"{len(reports)}/{number}".encode()
             if key in rows:
                 report.left_out["left out as exact duplicates"] += 1

@@ -114,12 +114,8 @@ def _carry_out(run: Run) -> RunResult:
         _say(run, "note", ["no curves for tensorboard: pip install tensorboardX"])
     spec = find_base(run.home, recipe.base)
     tokenizer = TextTokenizer.load(spec.path)
-<<<<<<< HEAD
-    dataset = read_data(recipe, spec, tokenizer, run.status.alive)
-=======
     with console.status("reading the data") as line:  # a sign of life for whoever watches the run, too
         dataset = read_data(recipe, spec, tokenizer, lambda text: _told(run, line, text))
->>>>>>> data
     _say(run, "data", dataset.notices)
     plan = make_plan([weight for _, weight in dataset.train], recipe.train)
     run.status.enter("validating", "loading the base", total_steps=len(plan))
