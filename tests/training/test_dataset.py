@@ -138,7 +138,8 @@ def test_rows_beyond_the_most_that_are_evaluated_are_trained_on(tmp_path: Path, 
 
 def test_ten_rows_hold_out_one_at_least_and_one_row_is_never_all_held_out(tmp_path: Path, encoder: Encoder) -> None:
     assert len(load(chats(tmp_path / "a.jsonl", *range(10)), encoder, eval_fraction=0.001).eval) == 1
-    assert len(load(chats(tmp_path / "b.jsonl", 1), encoder, eval_fraction=0.99).train) == 1
+    assert len(load(chats(tmp_path / "b.jsonl", *range(6)), encoder, eval_fraction=0.1).eval) == 1
+    assert len(load(chats(tmp_path / "c.jsonl", 1), encoder, eval_fraction=0.99).train) == 1
 
 
 def test_a_held_out_file_is_evaluated_whole_unless_told_otherwise(tmp_path: Path, encoder: Encoder) -> None:

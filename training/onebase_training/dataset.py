@@ -199,16 +199,16 @@ def _split(rows: list[tuple[Row, float]], fraction: float, most: int) -> tuple[l
 
     That is the row's own: it stays where it is when rows are added, taken away or put in another order, and equal
     rows are on one side. Of more than `most` the smallest hashes are held out and the others are trained on, so no
-    row is lost and none that was trained on is held out once the file has grown. Ten rows or more hold out one.
+    row is lost and none that was trained on is held out once the file has grown. Ten rows, or rows whose share is more
+    than half a row, hold out one at least; one row is always left to train on.
     """
     places = sorted(row.place for row, _ in rows)
-    if not fraction or not places:
-        return rows, []
+    least = len(places) >= 10 or len(places) * fraction > 0.5
     below = bisect_left(places, int(fraction * 2**128).to_bytes(16, "big"))
-    below = min(max(below, 1 if len(places) >= 10 else 0), most)
-    border = places[below] if below < len(places) else None
-    if border is None or below == 0:  # all of the rows, or none
+    below = min(max(below, int(least)), most, len(places) - 1)
+    if not fraction or below < 1:
         return rows, []
+    border = places[below]
     if places[0] == border:  # copies of one row
         border = next((place for place in places if place > border), border)
     held_out = sorted((row for row, _ in rows if row.place < border), key=lambda row: row.place)
