@@ -117,6 +117,9 @@ WRONG = [
     (["adapters", "show", "nobody"], 1, "`nobody` does not exist"),
     (["adapters", "ls", "--home", "/proc/nowhere"], 1, "/proc/nowhere"),
     (["restore", "/nowhere/b.tar", "--home", "/proc/nowhere"], 1, "/nowhere/b.tar is no file"),
+    (["chat", "Hi", "--url", "nonsense"], 2, "'--url': nonsense is no URL"),
+    (["chat", "Hi", "--url", "http://127.0.0.1:1/v1"], 1, "no server at http://127.0.0.1:1/v1"),
+    (["bench", "m", "--extra", "{"], 2, "'--extra': it is not JSON"),
     (["nonsense"], 2, "No such command 'nonsense'"),
 ]
 
