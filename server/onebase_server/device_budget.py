@@ -92,7 +92,11 @@ def _refusal(needs: Needs, free: int, needed: int, tokens: int) -> str:
         f"workspaces {_gb(_workspace_bytes(needs))} (ONEBASE_MAX_STEP_TOKENS={needs.max_step_tokens}, "
         f"ONEBASE_MAX_SEQUENCES={needs.max_sequences})": _workspace_bytes(needs),
         f"KV pages {_gb(tokens * sum(_bytes_per_token(needs)))} ("
-        + (f"ONEBASE_KV_TOKENS={needs.kv_tokens}" if needs.kv_tokens else f"{tokens} tokens at least")
+        + (
+            f"ONEBASE_KV_TOKENS={needs.kv_tokens}"
+            if needs.kv_tokens
+            else f"{tokens} tokens at least, if ONEBASE_KV_TOKENS does not say fewer"
+        )
         + ")": tokens * sum(_bytes_per_token(needs)),
         f"graphs {_gb(_graph_bytes(needs))}": _graph_bytes(needs),
     }
