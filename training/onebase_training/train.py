@@ -30,6 +30,7 @@ from onebase_training.assemble import (
 from onebase_training.beside import Beside
 from onebase_training.config import Recipe
 from onebase_training.dataset import Dataset
+from onebase_training.held_out import held_out_metrics
 from onebase_training.plan import make_plan
 from onebase_training.progress import RunCallback
 from onebase_training.publish import publish_adapter, write_checked
@@ -37,7 +38,7 @@ from onebase_training.report import Metrics, describe, final_metrics, write_repo
 from onebase_training.smoke import check_speaks
 from onebase_training.status import StatusWriter
 from onebase_training.stop import ServerGone, StopRequest
-from onebase_training.trainer import PlanTrainer, held_out_metrics
+from onebase_training.trainer import PlanTrainer
 
 
 @dataclass(frozen=True, slots=True)
