@@ -12,7 +12,7 @@ SOAK    := tests/faults/test_soak.py
 unexport PYTHONDONTWRITEBYTECODE
 SAY     = @printf '\n\033[1m== %s\033[0m\n'
 
-.PHONY: help setup demo test lint test-fast test-soak test-slow test-gpu map openapi serve clean
+.PHONY: help setup demo test lint test-fast test-soak test-slow test-gpu test-sanitizer map openapi serve clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -68,6 +68,9 @@ test-slow: setup $(CLIENTS)/.set-up  ## real models, real servers, real clients 
 
 test-gpu: setup  ## the CUDA tests, on a machine with a GPU
 	@$(PY) -m pytest -q -m gpu tests/gpu
+
+test-sanitizer: setup  ## compute-sanitizer over the CUDA kernels, on a machine with a GPU and the CUDA toolkit
+	@PY=$(PY) sh bench/sanitize.sh memcheck racecheck
 
 map: setup  ## write README's map of the tree
 	@$(PY) docs/make_map.py

@@ -1,8 +1,8 @@
 """Whole decode steps at OpenLLaMA-7B's shape on this GPU, as the runner captures them: one JSON line a set-up.
 
 Random weights in NF4 (speed does not depend on their values), every token with its own position, pages and adapter;
-greedy choice on the device; median over graph replays. Run with PYTHONPATH=core:server:tests.
-`--profile`: by kernel; `--prefill`: only that.
+greedy choice on the device; median over graph replays. Run with PYTHONPATH=core:server:tests:bench.
+`--profile`: by kernel; `--prefill`, `--lora-prefetch`: only those.
 """
 
 import json
@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 
 import torch
+from gpu_setup import machine, read_tbps
 
 from cuda_models import random_model
 from onebase_server.engine.cuda_forward import CudaForward
@@ -19,8 +20,6 @@ from onebase_server.engine.weights import Geometry, ModelWeights
 from onebase_server.kernels.cuda_ops import CudaKernels
 from onebase_server.kernels.ops import NF4Weight, StepMeta
 
-READ_TBPS = 3.07
-"""What this card reads from memory, measured (a sum over 2 GiB)."""
 CONTEXT = 192
 """The middle of 128 prompt + 128 output tokens."""
 OPENLLAMA = Geometry(32, 4096, 32, 32, 128, 11008, 32000, 1e-6, 2048)
@@ -159,7 +158,7 @@ def prefill(model: ModelWeights, kernels: CudaKernels, cache: KVCache, pools: li
     for tokens in (128, 512, 1024, 2048):
         mine, theirs = time_prefill(ours, tokens), time_prefill(dense, tokens)
         line = {
-            "gpu": torch.cuda.get_device_name(),
+            **machine(),
             "what": "prefill",
             "tokens": tokens,
             "ms": round(mine, 2),
@@ -170,8 +169,32 @@ def prefill(model: ModelWeights, kernels: CudaKernels, cache: KVCache, pools: li
     return ours
 
 
+def compare_prefetch(forward: CudaForward) -> None:
+    """Steps of 32 and 64 tokens with one and 32 adapters, their rows brought into L2 a layer ahead or not, in turn."""
+    qkv = frozenset({"qkv"})
+    for batch in (32, 64):
+        for round_ in range(3):
+            for prefetches in (False, True):
+                forward.prefetches_lora = prefetches
+                one, many = (
+                    time_step(forward, decode_meta(batch, adapters, 8, 16, OPENLLAMA), qkv, False)
+                    for adapters in (1, 32)
+                )
+                line = {
+                    **machine(),
+                    "what": "decode step, CUDA graph: adapters prefetched into L2, or not",
+                    "prefetches": prefetches,
+                    "round": round_,
+                    "batch": batch,
+                    "ms_1_adapter": round(one, 3),
+                    "ms_32_adapters": round(many, 3),
+                    "32_over_1": round(one / many, 4),
+                }
+                print(json.dumps(line), flush=True)
+
+
 @torch.inference_mode()
-def main(profile: bool, only_prefill: bool) -> None:
+def main(profile: bool, only_prefill: bool, only_prefetch: bool) -> None:
     kernels = CudaKernels()
     model = random_model(OPENLLAMA, kernels)
     page = 16
@@ -180,7 +203,9 @@ def main(profile: bool, only_prefill: bool) -> None:
     for pool in (*slots.a.values(), *slots.b.values()):
         pool.normal_(std=0.02)
     forward = prefill(model, kernels, cache, [slots.layer(i) for i in range(OPENLLAMA.layers)])
-    if only_prefill:
+    if only_prefetch:
+        compare_prefetch(forward)
+    if only_prefill or only_prefetch:
         return
     qkv, everything = frozenset({"qkv"}), frozenset(model.layers[0].projections)
     base: dict[int, float] = {}
@@ -192,9 +217,9 @@ def main(profile: bool, only_prefill: bool) -> None:
             meta = decode_meta(batch, count, rank, page, OPENLLAMA)
             ms = time_step(forward, meta, active, profile and adapters in (0, 32) and rank == 8)
             base.setdefault(batch, ms)
-            floor = step_bytes(model, batch, count, rank, active if count else frozenset()) / READ_TBPS / 1e9
+            floor = step_bytes(model, batch, count, rank, active if count else frozenset()) / read_tbps() / 1e9
             line = {
-                "gpu": torch.cuda.get_device_name(),
+                **machine(),
                 "what": "decode step, CUDA graph",
                 "batch": batch,
                 "adapters": count,
@@ -210,4 +235,4 @@ def main(profile: bool, only_prefill: bool) -> None:
 
 
 if __name__ == "__main__":
-    main("--profile" in sys.argv, "--prefill" in sys.argv)
+    main("--profile" in sys.argv, "--prefill" in sys.argv, "--lora-prefetch" in sys.argv)

@@ -13,9 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gpu_engine import OPENLLAMA
+from gpu_engine import OPENLLAMA, step_bytes
+from gpu_setup import machine, read_tbps
 
 from cuda_models import random_model
+from onebase_server.device_budget import Needs, plan_memory
+from onebase_server.engine.cuda_forward import CudaForward
 from onebase_server.engine.engine import Engine
 from onebase_server.engine.host_adapter import TorchHostAdapter
 from onebase_server.engine.runner_cuda import CudaRunner
@@ -38,8 +41,13 @@ class Words:
 class BenchRunner(CudaRunner):
     """Adapters are made up, one a digest: rank 8 on q, k, v, or rank 16 on everything."""
 
+    def projections(self, kind: str) -> frozenset[str]:
+        """That adapters of a kind change."""
+        return frozenset(self.slots.a if kind == "all" else {"qkv"} if kind == "a" else ())
+
     def read_adapter(self, ref: AdapterRef) -> TorchHostAdapter:
-        rank, targets = (16, set(self.slots.a)) if ref.name.startswith("all") else (8, {"qkv"})
+        kind = ref.name.rstrip("0123456789")
+        rank, targets = RANKS[kind], self.projections(kind)
 
         def values(pool: torch.Tensor, axis: int) -> torch.Tensor:
             shape = list(pool.shape)
@@ -83,8 +91,31 @@ async def _measure(
     }
 
 
+RANKS = {"base": 0, "a": 8, "all": 16}
 SETUPS = {"base": ("base", 0), "1": ("a", 1), "8": ("a", 8), "32": ("a", 32), "all": ("all", 32)}
 """Name -> first letters of its adapters (see `BenchRunner`), and how many."""
+
+
+def _planned_graph_bytes(config: RunnerConfig) -> int:
+    """What a server of these sizes would set apart for graphs."""
+    g = OPENLLAMA
+    needs = Needs(
+        config={
+            "num_hidden_layers": g.layers,
+            "num_attention_heads": g.heads,
+            "hidden_size": g.hidden,
+            "intermediate_size": g.inner,
+            "vocab_size": g.vocab,
+        },
+        element_bytes=2,
+        max_context=g.max_context,
+        max_sequences=config.max_batch_sequences,
+        max_step_tokens=config.max_batch_tokens,
+        adapter_slots=config.num_slots,
+        max_lora_rank=config.max_lora_rank,
+        has_graphs=True,
+    )
+    return plan_memory(needs, 1 << 40).graphs
 
 
 def main(batches: list[int], temperature: float, sampled: list[int], setups: list[str]) -> None:
@@ -96,7 +127,23 @@ def main(batches: list[int], temperature: float, sampled: list[int], setups: lis
     with torch.no_grad():
         model = random_model(OPENLLAMA, kernels)
     runner = BenchRunner(model, kernels, config, eos_token_ids=frozenset({2}))
-    print(json.dumps({"what": "start", "s": round(time.perf_counter() - begin, 1)}), flush=True)
+    setup = {
+        "shape": "OpenLLaMA-7B, random NF4 weights",
+        "step_tokens": config.max_batch_tokens,
+        "sequences": config.max_batch_sequences,
+        "slots": config.num_slots,
+        "max_rank": config.max_lora_rank,
+        "kv_tokens": config.num_pages * config.page_size,
+        "lora_prefetch": CudaForward.prefetches_lora,
+    }
+    start = {
+        "what": "start",
+        "s": round(time.perf_counter() - begin, 1),
+        "graphs": runner.num_graphs,
+        "graphs_gb": round(runner.graph_bytes / 1e9, 2),
+        "graphs_gb_planned": round(_planned_graph_bytes(config) / 1e9, 2),
+    }
+    print(json.dumps({**machine(), **start, "setup": setup}), flush=True)
     engine = Engine(runner, Words())
     engine.start()
     plan = [(batch, 0.0, SETUPS[setup]) for batch in batches for setup in setups]
@@ -112,16 +159,22 @@ def main(batches: list[int], temperature: float, sampled: list[int], setups: lis
             (asyncio.run(_measure(engine, batch, refs, i, heat)) for i in range(2)),
             key=lambda r: r["decode_tok_s"],
         )
+        rank, ms = RANKS[name], batch / best["decode_tok_s"] * 1e3
+        floor_ms = step_bytes(model, batch, adapters, rank, runner.projections(name)) / read_tbps() / 1e9
         line = {
-            "gpu": torch.cuda.get_device_name(),
-            "what": "engine, 128 + 128 tokens",
+            **machine(),
+            "what": "engine, decode",
             "batch": batch,
             "adapters": adapters,
-            "rank": 0 if not adapters else 16 if name == "all" else 8,
+            "rank": rank if adapters else 0,
+            "modules": "" if not adapters else "all linear" if name == "all" else "q,k,v",
             "temperature": heat,
-            "modules": "all linear" if name == "all" else "q,k,v",
+            "prompt_tokens": PROMPT,
+            "output_tokens": OUTPUT,
+            "setup": setup,
             **{key: round(value, 1) for key, value in best.items()},
-            "ms_per_step": round(batch / best["decode_tok_s"] * 1e3, 3),
+            "ms_per_step": round(ms, 3),
+            "roofline": round(floor_ms / ms, 3),
         }
         print(json.dumps(line), flush=True)
         for ref in refs:
@@ -137,5 +190,7 @@ if __name__ == "__main__":
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--sampled", nargs="*", type=int, default=[1, 32, 128], help="batches at that temperature")
     parser.add_argument("--setups", nargs="*", default=list(SETUPS), choices=list(SETUPS))
+    parser.add_argument("--lora-prefetch", action="store_true", help="bring adapters into L2 a layer ahead (a trial)")
     options = parser.parse_args()
+    CudaForward.prefetches_lora = options.lora_prefetch
     main(options.batches, options.temperature, options.sampled, options.setups)

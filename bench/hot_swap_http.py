@@ -1,8 +1,9 @@
 """A hot swap under load, over HTTP: what a publish costs those who are talking, and how soon the new version speaks.
 
-Starts a server of its own (SmolLM2 in NF4, random adapters strong enough to change every answer), keeps STREAMS
-streams of one adapter open from a client process, and publishes versions that were never loaded, one after the other.
-Greedy texts tell which version spoke: each must be the whole text that one version gives alone.
+Starts a server of its own (SmolLM2 in NF4 or --base; random adapters strong enough to change every answer), keeps
+STREAMS streams of one adapter open from a client process, and publishes versions that were never loaded, one after the
+other. Greedy texts tell which version spoke: each must be the whole text that one version gives alone; where a sum's
+order depends on the batch (CUDA), begin as it does (--told-by pieces).
 PYTHONPATH=core:server:tests:bench python bench/hot_swap_http.py [--out FILE]. One JSON line; exit code 1 if a promise
 is broken.
 """
@@ -23,7 +24,7 @@ import httpx
 import numpy as np
 from safetensors.numpy import save_file
 
-from onebase.bases import EMBEDDED_ID, BaseSpec, resolve_base
+from onebase.bases import EMBEDDED_ID, BaseSpec, read_base, resolve_base
 from onebase.store import AdapterStore
 
 NAME = "captain"
@@ -56,9 +57,10 @@ class Swap:
 class Load:
     """Streams that never pause, of lengths that keep them out of step, and swaps beside them."""
 
-    def __init__(self, http: httpx.AsyncClient, streams: int, swaps: int, pause_s: float, tokens: int) -> None:
-        self._http, self._count, self._pause_s, self._tokens = http, streams, pause_s, tokens
-        self._last = swaps + 1
+    def __init__(self, http: httpx.AsyncClient, options: argparse.Namespace) -> None:
+        self._http, self._count, self._pause_s, self._tokens = http, options.streams, options.pause, options.tokens
+        self._told_by: int | None = options.told_by
+        self._last = options.swaps + 1
         self.alone: dict[tuple[int, str], str] = {}
         self._subjects: list[str] = []
         self.streams: list[Stream] = []
@@ -71,7 +73,8 @@ class Load:
             for stream in await asyncio.gather(*(self._talk(f"{NAME}@{version}", s, self._tokens) for s in SUBJECTS)):
                 assert not stream.error, stream.error
                 self.alone[version, stream.subject] = "".join(stream.pieces)
-                beginnings[stream.subject].append("".join(stream.pieces[: self._tokens // 8]))
+                least = self._told_by or self._tokens // 8
+                beginnings[stream.subject].append("".join(stream.pieces[:least]))
             if version > 1:  # on the disk again: a swap must find it cold
                 await self._admin("unload", version)
         # The shortest answers must tell the versions apart already.
@@ -86,7 +89,7 @@ class Load:
             stream = await self._talk(NAME, self._subjects[rounds % len(self._subjects)], length)
             rounds += 1
             if not stream.error:
-                text = "".join(stream.pieces)
+                text = "".join(stream.pieces[: self._told_by])
                 stream.version = next((v for (v, s), whole in self.alone.items()
                                        if s == stream.subject and whole.startswith(text)), 0)  # fmt: skip
             self.streams.append(stream)
@@ -218,7 +221,7 @@ def publish_versions(store: AdapterStore, spec: BaseSpec, count: int, scratch: P
 async def drive(url: str, options: argparse.Namespace) -> dict[str, Any]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=600) as http:
-        load = Load(http, options.streams, options.swaps, options.pause, options.tokens)
+        load = Load(http, options)
         await load.run()
     return report(load, options.streams)
 
@@ -229,6 +232,8 @@ def main() -> int:
     parser.add_argument("--swaps", type=int, default=8)
     parser.add_argument("--pause", type=float, default=2.0, help="least seconds between swaps")
     parser.add_argument("--tokens", type=int, default=48, help="of the longest answer")
+    parser.add_argument("--base", type=Path, help="a base folder; else the embedded base")
+    parser.add_argument("--told-by", type=int, help="pieces that tell a version; else all")
     parser.add_argument("--note", default="")
     parser.add_argument("--out", type=Path, help="append the line to this file")
     options = parser.parse_args()
@@ -236,16 +241,17 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["ONEBASE_MAX_SEQUENCES"] = str(max(64, options.streams))
-        process = Process(Path(folder) / "home")
+        process = Process(Path(folder) / "home", options.base)
         try:
-            spec = resolve_base(process.home, EMBEDDED_ID)
+            spec = resolve_base(process.home, EMBEDDED_ID) if options.base is None else read_base(options.base)
             publish_versions(AdapterStore(process.home.adapters), spec, options.swaps + 1, Path(folder) / "peft")
             process.wait_for("ready: ")
             found = asyncio.run(drive(process.url, options))
         finally:
             process.child.terminate()
             process.child.wait()
-    line = {"note": options.note, "at": int(time.time()), "base": spec.id, "cores": os.cpu_count(), **found}
+    setup = {"base": spec.id, "device": os.environ.get("ONEBASE_DEVICE", "auto"), "told_by": options.told_by}
+    line = {"note": options.note, "at": int(time.time()), **setup, "cores": os.cpu_count(), **found}
     print(json.dumps(line, indent=1))
     if options.out is not None:
         with options.out.open("a", encoding="utf-8") as file:

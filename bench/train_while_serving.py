@@ -67,7 +67,7 @@ class Bench:
 
     @contextmanager
     def trainer(self, name: str, **env: str) -> Iterator["Trainer"]:
-        """A job that never ends, past its first steps."""
+        """A job that never ends, past its first steps (`--warm-steps`: kernels are built, each shape was seen)."""
         folder = RunFolder(self.home.runs, name)
         folder.create()
         recipe = {
@@ -84,7 +84,7 @@ class Bench:
         assert process is not None
         trainer = Trainer(process, folder)
         try:
-            while folder.read_status().step < 3:
+            while folder.read_status().step < self.options.warm_steps:
                 if not process.is_alive():
                     raise SystemExit(folder.log.read_text("utf-8"))
                 time.sleep(0.2)
@@ -235,6 +235,7 @@ def main() -> None:
     parser.add_argument("--policy", default=["serve-first"], nargs="+", help="one or more")
     parser.add_argument("--trainer-env", nargs="*", default=[], help="NAME=VALUE for the trainer beside the server")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
+    parser.add_argument("--warm-steps", type=int, default=3, help="of a trainer before it is timed; an epoch has 28")
     parser.add_argument("--home", type=Path, default=default_home(os.environ), help="where the base is")
     parser.add_argument("--note", default="")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/train_while_serving.jsonl")
@@ -250,6 +251,7 @@ def main() -> None:
         "base": spec.id,
         "trainer_env": options.trainer_env,
         "seconds": options.seconds,
+        "warm_steps": options.warm_steps,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="onebase-bench-") as scratch:

@@ -29,10 +29,10 @@ from onebase_server.api.metrics import Metrics
 from onebase_server.app import create_app
 from onebase_server.engine.runner import SampleRow
 from onebase_server.jobs.assembly import DurableConfig, assemble
+from onebase_server.jobs.job_limits import JobLimits
 from onebase_server.jobs.process import RunCommand
-from onebase_server.jobs.run_life import RunTimes
-from onebase_server.jobs.service import JobLimits
 from onebase_server.jobs.supervisor import SupervisorConfig
+from onebase_server.jobs.watch import RunTimes
 from onebase_server.loading import start_backend
 from onebase_server.settings import Settings
 from scripted_base import IDENTITY, SCRIPTED_BASE
@@ -151,7 +151,7 @@ def open_world(root: Path, loop: asyncio.AbstractEventLoop, **options: Any) -> I
     times = RunTimes(poll_s=0.01, cancel_grace_s=0.3, max_losses=2)
     config = DurableConfig(
         database=settings.database,
-        limits=JobLimits(settings.retrain_queue),
+        limits=JobLimits(settings.retrain_queue, settings.key_jobs),
         supervisor=SupervisorConfig(look_s=0.05, times=times),
     )
     if settings.database is None:

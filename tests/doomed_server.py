@@ -15,6 +15,7 @@ from onebase.home import Home
 from onebase_server.compose import Server, build_deps
 from onebase_server.engine.runner import StepBatch, StepResult
 from onebase_server.jobs.process import RunCommand
+from onebase_server.memory import share_heaps
 from onebase_server.settings import Settings
 from onebase_server.startup import open_records, prepare_home
 from scripted_base import SCRIPTED_BASE
@@ -29,6 +30,7 @@ class SlowRunner(FakeRunner):
 
 
 def main(root: str) -> None:
+    share_heaps()
     settings = Settings(home=Home(Path(root)), port=0, admin_key="sk-admin-key-1")
     prepare_home(settings.home)
     open_records(settings)

@@ -4,8 +4,9 @@
     python fake_trainer.py PLAN.json evaluate RECIPE --home H --status S --no-base --adapter NAME@N ... --out FILE
 
 The plan (all optional): `steps`, `step_s`, `every` (steps a checkpoint), `ends` (how each attempt ends: "succeed",
-"fail", "give up", "server gone", "crash", "crash early", "hang"; the last repeats), `deaf` (signals do nothing); `loss`
-and `stop_rate` by version for `evaluate`, which takes `evaluate_s`. Steps already done, as its newest checkpoint says,
+"fail", "give up", "server gone", "crash", "crash early", "hang"; the last repeats), `deaf` (signals do nothing),
+`save_s` (of the checkpoint that SIGINT asks for); `loss` and `stop_rate` by version for `evaluate`, which takes
+`evaluate_s`. Steps already done, as its newest checkpoint says,
 are not done again. Each start adds a line to the file `starts`.
 """
 
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 RESUME_EXIT = 75
+under_way = {"step": 0}
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -39,14 +41,21 @@ def main() -> None:
     given = parser.parse_args(sys.argv[2:])
     with Path("starts").open("a") as starts:
         starts.write(f"{given.what} {os.getpid()}\n")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN if plan.get("deaf") else lambda *_: cancel(given.status))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if plan.get("deaf") else lambda *_: cancel(given.status))
+    signal.signal(signal.SIGINT, signal.SIG_IGN if plan.get("deaf") else lambda *_: save(given, plan))
     (evaluate if given.what == "evaluate" else train)(given, plan)
 
 
 def cancel(status: Path) -> None:
     tell(status, state="cancelled")
     os._exit(1)
+
+
+def save(given: Any, plan: dict[str, Any]) -> None:
+    time.sleep(plan.get("save_s", 0.0))
+    if given.what == "train" and under_way["step"]:
+        checkpoint(given.run_dir, under_way["step"])
+    cancel(given.status)
 
 
 def train(given: Any, plan: dict[str, Any]) -> None:
@@ -57,6 +66,7 @@ def train(given: Any, plan: dict[str, Any]) -> None:
     end = ends[min(attempt, len(ends)) - 1]
     for step in range(done + 1, total + 1):
         time.sleep(plan.get("step_s", 0.0))
+        under_way["step"] = step
         loss = round(2.0 / step, 4)
         with given.status.with_name(given.status.name + ".events.jsonl").open("a") as events:
             values = {"train_loss": loss, "train_mean_token_accuracy": 1 - loss / 4}
@@ -87,7 +97,8 @@ def checkpoint(work: Path, step: int) -> None:
     work.mkdir(exist_ok=True)
     half = work / f".half-{step}"
     lora_folder(half, float(step))
-    half.rename(work / f"checkpoint-{step}")
+    if not (work / f"checkpoint-{step}").exists():
+        half.rename(work / f"checkpoint-{step}")
 
 
 def publish(given: Any) -> str:

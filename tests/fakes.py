@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from onebase.errors import AdapterInvalid
-from onebase_server.engine.runner import HostAdapter, RunnerLimits, SampleRow, Scores, StepBatch, StepResult
+from onebase_server.engine.runner import DeviceLost, HostAdapter, RunnerLimits, SampleRow, Scores, StepBatch, StepResult
 from onebase_server.engine.types import AdapterRef, SamplingParams
 
 EOS = 256
@@ -85,7 +85,8 @@ class FakeRunner:
     """Implements `Runner`. `reply(digest, prompt_ids)` scripts the answers (eos follows); without it they are hashes.
 
     Knobs for faults: `broken` digests can't be read, `not_finite` ones are refused when their copy has arrived;
-    `fail_next` is raised by the next step; `copy_polls` is how often `slot_ready` says no.
+    `fail_next` is raised by the next step; `copy_polls` is how often `slot_ready` says no; the device is lost in the
+    method that `lost_in` names.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class FakeRunner:
         self.broken: set[str] = set()
         self.not_finite: set[str] = set()
         self.fail_next: Exception | None = None
+        self.lost_in = ""
         self.num_failed = 0
         self.reads: list[str] = []
         self.batches: list[StepBatch] = []
@@ -152,6 +154,7 @@ class FakeRunner:
 
     def load_slot(self, slot: int, adapter: HostAdapter) -> None:
         assert isinstance(adapter, FakeHostAdapter)
+        self._lose("load_slot")
         assert slot not in self._slots, "the slot is taken"
         assert 0 <= slot < self.limits.num_slots
         assert self.can_load(adapter), "rows have run out"
@@ -159,6 +162,7 @@ class FakeRunner:
         self._polls[slot] = self.copy_polls
 
     def slot_ready(self, slot: int) -> bool:
+        self._lose("slot_ready")
         self._polls[slot] -= 1
         is_ready = self._polls[slot] < 0
         if is_ready and (digest := self._slots[slot].digest) in self.not_finite:
@@ -166,7 +170,12 @@ class FakeRunner:
         return is_ready
 
     def clear_slot(self, slot: int) -> None:
+        self._lose("clear_slot")
         self._slots.pop(slot, None)
+
+    def _lose(self, method: str) -> None:
+        if self.lost_in == method:
+            raise DeviceLost(f"an illegal address in {method}")
 
     # Steps
 

@@ -79,6 +79,7 @@ class World:
         stop: tuple[str, ...] = (),
         ignore_eos: bool = False,
         min_tokens: int = 0,
+        owner: str | None = None,
     ) -> Asked:
         """Submit a request."""
         sampling = SamplingParams(
@@ -89,7 +90,9 @@ class World:
             stop=stop,
             ignore_eos=ignore_eos,
         )
-        request = GenerationRequest(str(len(self.asked)), tuple(prompt_ids), sampling, adapter, n, priority, deadline)
+        request = GenerationRequest(
+            str(len(self.asked)), tuple(prompt_ids), sampling, adapter, n, priority, deadline, owner
+        )
         asked = Asked(request, self.engine.submit(request))
         self.asked.append(asked)
         return asked
@@ -146,7 +149,10 @@ class World:
         for sequence in live:
             assert sequence.status is not SequenceStatus.NEW
         queued = sum(group.request.n for group in self.core.requests.groups.values() if group.is_queued)
-        assert self.engine._num_queued >= queued
+        assert self.engine._num_queued == sum(self.engine._queued_of.values()) >= queued
+        waiting = scheduler.waiting
+        assert len(waiting) == len(list(waiting)) == len(set(map(id, waiting)))
+        assert {id(s) for s in waiting} == {id(s) for s in live if s.status is SequenceStatus.WAITING}
 
     def check_end(self) -> None:
         """Everything has come back, and every choice was answered once, with its own adapter's words."""

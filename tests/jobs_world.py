@@ -13,13 +13,14 @@ from migrated import give_tables
 from onebase.home import Home
 from onebase.store import AdapterStore
 from onebase_server.jobs.files import FileService
+from onebase_server.jobs.job_limits import JobLimits
 from onebase_server.jobs.ledger import Ledger
-from onebase_server.jobs.orders import Base, FineTuningOrder, RetrainOrder
+from onebase_server.jobs.orders import Base, FineTuningOrder, Once, RetrainOrder
 from onebase_server.jobs.process import RunCommand
 from onebase_server.jobs.run_folder import RunFolder
-from onebase_server.jobs.run_life import RunTimes
-from onebase_server.jobs.service import JobLimits, JobService
+from onebase_server.jobs.service import JobService
 from onebase_server.jobs.supervisor import Supervisor, SupervisorConfig
+from onebase_server.jobs.watch import RunTimes
 from onebase_server.records.chats import ChatRecords
 from onebase_server.records.database import Database
 from onebase_server.records.files import FileRecords
@@ -28,7 +29,7 @@ from onebase_server.records.tables import EventRow, FileRow, JobRow
 from scripted_base import SCRIPTED_BASE
 
 TINY = Base("tiny/base", "tiny")
-FAST = RunTimes(poll_s=0.01, cancel_grace_s=0.3, stall_s=30.0, max_losses=3)
+FAST = RunTimes(poll_s=0.01, cancel_grace_s=0.3, stall_s=30.0, report_again_s=0.05, max_losses=3)
 LINE = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy"}]}
 
 
@@ -66,7 +67,8 @@ class JobsWorld:
     async def fine_tune(self, *, lines: int = 10, key: str | None = None, **order: Any) -> JobRow:
         file_id = order.pop("training_file", None) or (await self.upload(lines)).id
         given = {"owner": "ann", "base": TINY, "model": "tiny/base", "training_file": file_id, "seed": 1, **order}
-        return await self.jobs.fine_tune(FineTuningOrder(**given), "ann", key)
+        once = None if key is None else Once.of(key, "test", {"file": file_id, **order})
+        return await self.jobs.fine_tune(FineTuningOrder(**given), "ann", once)
 
     async def retrain(self, **order: Any) -> JobRow:
         return await self.jobs.retrain(RetrainOrder(**{"owner": "ann", "base": TINY, "adapter": "bot", **order}), None)
@@ -87,7 +89,8 @@ class JobsWorld:
 
 @asynccontextmanager
 async def jobs_world(root: Path, *, start: bool = True, **options: Any) -> AsyncIterator[JobsWorld]:
-    """`times`: RunTimes; `running`, `waiting`: limits; `database`: a URL. On a `root` used before: a restart."""
+    """`times`: RunTimes; `running`, `waiting`, `waiting_of_owner`: limits; `database`: a URL. On a `root` used before:
+    a restart."""
     home = Home(root).create()
     path = root / "onebase.db"
     if "database" not in options:
@@ -108,7 +111,8 @@ async def jobs_world(root: Path, *, start: bool = True, **options: Any) -> Async
         return Supervisor(home, ledger, files, store, command, config, lambda _: SCRIPTED_BASE, each_round)
 
     supervisor = supervisor_over(None)
-    jobs = JobService(home, ledger, files, chats, JobLimits(options.get("waiting", 16)))
+    limits = JobLimits(options.get("waiting", 16), options.get("waiting_of_owner"))
+    jobs = JobService(home, ledger, files, chats, limits)
     if start:
         await supervisor.start()
     try:

@@ -35,11 +35,13 @@ def link_or_copy(source: str, target: str) -> None:
 
 
 class Process:
-    """`python -m onebase_server` on a free port."""
+    """`python -m onebase_server` on a free port; on the embedded base, or another folder's."""
 
-    def __init__(self, home: Path) -> None:
-        self.home = prepare_home(home)
+    def __init__(self, home: Path, base: Path | None = None) -> None:
+        self.home = prepare_home(home) if base is None else Home(home).create()
         env = {**os.environ, "ONEBASE_HOME": str(home), "ONEBASE_PORT": "0", "ONEBASE_KV_TOKENS": "8192"}
+        if base is not None:
+            env["ONEBASE_BASE"] = str(base)
         self.log = home.with_suffix(".log")
         with self.log.open("wb") as log:
             self.child = subprocess.Popen([sys.executable, "-m", "onebase_server"], env=env, stderr=log)

@@ -1,10 +1,11 @@
 """`serve()` as a process of its own, over a base that a test scripts: `python serving_process.py HOW`.
 
-stuck: the base never comes. no memory: torch asks for more than there is. Any else: `FakeRunner`. Settings are the
-environment's, as for `python -m onebase_server`.
+stuck: the base never comes. no disk: nothing is left on it. no memory: torch asks for more than there is. Any else:
+`FakeRunner`. Settings are the environment's, as for `python -m onebase_server`.
 """
 
 import os
+import shutil
 import sys
 import time
 
@@ -28,6 +29,9 @@ def load(settings: Settings) -> Backend:
 
 
 if __name__ == "__main__":
+    if "no disk" in sys.argv:
+        full = shutil.disk_usage(".")._replace(free=1_000_000)
+        shutil.disk_usage = lambda _: full  # type: ignore[assignment,misc]
     try:
         sys.exit(serve(load_settings(os.environ), load))
     except OnebaseError as error:

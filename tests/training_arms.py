@@ -90,6 +90,7 @@ def plain(shape: Shape, device: torch.device, lora: dict[str, Any], **settings: 
 def ours(shape: Shape, device: torch.device, lora: dict[str, Any], **settings: Any) -> Arm:
     dtype = settings.get("dtype", torch.bfloat16)
     model = random_base(shape, device, dtype)
+    model.name_or_path = model.config._name_or_path = "random"
     identity = BaseIdentity(id="random")
     config = {**model.config.to_dict(), "architectures": ["LlamaForCausalLM"]}
     # No tokenizer: the rows are made of ids.

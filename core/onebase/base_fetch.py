@@ -157,7 +157,7 @@ def _embedded_gguf() -> Path:
 
 def _hub_listing(base_id: str, revision: str | None) -> tuple[str, list[str]]:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         info = huggingface_hub.HfApi().model_info(base_id, revision=revision)
@@ -165,7 +165,7 @@ def _hub_listing(base_id: str, revision: str | None) -> tuple[str, list[str]]:
         raise BaseModelError(
             f"the hub has no model {base_id} that you may read (gated models need `hf auth login` first)", param="base"
         ) from error
-    except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except _hub_errors() as error:
         raise BaseModelError(
             f"{base_id} is not under {base_id!r} in the home folder and the hub can't be reached ({error}). "
             "Offline? Give a folder with --base PATH, or fetch it on another machine and copy the folder",
@@ -175,12 +175,19 @@ def _hub_listing(base_id: str, revision: str | None) -> tuple[str, list[str]]:
     return str(info.sha), [sibling.rfilename for sibling in info.siblings or []]
 
 
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """No connection is an error of its HTTP library, which is no OSError and not the same in all versions."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    return OfflineModeIsEnabled, OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
+
+
 def _download(base_id: str, commit: str, patterns: list[str], into: Path) -> None:
     import huggingface_hub
 
     try:
         huggingface_hub.snapshot_download(base_id, revision=commit, local_dir=into, allow_patterns=patterns)
-    except OSError as error:
+    except _hub_errors() as error:
         raise BaseModelError(
             f"downloading {base_id} broke off ({error}). What has come is kept: the same command goes on from there",
             param="base",

@@ -22,7 +22,7 @@ from onebase.tokenizer import TextTokenizer
 
 HERMES = CallLayout("<tool_call>\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>")
 """As Hermes and Qwen templates write calls."""
-_TOOL_CALL = re.compile(r"\s*<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+_TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 
 
 class ChatTemplateRenderer:

@@ -64,7 +64,7 @@ class Home:
         """
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in (self.adapters, self.bases, self.runs, self.files, self.cache, self.locks):
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
         upgrade(self.root)
         return self
 

@@ -35,6 +35,7 @@ class AdapterStore(StoreReader):
         super().__init__(root, remembered)
         self._gate = root / ".lock"
         self._staging = Staging(root / ".staging", self._gate)
+        self._withdrawn: set[tuple[str, int]] = set()
 
     def publish(
         self,
@@ -139,10 +140,19 @@ class AdapterStore(StoreReader):
             same_base=True,
         )
 
-    def set_current(self, name: str, version: int | Mapping[int, float]) -> Entry:
-        """Serve one version, or split the traffic: `{3: 0.9, 4: 0.1}`."""
+    def set_current(
+        self, name: str, version: int | Mapping[int, float], *, expected: Mapping[int, float] | None = None
+    ) -> Entry:
+        """Serve one version, or split the traffic: `{3: 0.9, 4: 0.1}`. Raises Conflict if what is served is not what
+        the caller `expected`: somebody else has moved the name meanwhile."""
         weights = version if isinstance(version, Mapping) else {version: 1.0}
-        return self._move(name, lambda pointer: pointer.serving(weights))
+
+        def change(pointer: Pointer) -> Pointer:
+            if expected is not None and pointer.weights != expected:
+                raise Conflict(f"{name} was moved meanwhile", param="version")
+            return pointer.serving(weights)
+
+        return self._move(name, change)
 
     def rollback(self, name: str, to: int | None = None) -> Entry:
         """Serve what was served before the last move, or version `to`. Raises Conflict if there is nothing before."""
@@ -170,8 +180,14 @@ class AdapterStore(StoreReader):
         """Remove a version (`name@3`), or an adapter with all its versions (`name`, or an alias' version).
 
         A version that is served is refused (Conflict) unless `new_current` names the one to serve instead, or `force`
-        lets the name fall back to what it served before, else the newest left, else nothing. Numbers are not reused.
+        lets the name fall back to what it served before, else the newest left, else nothing. Of an alias' version,
+        which is a model of its own, none takes the place that was never served. Numbers are not reused.
         """
+        for name, number in self.withdraw(model, force=force, new_current=new_current):
+            self.discard(name, number)
+
+    def withdraw(self, model: str, *, force: bool = False, new_current: int | None = None) -> Sequence[tuple[str, int]]:
+        """As `remove`, but the files stay for those who still read them: each (name, number) waits for `discard`."""
         with locked(self._gate):
             if is_alias(model) or "@" in model:
                 version = self.resolve(model)
@@ -180,17 +196,25 @@ class AdapterStore(StoreReader):
                 if new_current is not None:
                     pointer = pointer.serving({new_current: 1.0})
                 elif force and version.version in pointer.weights:
-                    pointer = pointer.fallen_back_from(version.version)
+                    pointer = pointer.fallen_back_from(version.version, or_newest=not is_alias(model))
                 pointer = pointer.without(version.version)
             else:
                 name = model
                 pointer = self._require(name)
                 doomed = [*pointer.versions]
                 pointer = Pointer(last=pointer.last)
+            self._withdrawn.update((name, number) for number in doomed)
             self._write(name, pointer)
         for number in doomed:
             self._versions.forget((name, number))
+        return [(name, number) for number in doomed]
+
+    def discard(self, name: str, number: int) -> None:
+        """Remove the files of a withdrawn version. A process that dies before leaves them to `sweep`."""
+        try:
             self._discard(self._folder(name) / "versions" / str(number))
+        finally:
+            self._withdrawn.discard((name, number))
 
     def export(self, model: str, dest: Path) -> Path:
         """Write a version's three files into a new folder that PEFT, vLLM and `import_folder` read."""
@@ -219,8 +243,9 @@ class AdapterStore(StoreReader):
             for name in self._names():
                 pointer = self._pointer(name) or Pointer()
                 clear_temporaries(self._folder(name) / POINTER)
+                kept = {*pointer.versions, *(number for of, number in self._withdrawn if of == name)}
                 for folder in (self._folder(name) / "versions").glob("*"):
-                    if folder.name not in map(str, pointer.versions):
+                    if folder.name not in map(str, kept):
                         shutil.rmtree(folder)
 
     def _move(self, name: str, change: Callable[[Pointer], Pointer]) -> Entry:

@@ -80,15 +80,16 @@ class Pointer(BaseModel):
         position = len(past) - 1 - past[::-1].index(target)
         return self.model_copy(update={"weights": target, "history": tuple(past[:position])})
 
-    def fallen_back_from(self, doomed: int) -> "Pointer":
-        """After taking `doomed` away by force: the rest of a split, else what was served before, else the newest."""
+    def fallen_back_from(self, doomed: int, *, or_newest: bool) -> "Pointer":
+        """After taking `doomed` away by force: the rest of a split, else what was served before, else the newest or
+        nothing."""
         left = {version: share for version, share in self.weights.items() if version != doomed}
         if left:
             return self.serving(left)
         for entry in reversed(self.history):
             if doomed not in entry and set(entry) <= set(self.versions):
                 return self.serving(entry)
-        others = [version for version in self.versions if version != doomed]
+        others = [version for version in self.versions if or_newest and version != doomed]
         return self.serving({others[-1]: 1.0}) if others else self.model_copy(update={"weights": {}})
 
     def without(self, version: int) -> "Pointer":

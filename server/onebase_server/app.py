@@ -25,19 +25,29 @@ from onebase_server.api import (
     stored_chats,
 )
 from onebase_server.api.allowed_methods import send_allow
-from onebase_server.api.auth import require
+from onebase_server.api.auth import require, require_for_metrics
 from onebase_server.api.decode import WirePlugin, WireRequest
 from onebase_server.api.deps import AppDeps
 from onebase_server.api.errors import handle_any_error
 from onebase_server.api.keys import KeyRing
 from onebase_server.api.limits import LIMIT_HEADERS, send_limits
 from onebase_server.api.preload import bring_near
+from onebase_server.api.query import refuse_nul
 from onebase_server.api.replies import at_start
 from onebase_server.api.request_id import send_request_id
 from onebase_server.api.response_store import ResponseStore
 from onebase_server.settings import Settings
 
 __all__ = ["AppDeps", "create_app"]
+
+
+class App(Litestar):
+    """Takes HEAD wherever it takes GET, as HTTP wants; whoever holds the connection leaves the answer's body out."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope.get("method") == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await super().__call__(scope, receive, send)
 
 
 def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
@@ -52,7 +62,7 @@ def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
     guard = require(keys, deps.limiter, deps.settings)
     inference = Router(
         "/v1",
-        guards=[guard],
+        guards=[guard, refuse_nul],
         opt={"scope": "inference"},
         route_handlers=[
             chat.create_chat_completion,
@@ -74,7 +84,7 @@ def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
     )
     training = Router(
         "/v1",
-        guards=[guard],
+        guards=[guard, refuse_nul],
         opt={"scope": "training"},
         route_handlers=[
             files.create_file,
@@ -94,7 +104,7 @@ def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
     )
     admin = Router(
         "/admin",
-        guards=[guard],
+        guards=[guard, refuse_nul],
         opt={"scope": "admin"},
         route_handlers=[
             admin_adapters.list_adapters,
@@ -117,14 +127,15 @@ def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
             admin_keys.revoke_key,
         ],
     )
-    return Litestar(
-        route_handlers=[inference, training, admin, health.healthz, health.readyz, health.metrics],
+    metrics = Router("/", guards=[require_for_metrics(guard, deps.settings)], route_handlers=[health.metrics])
+    return App(
+        route_handlers=[inference, training, admin, metrics, health.healthz, health.readyz],
         dependencies={
             "deps": Provide(lambda: deps, sync_to_thread=False),
             "kept": Provide(lambda: kept, sync_to_thread=False),
         },
         request_class=WireRequest,
-        plugins=[WirePlugin(exclude_unset=True), PydanticSchemaPlugin()],
+        plugins=[WirePlugin(exclude_unset=True, prefer_alias=True), PydanticSchemaPlugin()],
         exception_handlers={Exception: handle_any_error},
         before_send=[
             at_start(send_request_id, send_allow, deps.metrics.count, send_limits(deps.limiter), deps.audit.note)

@@ -17,20 +17,32 @@ from onebase.durable import fsync_folder
 from onebase.errors import InvalidInput
 from onebase.home import Home
 from onebase.home_version import FILE as VERSION_FILE
+from onebase.home_version import close_to_others
+from onebase_server.records.homes import FILE as HOME_ID
 
 FOLDERS = ("adapters", "files", "runs", "datasets", "audit", "evaluations")
 DATABASE = "onebase.db"
+NEW = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
 
 
 def back_up(home: Home, target: Path, *, with_bases: bool = False) -> int:
-    """Write `target` (a .tar, or .tar.gz by its name); its size in bytes. Raises InvalidInput if it is there."""
+    """Write `target` (a .tar, or .tar.gz by its name), readable by its owner alone: it holds what the home folder does.
+
+    Its size in bytes. Raises InvalidInput if it is there, or there is nothing to back up.
+    """
+    if not (home.root / VERSION_FILE).is_file():
+        raise InvalidInput(f"{home.root} is no home folder of onebase: name yours by --home", param="home")
+    if not target.absolute().parent.is_dir():
+        raise InvalidInput(f"{target.absolute().parent} is no folder: make it first", param="target")
     if target.exists():
         raise InvalidInput(f"{target} is there already: name a new file", param="target")
     part = target.with_name(f".{target.name}.part")
     mode = "w:gz" if target.name.endswith(("gz", ".tgz")) else "w"
     try:
-        with part.open("wb") as raw, tarfile.open(fileobj=raw, mode=mode) as tar:  # type: ignore[call-overload]
+        with os.fdopen(os.open(part, NEW, 0o600), "wb") as raw, tarfile.open(fileobj=raw, mode=mode) as tar:  # type: ignore[call-overload]
             _add_version(tar, home)
+            if (home.root / HOME_ID).is_file():
+                _add_file(tar, home.root / HOME_ID, HOME_ID)
             _add_database(tar, home)
             for folder in (*FOLDERS, *(["bases"] if with_bases else [])):
                 for path in _lasting(home.root / folder):
@@ -48,6 +60,8 @@ def back_up(home: Home, target: Path, *, with_bases: bool = False) -> int:
 
 def restore(source: Path, home: Home) -> list[str]:
     """Unpack into a home folder that is empty or not there; the top names. Raises InvalidInput, leaving nothing."""
+    if not source.is_file():
+        raise InvalidInput(f"{source} is no file", param="source")
     if home.root.exists() and any(home.root.iterdir()):
         raise InvalidInput(f"{home.root} is not empty: restore into a new folder and move it into place", param="home")
     home.root.parent.mkdir(parents=True, exist_ok=True)
@@ -62,8 +76,11 @@ def restore(source: Path, home: Home) -> list[str]:
         _check_database(Path(scratch) / DATABASE)
         names = sorted(path.name for path in Path(scratch).iterdir())
         home.root.mkdir(mode=0o700, exist_ok=True)
+        for folder in (path for path in Path(scratch).iterdir() if path.is_dir()):
+            folder.chmod(0o700)
         for name in names:
             os.rename(Path(scratch) / name, home.root / name)
+        close_to_others(home.root)  # an empty folder that was there, and older backups, may be open
     home.create()
     return names
 

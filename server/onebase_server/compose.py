@@ -18,12 +18,12 @@ from onebase_server.app import create_app
 from onebase_server.http_server import HttpServer, Lifecycle
 from onebase_server.jobs.assembly import DurableConfig, assemble
 from onebase_server.jobs.checkpoints import FindBase
+from onebase_server.jobs.job_limits import JobLimits
 from onebase_server.jobs.process import RunCommand
-from onebase_server.jobs.service import JobLimits
 from onebase_server.jobs.supervisor import SupervisorConfig
 from onebase_server.loading import load_backend
 from onebase_server.logs import configure_logging
-from onebase_server.memory import keep_giving_back, keep_what_stands
+from onebase_server.memory import keep_giving_back, keep_what_stands, share_heaps
 from onebase_server.settings import Settings
 from onebase_server.startup import (
     allow_many_files,
@@ -50,7 +50,7 @@ def build_deps(settings: Settings, command: RunCommand | None = None, find_base:
     config = DurableConfig(
         database=settings.database,
         max_file=settings.max_file_mb * 1_000_000,
-        limits=JobLimits(waiting=settings.retrain_queue),
+        limits=JobLimits(settings.retrain_queue, settings.key_jobs),
         supervisor=SupervisorConfig(max_running=settings.training_jobs),
     )
     command = command or RunCommand(env=_trainer_env(settings), nice=settings.retrain_nice)
@@ -79,6 +79,7 @@ def serve(settings: Settings, load: LoadBackend = load_backend) -> int:
     """Serve until a signal. The exit code: 0 after a clean end, 1 if the base could not be loaded."""
     configure_logging(settings.log_level, settings.log_format)
     sys.setswitchinterval(SWITCH_S)
+    share_heaps()
     allow_many_files()
     prepare_home(settings.home)
     has_keys = settings.has_keys | open_records(settings)

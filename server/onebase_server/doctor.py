@@ -1,6 +1,7 @@
 """`onebase doctor`: is this machine fit to serve and train, and is the home folder whole. Every line says what to do.
 
-Reads and measures only: nothing is fetched, loaded or mended.
+Reads and measures only: nothing is fetched, loaded, migrated or mended. What it writes is a probe in the home folder,
+gone at once.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from onebase.home_version import CURRENT, version_of
 from onebase.store import AdapterStore, Version
 from onebase_server.memory import free_memory
 from onebase_server.settings import Settings
-from onebase_server.startup import LOW_DISK_MB, check_exposed, check_port_free, check_writable, free_mb, open_records
+from onebase_server.startup import LOW_DISK_MB, check_exposed, check_port_free, check_writable, free_mb, look_at_records
 
 Verdict = Literal["ok", "warn", "fail"]
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "litestar", "uvicorn", "sqlalchemy", "safetensors")
@@ -129,8 +130,16 @@ def disk(settings: Settings) -> tuple[Verdict, str]:
 def database(settings: Settings) -> tuple[Verdict, str]:
     if settings.database is None and not (settings.home.root / "onebase.db").exists():
         return "ok", "SQLite, made at the first start"
-    open_records(settings)
-    return "ok", "PostgreSQL answers" if settings.database else "SQLite is whole and up to date"
+    standing = look_at_records(settings)
+    kind = "PostgreSQL answers" if settings.database else "SQLite is whole"
+    if standing.damage is not None:
+        return "fail", f"SQLite finds it damaged ({standing.damage}): put it aside and restore a backup"
+    if not standing.is_known:
+        return "fail", f"written by a newer onebase (revision {standing.revision}): install that one"
+    if not standing.is_current:
+        since = "without tables yet" if standing.revision is None else f"of an older onebase ({standing.revision})"
+        return "warn", f"{kind}, {since}: the next start brings it up to date; make a backup before"
+    return "ok", f"{kind} and up to date"
 
 
 def bases(settings: Settings, whole: bool) -> tuple[Verdict, str]:
@@ -162,7 +171,7 @@ def is_whole(version: Version) -> bool:
 
 def keys(settings: Settings) -> tuple[Verdict, str]:
     made = (settings.home.root / "onebase.db").exists() or settings.database is not None
-    has_keys = settings.has_keys or (made and open_records(settings))
+    has_keys = settings.has_keys or (made and look_at_records(settings).has_keys)
     check_exposed(settings, has_keys)
     return ("ok", "set") if has_keys else ("warn", "none: whoever reaches this machine's loopback may do everything")
 

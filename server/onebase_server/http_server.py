@@ -46,7 +46,6 @@ class HttpServer(uvicorn.Server):
         config = uvicorn.Config(
             BoundedBodies(app, settings.slow_client_s),
             http=protocol_within(settings.slow_client_s, settings.max_connections),
-            limit_concurrency=settings.max_connections,
             host=settings.host,
             port=settings.port,
             log_config=None,

@@ -19,13 +19,14 @@ from pydantic.json_schema import models_json_schema
 
 from onebase import __version__
 from onebase.home import Home
-from onebase_server.api.schemas_common import ErrorBody, RequestBody, Wire
+from onebase_server.api.schemas_common import ErrorBody, RequestPart, Wire
 from onebase_server.app import create_app
 from onebase_server.compose import build_deps
 from onebase_server.openapi_words import ABOUT, ERRORS, EXAMPLES, REPLIES, TAGS, errors_of
 from onebase_server.settings import Settings
 
 Json = dict[str, Any]
+REQUEST_ID: Json = {"x-request-id": {"description": "Ask about a request by it.", "schema": {"type": "string"}}}
 REF = "#/components/schemas/{model}"
 
 
@@ -77,7 +78,7 @@ def complete_operation(operation: Json, path: str, method: str) -> None:
     replies.pop("400", None)
     ok = replies["200"]
     ok["description"] = "OK"
-    ok["headers"] = {"x-request-id": {"description": "Ask about a request by it.", "schema": {"type": "string"}}}
+    ok["headers"] = REQUEST_ID
     if name in REPLIES:
         ok["content"] = {kind: {"schema": schema} for kind, schema in REPLIES[name].items()}
     body = operation.get("requestBody")
@@ -87,16 +88,16 @@ def complete_operation(operation: Json, path: str, method: str) -> None:
     for status in errors_of(path, method, has_body=body is not None):
         replies[status] = {"$ref": f"#/components/responses/{status}"}
     if not path.startswith(("/v1", "/admin")):
-        operation["security"] = []
+        operation["security"] = [{}, {"bearer": []}] if path == "/metrics" else []
 
 
 def error_response(status: str) -> Json:
     description, example = ERRORS[status]
     content = {"schema": {"$ref": REF.format(model=ErrorBody.__name__)}, "example": {"error": example}}
-    response: Json = {"description": description, "content": {"application/json": content}}
+    headers = dict(REQUEST_ID)
     if status in ("429", "503"):
-        response["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
-    return response
+        headers["Retry-After"] = {"description": "Seconds.", "schema": {"type": "integer"}}
+    return {"description": description, "headers": headers, "content": {"application/json": content}}
 
 
 def schemas_of(paths: Json) -> Json:
@@ -108,7 +109,7 @@ def schemas_of(paths: Json) -> Json:
     _, document = models_json_schema([(by_name[name], "validation") for name in named], ref_template=REF)
     schemas: Json = without_titles(document["$defs"])
     for name, schema in schemas.items():
-        if issubclass(by_name[name], RequestBody):
+        if issubclass(by_name[name], RequestPart):
             schema["additionalProperties"] = False  # decode.py refuses what it does not know
     return dict(sorted(schemas.items()))
 

@@ -23,7 +23,7 @@ TAGS = {
     "Fine-tuning": "Jobs that train an adapter.",
     "Stored chats": "Exchanges kept by `store: true`, and what people thought of them.",
     "Admin": "This server's own: residency, versions, retraining. Needs the admin key.",
-    "Operations": "Health and metrics. No key needed.",
+    "Operations": "Health, without a key, and metrics: the metrics key, an admin key, or on loopback none.",
 }
 
 
@@ -48,8 +48,19 @@ ERRORS: Mapping[str, tuple[str, dict[str, Any]]] = {
         _error("The model `x` does not exist or you do not have access to it.", code="model_not_found"),
     ),
     "409": ("The state of the thing forbids it.", _error("there is no earlier version to roll back to")),
+    "408": (
+        "The body came too slowly.",
+        _error("The request's body came too slowly.", code="request_timeout"),
+    ),
     "413": ("The body is too large.", _error("The request body is larger than this server takes.")),
-    "429": ("Too many requests.", _error("Too many requests.", "requests", code="rate_limit_exceeded")),
+    "415": (
+        "The body is said to be no JSON, or is compressed.",
+        _error("Unsupported content type: 'text/plain'. ...", code="unsupported_media_type"),
+    ),
+    "429": (
+        "Over the key's own limits, or the queue is full.",
+        _error("Too many requests.", "requests", code="rate_limit_exceeded"),
+    ),
     "500": ("Our fault.", _error("The server had an error while processing your request.", "server_error")),
     "503": ("The base is still loading, or the server is going down.", _error("Not ready.", "server_error")),
 }
@@ -58,14 +69,16 @@ ERRORS: Mapping[str, tuple[str, dict[str, Any]]] = {
 def errors_of(path: str, method: str, *, has_body: bool) -> list[str]:
     """The statuses that an operation may answer besides 200."""
     if not path.startswith(("/v1", "/admin")):
-        return ["503"] if path == "/readyz" else []
-    statuses = {"400", "401", "500", "503"}
+        return {"/readyz": ["503"], "/metrics": ["401", "403", "503"]}.get(path, [])
+    statuses = {"400", "401", "403", "500", "503"}
     if path.startswith("/admin") or method == "delete":
-        statuses |= {"403", "409"}
+        statuses.add("409")
     if "{" in path or has_body:
         statuses.add("404")
     if has_body:
-        statuses |= {"413", "429"}
+        statuses |= {"408", "413", "415"}
+    if method != "get":
+        statuses.add("429")  # reading is not counted
     return sorted(statuses)
 
 

@@ -5,6 +5,7 @@ one message.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any
 
 from onebase.errors import InvalidInput
 from onebase.home import Home, default_home
-from onebase.train_policy import share_of
+from onebase.train_policy import policy_of
 
-SECRETS = ("ONEBASE_API_KEYS", "ONEBASE_ADMIN_KEY", "ONEBASE_DATABASE")
+SECRETS = ("ONEBASE_API_KEYS", "ONEBASE_ADMIN_KEY", "ONEBASE_METRICS_KEY", "ONEBASE_DATABASE")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -64,8 +65,14 @@ def one_of(*allowed: str) -> Callable[[str], str]:
     return parse
 
 
+def device(raw: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", raw):
+        raise ValueError("must be auto, cpu, cuda or cuda:N")
+    return raw
+
+
 def train_policy(raw: str) -> str:
-    share_of(raw)
+    policy_of(raw)
     return raw
 
 
@@ -84,14 +91,15 @@ class Settings:
     port: int = setting(8000, integer(0, 65535), "port; 0 takes a free one")
     api_keys: tuple[str, ...] = setting((), words, "keys for inference, comma-separated")
     admin_key: str | None = setting(None, text, "key for everything")
+    metrics_key: str | None = setting(None, text, "key for /metrics alone; none: an admin key, or loopback")
     allow_no_keys: bool = setting(False, yes_or_no, "listen beyond loopback without any key")
     key_rpm: int | None = setting(None, integer(1, 10**9), "requests a minute of a key that has no own limit")
     key_tpm: int | None = setting(None, integer(1, 10**12), "tokens a minute of a key that has no own limit")
-    key_parallel: int | None = setting(None, integer(1, 10**6), "generations at a time of a key without own limit")
+    key_parallel: int | None = setting(None, integer(1, 10**6), "sequences at a time of a key without own limit")
     cors_origins: tuple[str, ...] = setting((), words, "origins whose pages may call, comma-separated; * is any")
     # What it serves, and with what
     base: str | None = setting(None, text, "base by id or path; none: the embedded one")
-    device: str = setting("auto", text, "auto, cpu, cuda or cuda:N")
+    device: str = setting("auto", device, "auto, cpu, cuda or cuda:N")
     dtype: str = setting("auto", one_of("auto", "bfloat16", "float32"), "compute type")
     base_format: str = setting(
         "auto", one_of("auto", "human_response", "chat_template"), "prompt format of the bare base"
@@ -103,12 +111,15 @@ class Settings:
     adapter_slots: int = setting(16, integer(1, 4096), "adapter versions on the device at a time")
     max_lora_rank: int = setting(64, integer(1, 512), "largest rank of an adapter")
     adapter_memory_mb: int = setting(2048, integer(1, 10**7), "host memory for adapter versions, in MB")
-    queue_limit: int = setting(1024, integer(1, 10**6), "requests that may wait; more get 503")
+    queue_limit: int = setting(1024, integer(1, 10**6), "requests that may wait; more get 429")
+    share_prefixes: bool = setting(False, yes_or_no, "let keys of different owners share cached prompts")
     # Bounds on one request
     max_body_mb: int = setting(8, integer(1, 4096), "largest request body, in MB")
     max_choices: int = setting(128, integer(1, 128), "largest n")
     max_request_s: float = setting(600.0, seconds, "seconds that one generation may take; 0: no limit")
-    slow_client_s: float = setting(30.0, seconds, "seconds a client may take over headers, and between body pieces")
+    slow_client_s: float = setting(
+        30.0, seconds, "seconds a client may take over headers and body, or nothing of its answer"
+    )
     keep_alive_s: int = setting(75, integer(1, 86_400), "seconds a connection is kept between requests")
     max_connections: int = setting(4096, integer(8, 10**6), "connections at a time; more get 503")
     ping_s: float = setting(15.0, seconds, "seconds of silence before a stream's keep-alive comment")
@@ -128,6 +139,7 @@ class Settings:
     # Training jobs
     dataset_roots: tuple[Path, ...] = setting((), folders, "folders that /admin/retrain may read, besides datasets/")
     retrain_queue: int = setting(16, integer(1, 1000), "training jobs that may wait")
+    key_jobs: int | None = setting(None, integer(1, 1000), "training jobs of one key that may wait; none: no limit")
     training_jobs: int = setting(1, integer(1, 64), "training jobs that run at a time")
     retrain_nice: int = setting(10, integer(0, 19), "niceness of the training process")
     train_policy: str = setting("serve-first", train_policy, "how training makes way for requests")
@@ -182,6 +194,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     problems = []
     if value("admin_key") is not None and value("admin_key") in value("api_keys"):
         problems.append("ONEBASE_ADMIN_KEY is also among ONEBASE_API_KEYS: everyone would be admin")
-    if any(len(key) < 8 for key in (*value("api_keys"), *filter(None, [value("admin_key")]))):
+    if value("metrics_key") is not None and value("metrics_key") in (*value("api_keys"), value("admin_key")):
+        problems.append("ONEBASE_METRICS_KEY is also a key for more than metrics: make one of its own")
+    if any(len(key) < 8 for key in (*value("api_keys"), *filter(None, map(value, ("admin_key", "metrics_key"))))):
         problems.append("a key is shorter than 8 characters: it can be guessed")
     return problems

@@ -1,11 +1,11 @@
-"""How much KV cache to hold: plain arithmetic over a base's config and the memory that is free."""
+"""How much KV cache to hold on a CPU: plain arithmetic over a base's config and the memory that is free. A GPU's memory
+is given out as a whole: see device_budget.py."""
 
 from collections.abc import Mapping
 from typing import Any
 
-CPU_SHARE, CUDA_SHARE = 0.25, 0.75
-"""Of the free memory. On a CPU the rest of the machine lives in it too; on CUDA the graphs and workspaces (some 9 GB at
-7B) and a training job beside (some 4 GB)."""
+CPU_SHARE = 0.25
+"""Of the free memory: the rest of the machine lives in it too."""
 CPU_LIMIT_BYTES = 1 << 30
 PAGE_SIZE = 16
 
@@ -23,14 +23,11 @@ def choose_kv_tokens(
     *,
     element_bytes: int,
     free_bytes: int,
-    on_cuda: bool,
     max_context: int,
     max_sequences: int,
 ) -> int:
     """Tokens of KV cache: a share of the free memory, no more than all sequences could fill, one context at least."""
-    budget = free_bytes * (CUDA_SHARE if on_cuda else CPU_SHARE)
-    if not on_cuda:
-        budget = min(budget, CPU_LIMIT_BYTES)
+    budget = min(free_bytes * CPU_SHARE, CPU_LIMIT_BYTES)
     affordable = int(budget) // kv_bytes_per_token(config, element_bytes)
     useful = max_context * max_sequences
     return max(max_context, min(affordable, useful))

@@ -1,19 +1,27 @@
-"""Clients that send slowly on purpose, or for ever: a bound on headers and on bodies, so that none holds a connection.
+"""Clients that send or read slowly on purpose, or for ever: bounds on headers, bodies and answers that nobody takes.
 
 Headers must come within the limit. Between two requests a connection is kept for longer than clients keep theirs: one
 that both end at the same moment (5 s in uvicorn and in httpx, so in OpenAI's client) fails the request that the client
-had just sent on it. A body may take as long as it likes at `MIN_RATE` bytes a second or more. A client
-that reads slowly is no trouble: its events merge in its own channel (engine/handle.py).
+had just sent on it. A body may take as long as it likes at `MIN_RATE` bytes a second or more.
+
+A client that reads slowly is no trouble to the engine: its events merge in its own channel (engine/handle.py). One that
+takes nothing at all for the limit, with more waiting than buffers hold, is cut: else it would keep a connection, its
+answer and its key's place among the generations at a time for as long as it likes.
 """
 
 import asyncio
+import logging
 from typing import Any
 
+import h11
 from litestar.exceptions import HTTPException
 from litestar.types import ASGIApp, HTTPReceiveMessage, Receive, Scope, Send, WebSocketReceiveMessage
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from onebase_server.api.waiting import ClientLeft
+from onebase_server.early_replies import NO_HTTP, early_reply, too_many_connections
+
+logger = logging.getLogger(__name__)
 
 MIN_RATE = 1000.0
 TIMED_OUT = 408
@@ -26,15 +34,19 @@ def protocol_within(limit_s: float, most: int) -> type[H11Protocol]:
 
     class BoundedProtocol(H11Protocol):
         _head_timer: asyncio.TimerHandle | None = None
+        _reader_timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            self._served = self.app
             self._watch()
             if len(self.connections) >= most and idle:
                 next(iter(idle)).shutdown()  # idle for longest
 
         def data_received(self, data: bytes) -> None:
             idle.pop(self, None)
+            crowded = max(len(self.connections), len(self.tasks)) >= most
+            self.app = too_many_connections if crowded else self._served
             super().data_received(data)
             self._watch()
 
@@ -46,11 +58,36 @@ def protocol_within(limit_s: float, most: int) -> type[H11Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             idle.pop(self, None)
             self._stop_watching()
+            self._stop_watching_reader()
             super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            """The buffers are full: the answer waits for its reader."""
+            super().pause_writing()
+            self._watch_reader()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._stop_watching_reader()
+
+        def timeout_keep_alive_handler(self) -> None:
+            if self.transport.get_write_buffer_size():  # `close` would wait for whoever takes nothing
+                self.transport.abort()
+            super().timeout_keep_alive_handler()
 
         def shutdown(self) -> None:
             idle.pop(self, None)
             super().shutdown()
+
+        def send_400_response(self, msg: str) -> None:
+            headers, body = early_reply(NO_HTTP.format(why=msg), "invalid_request_error")
+            for event in (
+                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+            self.transport.close()
 
         def _watch(self) -> None:
             """One timer from when a head is due until it is whole: bytes in between don't wind it up again."""
@@ -67,7 +104,27 @@ def protocol_within(limit_s: float, most: int) -> type[H11Protocol]:
 
         def _give_up(self) -> None:
             self._head_timer = None
+            if self.transport.get_write_buffer_size():
+                self.transport.abort()
             self.transport.close()
+
+        def _watch_reader(self) -> None:
+            unsent = self.transport.get_write_buffer_size()
+            self._reader_timer = self.loop.call_later(limit_s, self._check_reader, unsent)
+
+        def _stop_watching_reader(self) -> None:
+            if self._reader_timer is not None:
+                self._reader_timer.cancel()
+                self._reader_timer = None
+
+        def _check_reader(self, unsent: int) -> None:
+            """While it is paused nothing is added, so less is left if anything was taken."""
+            if self.transport.get_write_buffer_size() < unsent:
+                self._watch_reader()
+                return
+            self._reader_timer = None
+            logger.info("a client took nothing of its answer for %.0f s: its connection is cut", limit_s)
+            self.transport.abort()
 
     return BoundedProtocol
 

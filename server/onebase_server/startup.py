@@ -4,11 +4,14 @@ Nothing here loads the base or opens a port.
 """
 
 import asyncio
+import errno
 import os
 import resource
 import shutil
 import socket
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sqlalchemy.exc import DatabaseError, SQLAlchemyError
@@ -16,7 +19,9 @@ from sqlalchemy.exc import DatabaseError, SQLAlchemyError
 from onebase.errors import BaseModelError, InvalidInput
 from onebase.home import Home
 from onebase_server.records.database import Database
+from onebase_server.records.homes import claim
 from onebase_server.records.keys import KeyRecords
+from onebase_server.records.standing import Standing, standing_at, standing_of_file
 from onebase_server.settings import LOOPBACK, Settings
 
 LOW_DISK_MB = 500
@@ -68,19 +73,36 @@ def open_records(settings: Settings) -> bool:
     return asyncio.run(_open_records(settings))
 
 
+def look_at_records(settings: Settings) -> Standing:
+    """How the database stands, which is left as it is. Raises InvalidInput with words."""
+    path = settings.home.root / "onebase.db"
+    with in_words(settings, path):
+        return standing_at(settings.database) if settings.database else standing_of_file(path)
+
+
 async def _open_records(settings: Settings) -> bool:
     path = settings.home.root / "onebase.db"
     database = Database.at(settings.database) if settings.database else Database.file(path)
     try:
-        await database.migrate()
-        return await KeyRecords(database).any()
+        with in_words(settings, path):
+            await database.migrate()
+            if settings.database:
+                await claim(database, settings.home.root)
+            return await KeyRecords(database).any()
+    finally:
+        await database.close()
+
+
+@contextmanager
+def in_words(settings: Settings, path: Path) -> Iterator[None]:
+    """SQLAlchemy's errors as InvalidInput. `path`: of the SQLite file, if that is what is used."""
+    try:
+        yield
     except DatabaseError as error:
         place = "the database" if settings.database else str(path)
         raise InvalidInput(f"{place} can't be used: {reason_of(error)}", param="database") from error
     except SQLAlchemyError as error:
         raise InvalidInput(f"the database can't be used: {type(error).__name__}", param="database") from error
-    finally:
-        await database.close()
 
 
 def reason_of(error: DatabaseError) -> str:
@@ -121,10 +143,11 @@ def check_port_free(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise InvalidInput(
-                f"can't listen on {host}:{port} ({error.strerror}): end what does, or name another by ONEBASE_PORT",
-                param="port",
-            ) from error
+            mend = {
+                errno.EADDRINUSE: "end what does, or name another by ONEBASE_PORT",
+                errno.EACCES: "name one above 1023 by ONEBASE_PORT, or give this user the right to it",
+            }.get(error.errno or 0, "name an address of this machine by ONEBASE_HOST")
+            raise InvalidInput(f"can't listen on {host}:{port} ({error.strerror}): {mend}", param="port") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

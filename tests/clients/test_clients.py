@@ -58,6 +58,18 @@ def test_python_moves_versions(client: Onebase) -> None:
     client.server.unload("pirate", 1)
 
 
+def test_python_shows_where_models_are(client: Onebase) -> None:
+    client.server.preload("pirate", 1)
+    client.server.pin("pirate", 2)
+    base, *cards = client.server.models(versions=True)
+    assert (base.id, base.parent, base.residency) == (BASE, None, None)
+    assert [card.id for card in cards] == ["pirate", "pirate@1", "pirate@2"]
+    assert {card.parent for card in cards} == {BASE}
+    assert {card.residency for card in cards} <= {"device", "host"}
+    client.server.unpin("pirate", 2)
+    assert [card.id for card in client.server.models()] == [BASE, "pirate"]
+
+
 def test_python_errors_are_openais(client: Onebase) -> None:
     with pytest.raises(openai.NotFoundError):
         client.server.adapter("nobody")
@@ -90,7 +102,7 @@ def test_python_makes_and_revokes_keys(tmp_path: Path) -> None:
 
 
 def keys(client: Onebase) -> None:
-    made = client.server.create_key("ann", rpm=60)
+    made = client.server.create_key("ann", scopes=("inference", "admin"), rpm=60)
     assert made.key
     assert made.rpm == 60
     [listed] = client.server.keys()

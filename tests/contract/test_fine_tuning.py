@@ -144,6 +144,8 @@ def test_from_a_file_to_a_chat_with_the_new_model(client: OpenAI, plan: Path) ->
         client.chat.completions.create(
             model=point.fine_tuned_model_checkpoint, messages=[{"role": "user", "content": "Hi"}]
         )
+    client.models.delete(checkpoints[0].fine_tuned_model_checkpoint)
+    assert [point.step_number for point in client.fine_tuning.jobs.checkpoints.list(job.id)] == [2]
     table = client.files.content(job.result_files[0]).text
     assert table.startswith("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n1,2.00000")
     assert job.id in [each.id for each in client.fine_tuning.jobs.list(extra_query={"metadata[team]": "blue"})]

@@ -97,10 +97,75 @@ def test_a_reply_can_be_sent_back_as_it_came(client: OpenAI, live: Live) -> None
     assert client.chat.completions.create(model=BASE, messages=history, tools=[LOOK]).choices[0].message.content
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the package's own, at its typed message
+def test_parsed_and_streamed_messages_can_be_sent_back_as_they_came(client: OpenAI, live: Live) -> None:
+    """They hold more than the API gave: `parsed`, `parsed_arguments`, a call's `index`."""
+    live.says = '{"name": "Ann", "age": 7}'
+    parsed = client.chat.completions.parse(model=BASE, messages=HI, response_format=Person).choices[0].message
+    live.says = CALL
+    with client.chat.completions.stream(model=BASE, messages=HI, tools=[LOOK]) as stream:
+        called = stream.get_final_completion().choices[0].message
+    assert called.tool_calls is not None
+    result: Any = {"role": "tool", "tool_call_id": called.tool_calls[0].id, "content": "4"}
+    live.says = "Hello there."
+    for message in (called, called.model_dump()):
+        history: Any = [*HI, parsed, *HI, message, result]
+        assert client.chat.completions.create(model=BASE, messages=history, tools=[LOOK]).choices[0].message.content
+        history[1] = parsed.model_dump()
+        assert client.chat.completions.create(model=BASE, messages=history, tools=[LOOK]).choices[0].message.content
+
+
+def test_a_responses_output_can_be_sent_back_as_input(client: OpenAI, live: Live) -> None:
+    live.says = "Let me see.\n\n" + CALL
+    tool: Any = {"type": "function", "name": "look", "parameters": LOOK["function"]["parameters"], "strict": True}
+    with client.responses.stream(model=BASE, input="Hi", tools=[tool]) as stream:
+        streamed = stream.get_final_response().output
+    whole = client.responses.create(model=BASE, input="Hi", tools=[tool]).output
+    live.says = "Hello there."
+    for output in (streamed, whole, [item.model_dump() for item in streamed], [item.model_dump() for item in whole]):
+        call_id = output[-1]["call_id"] if isinstance(output[-1], dict) else output[-1].call_id  # type: ignore[union-attr]
+        items: Any = [*HI, *output, {"type": "function_call_output", "call_id": call_id, "output": "4"}]
+        assert client.responses.create(model=BASE, input=items, tools=[tool]).output_text == "Hello there."
+
+
 def test_parse_gives_a_typed_answer(client: OpenAI, live: Live) -> None:
     live.says = '{"name": "Ann", "age": 7}'
     parsed = client.chat.completions.parse(model=BASE, messages=HI, response_format=Person)
     assert parsed.choices[0].message.parsed == Person(name="Ann", age=7)
+
+
+def test_the_stream_helper_gives_a_typed_answer(client: OpenAI, live: Live) -> None:
+    live.says = '{"name": "Ann", "age": 7}'
+    with client.chat.completions.stream(model=BASE, messages=HI, response_format=Person) as stream:
+        seen = [event.parsed for event in stream if event.type == "content.done"]
+        final = stream.get_final_completion()
+    assert seen == [Person(name="Ann", age=7)]
+    assert final.choices[0].message.parsed == Person(name="Ann", age=7)
+
+
+def test_the_helpers_work_by_their_older_names_too(client: OpenAI, live: Live) -> None:
+    live.says = '{"name": "Ann", "age": 7}'
+    older: Any = client.beta.chat.completions
+    assert older.parse(model=BASE, messages=HI, response_format=Person).choices[0].message.parsed.name == "Ann"
+    with older.stream(model=BASE, messages=HI, response_format=Person) as stream:
+        stream.until_done()
+        assert stream.get_final_completion().choices[0].message.parsed.age == 7
+
+
+def test_a_call_s_arguments_are_typed_by_either_helper(client: OpenAI, live: Live) -> None:
+    live.says = CALL.replace("look", "Look")
+
+    class Look(BaseModel):
+        q: str
+
+    tool = openai.pydantic_function_tool(Look)
+    message = client.chat.completions.parse(model=BASE, messages=HI, tools=[tool]).choices[0].message
+    assert message.tool_calls is not None
+    assert message.tool_calls[0].function.parsed_arguments == Look(q="tea")
+    with client.chat.completions.stream(model=BASE, messages=HI, tools=[tool]) as stream:
+        streamed = stream.get_final_completion().choices[0].message
+    assert streamed.tool_calls is not None
+    assert streamed.tool_calls[0].function.parsed_arguments == Look(q="tea")
 
 
 def test_parse_says_when_the_answer_was_cut(client: OpenAI, live: Live) -> None:
@@ -148,6 +213,46 @@ def test_the_responses_stream_helper(client: OpenAI, live: Live) -> None:
 def test_responses_parse(client: OpenAI, live: Live) -> None:
     live.says = '{"name": "Ann", "age": 7}'
     assert client.responses.parse(model=BASE, input="Hi", text_format=Person).output_parsed == Person(name="Ann", age=7)
+
+
+def test_the_responses_stream_helper_gives_text_and_a_typed_answer(client: OpenAI, live: Live) -> None:
+    live.says = '{"name": "Ann", "age": 7}'
+    with client.responses.stream(model=BASE, input="Hi", text_format=Person) as stream:
+        snapshots = [event.snapshot for event in stream if event.type == "response.output_text.delta"]
+        final = stream.get_final_response()
+    assert snapshots[-1] == live.says
+    assert final.output_parsed == Person(name="Ann", age=7)
+
+
+def test_a_call_and_its_output_by_responses(client: OpenAI, live: Live) -> None:
+    live.says = CALL
+    tool: Any = {"type": "function", "name": "look", "parameters": LOOK["function"]["parameters"], "strict": True}
+    first = client.responses.create(model=BASE, input="Hi", tools=[tool])
+    [call] = first.output
+    assert call.type == "function_call"
+    live.says = "Four pounds."
+    output: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "4"}
+    told = client.responses.create(model=BASE, input=[output], previous_response_id=first.id, tools=[tool])
+    assert told.output_text == "Four pounds."
+    again: Any = [{"role": "user", "content": "Hi"}, *[item.model_dump() for item in first.output], output]
+    assert client.responses.create(model=BASE, input=again, tools=[tool]).output_text == "Four pounds."
+
+
+def test_input_items_are_walked_page_by_page(client: OpenAI) -> None:
+    given: Any = [{"role": "user", "content": text} for text in "ABCDE"]
+    made = client.responses.create(model=BASE, input=given)
+    items: Any = client.responses.input_items.list(made.id, limit=2, order="asc")
+    assert [item.content[0].text for item in items] == list("ABCDE")
+
+
+def test_an_error_in_a_stream_of_responses_is_its_own_event(client: OpenAI, live: Live) -> None:
+    live.runner.fail_next = RuntimeError("boom")
+    *_, error, failed = client.responses.create(model=BASE, input="Hi", stream=True)
+    assert error.type == "error"
+    assert error.message.startswith("The server had an error")
+    assert failed.type == "response.failed"
+    assert failed.response.error is not None
+    assert failed.response.error.code == "server_error"
 
 
 def test_models(client: OpenAI) -> None:

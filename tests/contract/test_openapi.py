@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from onebase_server.api.schemas_common import ErrorBody
 from onebase_server.openapi import build_document, main, operations, references, render
 
 ROOT = Path(__file__).parents[2]
@@ -57,9 +58,35 @@ def test_success_is_always_200(document: dict[str, Any]) -> None:
 
 def test_everything_behind_a_key_says_401_and_the_rest_needs_none(document: dict[str, Any]) -> None:
     for path, _, op in all_operations(document):
-        behind = path.startswith(("/v1", "/admin"))
+        behind = path.startswith(("/v1", "/admin", "/metrics"))
         assert ("401" in op["responses"]) is behind, path
-        assert ("security" in op) is not behind, path
+        assert ("security" in op) is (not behind or path == "/metrics"), path
+
+
+def test_every_error_that_an_operation_can_give_is_documented(document: dict[str, Any]) -> None:
+    for path, method, op in all_operations(document):
+        if not path.startswith(("/v1", "/admin")):
+            continue
+        wanted = {"400", "401", "403", "500", "503"}
+        if "{" in path:
+            wanted.add("404")
+        if "requestBody" in op:
+            wanted |= {"404", "408", "413", "415", "429"}
+        if method == "delete" or (path.startswith("/admin/adapters/") and method == "post"):
+            wanted |= {"409", "429"}
+        if method == "post":
+            wanted.add("429")
+        assert wanted <= set(op["responses"]), (method, path)
+
+
+def test_every_error_has_openais_body_a_request_id_and_an_example_of_its_schema(document: dict[str, Any]) -> None:
+    for status, error in document["components"]["responses"].items():
+        assert "x-request-id" in error["headers"], status
+        content = error["content"]["application/json"]
+        assert content["schema"]["$ref"].endswith("/ErrorBody")
+        ErrorBody.model_validate(content["example"])
+    for status in ("429", "503"):
+        assert "Retry-After" in document["components"]["responses"][status]["headers"]
 
 
 def test_streams_are_described(document: dict[str, Any]) -> None:

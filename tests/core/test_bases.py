@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.numpy import save_file
 
 from onebase.base_fetch import fetch, fetch_embedded, fetch_folder
@@ -246,3 +247,16 @@ def test_without_a_network_a_hub_id_says_what_to_do(home: Home, monkeypatch: pyt
         fetch(home, "openlm-research/open_llama_7b")
     assert refused.value.code == "hub_unreachable"
     assert list_bases(home) == []
+
+
+def test_a_name_that_no_server_answers_for_says_what_to_do(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's HTTP library has errors of its own for it, which are no OSError."""
+    [http_error, *_] = HfHubHTTPError.__bases__
+    unknown = type("ConnectError", (http_error,), {"__init__": lambda self, words: Exception.__init__(self, words)})
+
+    def fail(*_: object, **__: object) -> None:
+        raise unknown("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
+    with pytest.raises(BaseModelError, match=r"can't be reached \(Name or service not known\)"):
+        fetch(home, "openlm-research/open_llama_7b")

@@ -105,6 +105,15 @@ def test_rollback_walks_back_through_what_was_served(store: AdapterStore, source
         store.rollback("bot", to=9)
 
 
+def test_a_move_from_what_is_no_more_served_is_refused(store: AdapterStore, source: Path) -> None:
+    for _ in range(3):
+        publish(store, source)
+    assert store.set_current("bot", 1, expected={3: 1.0}).weights == {1: 1.0}
+    with pytest.raises(Conflict, match="moved meanwhile"):
+        store.set_current("bot", 2, expected={3: 1.0})
+    assert store.resolve("bot").version == 1
+
+
 def test_a_canary_splits_by_weight_and_sticks(store: AdapterStore, source: Path) -> None:
     for _ in range(2):
         publish(store, source)

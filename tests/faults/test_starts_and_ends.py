@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -73,6 +73,66 @@ def test_a_port_that_is_taken_is_said_before_anything_is_begun(tmp_path: Path) -
     assert f"127.0.0.1:{port}" in said
     assert "ONEBASE_PORT" in said
     assert "Traceback" not in said
+
+
+def newer(home: Path) -> None:
+    home.mkdir()
+    (home / "version").write_text("99\n")
+
+
+def damaged(home: Path) -> None:
+    Home(home).create()
+    (home / "onebase.db").write_bytes(b"no database at all" * 100)
+
+
+def spoilt_base(home: Path) -> None:
+    (home.parent / "base").mkdir()
+    (home.parent / "base" / "config.json").write_text("{")
+
+
+def in_the_way(home: Path) -> None:
+    home.write_text("a file")
+
+
+REFUSALS: list[tuple[str, Callable[[Path], None] | None, list[str], list[str]]] = [
+    ("open to others", None, ["--host", "0.0.0.0"], ["onebase keys create", "--allow-no-keys"]),
+    ("no such address", None, ["--host", "203.0.113.5", "--allow-no-keys"], ["can't listen on", "ONEBASE_HOST"]),
+    ("a newer home", newer, [], ["of version 99", "install the newer onebase again"]),
+    ("a file for a home", in_the_way, [], ["can't be written to", "ONEBASE_HOME"]),
+    ("a home that can't be made", None, ["--home", "/proc/nowhere"], ["/proc/nowhere can't be written to"]),
+    ("a damaged database", damaged, [], ["onebase.db can't be used", "restore a backup"]),
+    ("no base", None, ["--base", "/nowhere/model"], ["no base '/nowhere/model'", "onebase base ls"]),
+    ("a spoilt base", spoilt_base, ["--base", "{home}/../base"], ["config.json does not parse"]),
+    ("no hub", None, ["--base", "no-such/model"], ["the hub can't be reached", "--base PATH"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words", "told"), [each[1:] for each in REFUSALS], ids=[each[0] for each in REFUSALS]
+)
+def test_a_start_that_can_not_succeed_says_why_and_what_to_do(
+    tmp_path: Path, prepare: Callable[[Path], None] | None, words: list[str], told: list[str]
+) -> None:
+    home = tmp_path / "home"
+    if prepare is not None:
+        prepare(home)
+    path = os.pathsep.join(str(ROOT / part) for part in ("core", "server", "training"))
+    given = {name: value for name, value in os.environ.items() if not name.startswith("ONEBASE_")}
+    env = {**given, "PYTHONPATH": path, "ONEBASE_HOME": str(home), "ONEBASE_PORT": "0", "HF_HUB_OFFLINE": "1"}
+    start = [sys.executable, "-c", "from onebase_server.cli.main import main; main()", "serve"]
+    command = [*start, *(word.format(home=home) for word in words)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert [each for each in told if each not in done.stderr] == [], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_is_said_before_a_base_is_fetched(tmp_path: Path) -> None:
+    with serving(tmp_path / "home", "no disk") as process:
+        said = process.communicate()[1]
+    assert process.returncode == 1
+    assert "has 1 MB left" in said, said
+    assert "free some" in said
 
 
 def test_a_base_that_does_not_fit_in_memory_ends_the_server_with_words(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import pytest
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
+SIZES = {"num_pages": 64, "num_slots": 2, "max_lora_rank": 8, "max_batch_sequences": 8, "max_context": 256}
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _libraries() -> None:
@@ -45,27 +47,75 @@ def _base(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("name", ["llama_64", "qwen3", "qwen2", "llama"])
 def test_logprobs_follow_transformers(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """llama_64: fused forward; qwen3: graphs with norms of q and k; qwen2 and llama (heads of 32): no graphs."""
-    import torch
-
-    from gpu_runners import Sequence, make_batch
-    from onebase_server.engine.runner_cuda import CudaRunner, build_cuda_runner
+    from onebase_server.engine.build_cuda import build_cuda_runner
+    from onebase_server.engine.runner_cuda import CudaRunner
     from onebase_server.engine.runner_torch import RunnerConfig
 
     base = _base(tmp_path, name, monkeypatch)
-    config = RunnerConfig(num_pages=64, num_slots=2, max_lora_rank=8, max_batch_sequences=8, max_context=256)
-    runner = build_cuda_runner(base, config, identity=None)
+    runner = build_cuda_runner(base, RunnerConfig(**SIZES), identity=None)
     assert isinstance(runner, CudaRunner) == (name in ("llama_64", "qwen3"))
+    _follow(base.model, runner)
+
+
+@pytest.mark.parametrize("missing", ["NVRTC", "a compiler that works"])
+def test_logprobs_follow_transformers_where_our_kernels_can_not_be_built(
+    tmp_path: Path, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onebase_server.engine.build_cuda import build_cuda_runner
+    from onebase_server.engine.runner_cuda import CudaRunner
+    from onebase_server.engine.runner_torch import RunnerConfig
+    from onebase_server.kernels import cuda_build
+    from onebase_server.kernels.cuda_bnb import BnbMatmul
+
+    def fail(*_):
+        raise cuda_build.CudaBuildError("not here")
+
+    base = _base(tmp_path, "llama_64", monkeypatch)
+    monkeypatch.setattr(cuda_build, "_nvrtc" if missing == "NVRTC" else "compile_cubin", fail)
+    runner = build_cuda_runner(base, RunnerConfig(**SIZES), identity=None)
+    assert not isinstance(runner, CudaRunner)
+    assert isinstance(runner.weights.layers[0].projections["qkv"].weight.repacked, BnbMatmul)
+    _follow(base.model, runner)
+
+
+def test_the_bases_own_weights_go_as_the_runners_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from onebase_server.engine.build_cuda import build_cuda_runner
+    from onebase_server.engine.runner_cuda import CudaRunner
+    from onebase_server.engine.runner_torch import RunnerConfig
+
+    base, reference = (_base(tmp_path, "llama_64", monkeypatch) for _ in range(2))
+    asked = []
+
+    def num_pages(free: int, has_graphs: bool) -> int:
+        asked.append((free > 0, has_graphs))
+        return 48
+
+    runner = build_cuda_runner(base, RunnerConfig(**SIZES), identity=None, num_pages=num_pages, release=True)
+    assert isinstance(runner, CudaRunner)
+    assert asked == [(True, True)]
+    assert runner.limits.num_pages == 48
+    assert runner.num_graphs > 0
+    assert base.model.model.layers[0].self_attn.q_proj.weight is None
+    _follow(reference.model, runner)
+
+
+def _follow(model, runner) -> None:
+    """Logprobs of five steps of three sequences are those of transformers."""
+    import torch
+
+    from gpu_runners import Sequence, make_batch
+
     live = [Sequence(i, [(7 * i + 3 * j) % 300 + 5 for j in range(12 + 9 * i)], -1) for i in range(3)]
-    free = list(range(64))
+    free = list(range(runner.limits.num_pages))
     for _ in range(5):
         result = runner.run(make_batch(live, free, top_logprobs=4))
         for i, s in enumerate(live):
             with torch.no_grad():
-                logits = base.model(torch.tensor([s.ids], device="cuda")).logits[0, -1].float()
+                logits = model(torch.tensor([s.ids], device="cuda")).logits[0, -1].float()
             expected = logits.log_softmax(-1)
             ids = torch.from_numpy(result.top_ids[i]).long().cuda()
             ours = torch.from_numpy(result.top_logprobs[i]).cuda()
-            assert (expected[ids] - ours).abs().max() < 0.15, (name, i)
+            assert (expected[ids] - ours).abs().max() < 0.15, i
             s.ids.append(int(expected.argmax()))
 
 

@@ -31,10 +31,14 @@ def _adapter(runner, rank: int, seed: int):
     return TorchHostAdapter(rank=rank, a=a, b=b, module_ranks=ranks)
 
 
-def test_replays_follow_changes_of_batch_pages_and_adapters(runners) -> None:
+@pytest.mark.parametrize("kept", [128, 2], ids=["all kept", "graphs make way"])
+def test_replays_follow_changes_of_batch_pages_and_adapters(runners, kept: int, monkeypatch) -> None:
     import torch
 
+    from onebase.lru import Lru
+
     ours, reference = runners
+    monkeypatch.setattr(ours._graphs, "_lora", Lru(kept))
     rng = random.Random(7)
     free = list(range(600))
     rng.shuffle(free)
@@ -73,6 +77,31 @@ def test_replays_follow_changes_of_batch_pages_and_adapters(runners) -> None:
                 assert token in ids[values == values[0]], step  # logits in bf16 tie now and then
         for s, token in zip(live, theirs.token_ids.tolist(), strict=True):
             s.ids.append(token)
+    assert len(ours._graphs._lora) == kept or 2 < len(ours._graphs._lora) < kept
+
+
+def test_adapters_prefetched_a_layer_ahead_give_the_same_bits(runners, monkeypatch) -> None:
+    import torch
+
+    from onebase.lru import Lru
+
+    ours, _ = runners
+    ours.clear_slot(0)
+    ours.load_slot(0, _adapter(ours, 8, 1))
+    torch.cuda.synchronize()
+    assert ours.slot_ready(0)
+    seen = []
+    for prefetches in (False, True):
+        monkeypatch.setattr(ours.forward, "prefetches_lora", prefetches, raising=False)
+        monkeypatch.setattr(ours._graphs, "_lora", Lru(8))  # captured anew
+        live = [Sequence(i, [(i * 37 + j) % 768 for j in range(20)], i % 2 - 1) for i in range(12)]
+        free = list(range(600))
+        for _ in range(6):
+            for s, token in zip(live, ours.run(make_batch(live, free)).token_ids.tolist(), strict=True):
+                s.ids.append(token)
+        seen.append([s.ids for s in live])
+    ours.clear_slot(0)
+    assert seen[0] == seen[1]
 
 
 def test_the_same_step_gives_the_same_bits_whatever_was_replayed_between(runners) -> None:
@@ -111,3 +140,26 @@ def test_scored_tokens_have_the_reference_runners_logprobs(runners) -> None:
         assert abs(mine.scores.logprobs - theirs.scores.logprobs).max() < 0.12
         assert mine.scores.top_ids.shape == (len(step.scored), step.score_top)
         assert len(mine.token_ids) == 2
+
+
+def test_steps_of_a_thread_that_never_saw_the_device_run_on_the_runners(runners) -> None:
+    """The base is loaded by one thread and served by another, whose current device CUDA knows nothing of."""
+    import threading
+
+    import torch
+
+    ours, _ = runners
+    seen = []
+
+    def work() -> None:
+        live, free = [Sequence(0, [1, 2, 3, 4], -1)], list(range(600))
+        for _ in range(4):
+            live[0].ids.append(int(ours.run(make_batch(live, free)).token_ids[0]))
+        seen.append((torch.cuda.current_device(), live[0].ids))
+
+    for _ in range(2):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert seen[0][0] == ours.device.index
+    assert seen[0] == seen[1]

@@ -20,7 +20,7 @@ from onebase.base_model import load_base
 from onebase.bases import resolve_base
 from onebase.home import Home
 from onebase.serving_note import ServerNote
-from onebase_server.engine.runner_cuda import build_cuda_runner
+from onebase_server.engine.build_cuda import build_cuda_runner
 from onebase_server.engine.runner_torch import RunnerConfig
 from onebase_server.engine.share_weights import describe_cuda
 
@@ -75,12 +75,13 @@ def test_handles_give_a_second_process_the_same_values_and_it_notices_the_server
         borrowed.require_owner()
     finally:
         server.kill()
-        server.wait()
+        server.communicate()
     with pytest.raises(ServerGone):
         borrowed.require_owner()
 
 
-def test_the_host_is_held_to_one_layer_ahead_of_the_device() -> None:
+@pytest.mark.parametrize("layers", [1, 4])
+def test_the_host_is_held_to_so_many_layers_ahead_of_the_device(layers: int) -> None:
     import torch
 
     from onebase_training.boundaries import _Pace
@@ -88,12 +89,12 @@ def test_the_host_is_held_to_one_layer_ahead_of_the_device() -> None:
     pace = _Pace()
     events = []
     busy = torch.randn(4096, 4096, device="cuda")
-    for _ in range(6):
+    for _ in range(10):
         for _ in range(20):
             busy = busy @ busy
             busy /= busy.norm()
         done = torch.cuda.Event()
         done.record()
         events.append(done)
-        pace.keep()
-    assert all(event.query() for event in events[:-2]), "the host ran more than one layer ahead"
+        pace.keep(layers)
+    assert all(event.query() for event in events[: -layers - 1]), f"the host ran more than {layers} layers ahead"

@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 
 import httpx
@@ -13,6 +13,7 @@ import pytest
 
 from api_world import chat_body
 from live_server import Live, live_server
+from onebase_server.api.caller import LOCAL
 
 pytestmark = pytest.mark.slow
 LIMIT_S = 0.4
@@ -127,6 +128,53 @@ def test_an_answer_may_take_longer_than_the_limit(live: Live) -> None:
     with httpx.stream("POST", f"{live.url}/v1/chat/completions", json=chat_body(stream=True)) as reply:
         time.sleep(LIMIT_S * 1.5)
         assert "[DONE]" in "".join(reply.iter_text())
+
+
+LARGE = {"stream": True, "n": 16, "logprobs": True, "top_logprobs": 20, "max_tokens": 400}
+"""Some 10 MB of events: far more than sockets and transports buffer."""
+
+
+def ask_for_much(live: Live, **fields: object) -> socket.socket:
+    live.says = "x" * 400
+    body = json.dumps(chat_body(**{**LARGE, **fields})).encode()
+    conn = socket.socket()
+    conn.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    host, port = live.url.removeprefix("http://").split(":")
+    conn.connect((host, int(port)))
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
+    conn.sendall(head.encode() + body)
+    return conn
+
+
+def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": False}], ids=["stream", "whole"])
+def test_a_client_that_reads_nothing_is_cut_and_holds_nothing(live: Live, fields: dict[str, object]) -> None:
+    state = live.server.http.server_state
+    until(lambda: not state.tasks)
+    with closing(ask_for_much(live, **fields)):
+        until(lambda: bool(state.tasks))
+        until(lambda: live.backend.engine.stats().num_running > 0)
+        assert httpx.get(f"{live.url}/v1/models").status_code == 200, "nobody else waits for it"
+        until(lambda: not state.tasks)  # though the client holds on to its end
+        stats = live.backend.engine.stats()
+        assert (stats.num_running, stats.pages_held) == (0, 0)
+        assert live.server.deps.limiter.running(LOCAL) == 0
+        until(lambda: not state.connections)
+
+
+def test_a_client_that_reads_slowly_gets_all(live: Live) -> None:
+    text = b""
+    with closing(ask_for_much(live, n=6)) as conn:
+        while not text.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+            time.sleep(LIMIT_S / 8)
+            piece = conn.recv(1 << 18)
+            assert piece, "cut"
+            text += piece
+    assert text.count(b'"finish_reason":"length"') == 6
 
 
 def test_a_huge_body_is_refused_before_it_is_read(live: Live) -> None:

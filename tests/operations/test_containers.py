@@ -179,6 +179,26 @@ def test_grafana_does_not_start_without_a_password(password: str) -> None:
     assert "GRAFANA_PASSWORD" in done.stderr or password
 
 
+@pytest.mark.parametrize("key", ["", "sk-metrics"])
+def test_prometheus_scrapes_with_the_key_and_does_not_start_without_one(tmp_path: Path, key: str) -> None:
+    service = COMPOSE["services"]["prometheus"]
+    shell, flag, script, *name = service["entrypoint"]
+    told = script.replace("$$", "$").replace("/bin/prometheus", "echo").replace("exec ", "")
+    [scrape] = yaml.safe_load((MONITORING / "prometheus.yml").read_text("utf-8"))["scrape_configs"]
+    path = scrape["authorization"]["credentials_file"]
+    assert path in script
+    assert service["tmpfs"] == [str(Path(path).parent)]
+    command = [shell, flag, told.replace(path, str(tmp_path / "key")), *name, *service["command"]]
+    done = subprocess.run(command, env={"METRICS_KEY": key}, capture_output=True, check=False, text=True)
+    assert (done.returncode == 0) == bool(key)
+    assert done.stdout == (" ".join(service["command"]) + "\n" if key else "")
+    if not key:
+        assert "ONEBASE_METRICS_KEY" in done.stderr
+    else:
+        assert (tmp_path / "key").read_text() == key
+        assert (tmp_path / "key").stat().st_mode & 0o077 == 0
+
+
 def test_the_drain_fits_into_the_grace_that_containers_get() -> None:
     longest = Settings(home=Home(Path("/nowhere"))).drain_s + 10 + 5  # the engine's end, and uvicorn's own
     for name in SERVERS:

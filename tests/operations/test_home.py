@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import os
 import shutil
 import sqlite3
 import tarfile
@@ -27,6 +28,7 @@ from onebase_server.cli.main import app
 from onebase_server.jobs.files import FileService
 from onebase_server.records.database import Database
 from onebase_server.records.files import FileRecords
+from onebase_server.records.homes import home_id
 from onebase_server.records.keys import KeyRecords
 from onebase_server.settings import Settings, load_settings
 from scripted_base import IDENTITY
@@ -115,23 +117,7 @@ def test_an_upgrade_that_was_killed_is_done_again(home: Home, killed_in: int, mo
 
 
 def test_an_older_database_is_brought_up_with_its_rows(home: Home) -> None:
-    from alembic import command
-    from alembic.config import Config
-    from sqlalchemy import create_engine
-
-    from onebase_server.records.database import MIGRATIONS
-
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS))
-    engine = create_engine(f"sqlite:///{home.root / 'onebase.db'}")
-    with engine.connect() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0001")
-        connection.exec_driver_sql(
-            "INSERT INTO keys (id, owner, name, hash, scopes, created_at) VALUES ('key_1', 'ann', 'old', 'h', '[]', 1)"
-        )
-        connection.commit()
-    engine.dispose()
+    older(home)
     assert startup.open_records(Settings(home=home)) is True
     with closing(sqlite3.connect(home.root / "onebase.db")) as database:
         assert database.execute("SELECT id, parallel FROM keys").fetchall() == [("key_1", None)]
@@ -155,6 +141,14 @@ def test_a_database_that_is_none_is_said_so_and_left_alone(home: Home, damage: b
     with pytest.raises(InvalidInput, match="can't be used"):
         startup.open_records(Settings(home=home))
     assert path.read_bytes() == damage
+
+
+def test_the_database_of_another_home_is_refused_at_the_start(home: Home, tmp_path: Path) -> None:
+    shared = f"sqlite:///{tmp_path / 'shared.db'}"
+    startup.open_records(Settings(home=home, database=shared))
+    other = Home(tmp_path / "other").create()
+    with pytest.raises(InvalidInput, match=rf"belongs to another home folder \({home_id(home.root)}"):
+        startup.open_records(Settings(home=other, database=shared))
 
 
 def test_a_database_that_does_not_answer_is_said_so_without_its_password(home: Home) -> None:
@@ -205,12 +199,66 @@ def test_doctor_finds_what_is_wrong_and_says_what_to_do(home: Home, monkeypatch:
     assert found["disk"].verdict == "fail"
 
 
+def older(home: Home) -> None:
+    """A database as the first onebase left it."""
+    from alembic import command
+    from alembic.config import Config
+    from sqlalchemy import create_engine
+
+    from onebase_server.records.database import MIGRATIONS
+
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    engine = create_engine(f"sqlite:///{home.root / 'onebase.db'}")
+    with engine.connect() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.exec_driver_sql(
+            "INSERT INTO keys (id, owner, name, hash, scopes, created_at) VALUES ('key_1', 'ann', 'old', 'h', '[]', 1)"
+        )
+        connection.commit()
+    engine.dispose()
+
+
+def bytes_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_doctor_changes_nothing_and_says_that_a_database_is_old_or_too_new(home: Home) -> None:
+    older(home)
+    before = bytes_below(home.root)
+    done = CliRunner().invoke(app, ["doctor", "--home", str(home.root)], env={"ONEBASE_PORT": "0"})
+    assert "warn database: SQLite is whole, of an older onebase (0001): the next start brings it up" in done.output
+    assert "ok   keys: set" in done.output
+    assert bytes_below(home.root) == before
+
+    startup.open_records(Settings(home=home))
+    with closing(sqlite3.connect(home.root / "onebase.db")) as database:
+        database.execute("UPDATE alembic_version SET version_num = '9999'")
+        database.commit()
+    done = CliRunner().invoke(app, ["doctor", "--json", "--home", str(home.root)], env={"ONEBASE_PORT": "0"})
+    told = json.loads(done.output)
+    [finding] = [each for each in told["findings"] if each["what"] == "database"]
+    assert (done.exit_code, told["ok"], finding["verdict"]) == (1, False, "fail")
+    assert "newer onebase" in finding["words"]
+
+
+def test_doctor_looks_into_the_database_of_a_running_server(home: Home) -> None:
+    startup.open_records(Settings(home=home))
+    with closing(sqlite3.connect(home.root / "onebase.db")) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        writer.execute("INSERT INTO files SELECT * FROM files")
+        found = {finding.what: finding for finding in doctor.examine(load_settings({}, {"home": home.root}))}
+        assert (found["database"].verdict, found["keys"].verdict) == ("ok", "warn"), found
+
+
 # Backup and restore
 
 
 @pytest.mark.parametrize("name", ["all.tar", "all.tar.gz"])
 def test_a_backup_of_a_running_home_restores_everything(home: Home, tmp_path: Path, name: str) -> None:
     made = full(home)
+    identity = home_id(home.root)
     with closing(sqlite3.connect(home.root / "onebase.db")) as writer:  # a transaction is open all the while
         writer.execute("BEGIN IMMEDIATE")
         writer.execute("UPDATE keys SET name = 'not committed'")
@@ -219,6 +267,7 @@ def test_a_backup_of_a_running_home_restores_everything(home: Home, tmp_path: Pa
     target = Home(tmp_path / "elsewhere")
     restore(tmp_path / name, target)
     assert version_of(target.root) == CURRENT
+    assert home_id(target.root) == identity
     assert target.root.stat().st_mode & 0o077 == 0
     store = AdapterStore(target.adapters)
     assert [version.id for entry in store.list() for version in entry.versions] == ["pirate@1", "pirate@2"]
@@ -227,6 +276,43 @@ def test_a_backup_of_a_running_home_restores_everything(home: Home, tmp_path: Pa
     assert (target.files / made["file"]).read_bytes() == b"what was uploaded"
     with closing(sqlite3.connect(target.root / "onebase.db")) as database:
         assert database.execute("SELECT name FROM keys").fetchall() == [("ann",)]
+
+
+def readable_by_others(folder: Path) -> list[str]:
+    """Names of what others may look into if they can get at the folder at all."""
+    return sorted(path.name for path in (folder, *folder.iterdir()) if path.stat().st_mode & 0o077)
+
+
+def test_only_the_owner_can_read_the_home_its_backup_and_what_is_restored(home: Home, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        full(home)
+        back_up(home, tmp_path / "b.tar")
+        target = Home(tmp_path / "elsewhere")
+        target.root.mkdir(mode=0o755)
+        restore(tmp_path / "b.tar", target)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "b.tar").stat().st_mode & 0o777 == 0o600
+    assert (home.root / "onebase.db").stat().st_mode & 0o777 == 0o600
+    for each in (home, target):
+        assert set(readable_by_others(each.root)) <= {"version"}
+        assert all(path.stat().st_mode & 0o077 == 0 for path in each.files.iterdir())
+
+
+def test_a_home_or_a_folder_that_is_not_there_is_not_backed_up(home: Home, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="no home folder"):
+        back_up(Home(tmp_path / "typo"), tmp_path / "b.tar")
+    assert not (tmp_path / "typo").exists()
+    with pytest.raises(InvalidInput, match="make it first"):
+        back_up(home, tmp_path / "no" / "b.tar")
+
+
+def test_a_backup_says_that_another_database_is_not_in_it(home: Home, tmp_path: Path) -> None:
+    words = ["backup", str(tmp_path / "b.tar"), "--home", str(home.root)]
+    done = CliRunner().invoke(app, words, env={"ONEBASE_DATABASE": "postgresql://onebase:hunter2@127.0.0.1:1/onebase"})
+    assert "pg_dump" in done.output
+    assert "hunter2" not in done.output
 
 
 def test_a_backup_never_overwrites_and_a_restore_never_mixes(home: Home, tmp_path: Path) -> None:
@@ -297,7 +383,7 @@ def test_keys_on_the_command_line_are_made_listed_revoked_and_written_down(home:
     made = command(
         home, "keys", "create", "--name", "ann", "--scope", "training", "--models", "a, b", "--expires", "30d"
     )
-    key_id = made.split()[0]
+    key_id = next(word for word in made.split() if word.startswith("key_"))
     assert "sk-ob-" in made
     assert key_id in command(home, "keys", "ls")
     assert "revoked" in command(home, "keys", "revoke", key_id)
@@ -310,5 +396,5 @@ def test_keys_on_the_command_line_are_made_listed_revoked_and_written_down(home:
 @pytest.mark.parametrize("words", [["--scope", "root"], ["--expires", "soon"], ["--owner", "../x"]], ids=str)
 def test_a_wrong_key_order_on_the_command_line_makes_none(home: Home, words: list[str]) -> None:
     done = CliRunner().invoke(app, ["keys", "create", "--name", "ann", *words, "--home", str(home.root)])
-    assert isinstance(done.exception, InvalidInput)
+    assert (done.exit_code, words[0] in done.output) == (2, True), done.output
     assert "no key yet" in command(home, "keys", "ls")

@@ -1,6 +1,8 @@
 """What a container may take is what its limit leaves; what a server has loaded is no work for the collector."""
 
 import gc
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import psutil
 import pytest
 
 from live_server import live_server
-from onebase_server.memory import container_memory_left, free_memory, give_back_free
+from onebase_server.memory import HEAPS, container_memory_left, free_memory, give_back_free
 
 
 def write(folder: Path, **files: str) -> Path:
@@ -35,6 +37,33 @@ def test_freed_memory_between_pieces_in_use_goes_back_to_the_kernel() -> None:
     give_back_free()
     assert psutil.Process().memory_info().rss < full - 40_000_000
     assert len(kept) == 400
+
+
+ALLOCATE_IN_THREADS = """
+import ctypes, threading
+from onebase_server.memory import share_heaps
+if {shared}: assert share_heaps()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+together = threading.Barrier(16)
+def allocate():
+    together.wait()
+    libc.malloc(1000)
+    together.wait()
+threads = [threading.Thread(target=allocate) for _ in range(16)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+libc.malloc_stats()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+@pytest.mark.parametrize("shared", [True, False])
+def test_threads_share_two_heaps(shared: bool) -> None:
+    code = ALLOCATE_IN_THREADS.format(shared=shared)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heaps = len(re.findall(r"^Arena \d+:", done.stderr, re.MULTILINE))
+    assert (heaps <= HEAPS) is shared, done.stderr
 
 
 def test_the_old_interface_is_read_too(tmp_path: Path) -> None:

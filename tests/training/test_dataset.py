@@ -1,9 +1,7 @@
 """Files become rows: every broken line is told, nothing is lost silently, and the same rows are held out each time."""
 
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,6 @@ from onebase.tokenizer import TextTokenizer
 from onebase_training.config import Recipe, make_recipe
 from onebase_training.dataset import Dataset, load_dataset
 from onebase_training.plan import micro_batches
-from onebase_training.read import Problem, RawRecord, read_records
 from onebase_training.rows import Encoder, Row, cut_to_turns
 from tiny_base import CONVERSATIONS, sharegpt_file
 
@@ -59,17 +56,6 @@ def test_broken_lines_of_several_files_are_told_together(tmp_path: Path, encoder
     assert [Path(problem.split(" line")[0]).name for problem in caught.value.problems] == ["a.jsonl", "b.jsonl"]
 
 
-def test_a_json_list_counts_lines_too_and_stops_at_the_syntax_error(tmp_path: Path) -> None:
-    file = tmp_path / "d.json"
-    file.write_text('[\n {"text": "a"},\n\n {"text": "b"},\n {"text": }\n]')
-    config = make_recipe({"name": "x", "data": {"train": str(file)}}).data
-
-    found = list(read_records(config.train[0], tmp_path, config))
-
-    assert [record.line for record in found if isinstance(record, RawRecord)] == [2, 4]
-    assert [str(problem).startswith("line 5: not JSON") for problem in found if isinstance(problem, Problem)] == [True]
-
-
 def test_a_file_that_is_not_utf8_names_the_line(tmp_path: Path, encoder: Encoder) -> None:
     file = tmp_path / "d.jsonl"
     file.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
@@ -105,9 +91,92 @@ def test_the_same_rows_are_held_out_whatever_the_order_and_the_loss(tmp_path: Pa
     one = load(sharegpt_file(tmp_path / "a.jsonl"), encoder)
     other = load(sharegpt_file(tmp_path / "b.jsonl", CONVERSATIONS[::-1]), encoder, loss="all")
 
-    assert len(one.eval) == round(0.1 * len(CONVERSATIONS))
+    assert 0 < len(one.eval) < len(CONVERSATIONS) / 2
     assert keys(one.eval) == keys(other.eval)
     assert not keys(one.eval) & {row.key for row, _ in one.train}
+
+
+def chats(path: Path, *numbers: int) -> Path:
+    path.write_text("".join(chat_line(f"question {n}", f"answer {n}") + "\n" for n in numbers))
+    return path
+
+
+def test_a_row_stays_on_its_side_of_the_split_when_others_are_added(tmp_path: Path, encoder: Encoder) -> None:
+    before = load(chats(tmp_path / "a.jsonl", *range(100)), encoder, eval_fraction=0.2)
+    after = load(chats(tmp_path / "b.jsonl", *range(300, 100, -1), *range(100)), encoder, eval_fraction=0.2)
+
+    assert 10 < len(before.eval) < 30
+    assert keys(before.eval) <= keys(after.eval)
+    assert keys([row for row, _ in before.train]) <= keys([row for row, _ in after.train])
+
+
+def test_copies_of_a_row_are_on_one_side_of_the_split(tmp_path: Path, encoder: Encoder) -> None:
+    numbers = [n for n in range(60) for _ in range(3)]
+    for most in (None, 1, 4, 7):
+        dataset = load(
+            chats(tmp_path / "d.jsonl", *numbers),
+            encoder,
+            deduplicate=False,
+            eval_fraction=0.3,
+            max_eval_rows=most,
+        )
+        assert len(dataset.train) + len(dataset.eval) == 180
+        assert dataset.eval
+        assert not keys(dataset.eval) & keys([row for row, _ in dataset.train])
+
+
+def test_rows_beyond_the_most_that_are_evaluated_are_trained_on(tmp_path: Path, encoder: Encoder) -> None:
+    file = chats(tmp_path / "d.jsonl", *range(2200))
+
+    half = load(file, encoder, eval_fraction=0.6)
+    few = load(file, encoder, eval_fraction=0.6, max_eval_rows=10)
+
+    assert (len(half.train), len(half.eval)) == (1200, 1000)
+    assert (len(few.train), len(few.eval)) == (2190, 10)
+    assert keys(few.eval) <= keys(half.eval)
+
+
+def test_ten_rows_hold_out_one_at_least_and_one_row_is_never_all_held_out(tmp_path: Path, encoder: Encoder) -> None:
+    assert len(load(chats(tmp_path / "a.jsonl", *range(10)), encoder, eval_fraction=0.001).eval) == 1
+    assert len(load(chats(tmp_path / "b.jsonl", *range(6)), encoder, eval_fraction=0.1).eval) == 1
+    assert len(load(chats(tmp_path / "c.jsonl", 1), encoder, eval_fraction=0.99).train) == 1
+
+
+def test_a_held_out_file_is_evaluated_whole_unless_told_otherwise(tmp_path: Path, encoder: Encoder) -> None:
+    held_out = chats(tmp_path / "e.jsonl", *range(1200))
+    file = chats(tmp_path / "d.jsonl", 5000)
+
+    assert len(load(file, encoder, eval=str(held_out)).eval) == 1200
+    cut = load(file, encoder, eval=str(held_out), max_eval_rows=7)
+    assert len(cut.eval) == 7
+    assert cut.notices == [f"{held_out}: 1193 of 1200 records left out of evaluations: max_eval_rows = 7"]
+
+
+def test_a_long_reading_tells_how_far_it_is(tmp_path: Path, encoder: Encoder) -> None:
+    heard: list[str] = []
+    file = tmp_path / "d.jsonl"
+    file.write_text("not json\n" * 1001 + chat_line("a", "b"))
+
+    with pytest.raises(DatasetError):
+        load_dataset(make_recipe({"name": "x", "data": {"train": str(file)}}), encoder, 2048, heard.append)
+
+    assert heard == ["500 records read of d.jsonl", "1,000 records read of d.jsonl"]
+
+
+def test_held_out_rows_that_are_trained_on_are_told(tmp_path: Path, encoder: Encoder) -> None:
+    held_out = chats(tmp_path / "e.jsonl", 1, 2, 3)
+
+    dataset = load(chats(tmp_path / "d.jsonl", 3, 4), encoder, eval=str(held_out))
+
+    assert "1 of 3 records are trained on too" in dataset.notices[0]
+
+
+def test_a_held_out_file_without_a_usable_row_is_an_error(tmp_path: Path, encoder: Encoder) -> None:
+    held_out = tmp_path / "e.jsonl"
+    held_out.write_text(chat_line("long " * 100, "b"))
+
+    with pytest.raises(DatasetError, match="no usable record to hold out"):
+        load(chats(tmp_path / "d.jsonl", 1), encoder, eval=str(held_out), max_tokens=60)
 
 
 def test_pitfall_8_a_row_with_nothing_left_to_learn_is_left_out_and_told(tmp_path: Path, encoder: Encoder) -> None:
@@ -191,41 +260,6 @@ def test_the_seeds_loss_learns_every_token_but_the_first(tmp_path: Path, encoder
     row = load(sharegpt_file(tmp_path / "d.jsonl"), encoder, loss="all").train[0][0]
 
     assert np.flatnonzero(~row.learnt).tolist() == [0]
-
-
-def test_text_files_are_cut_in_overlapping_chunks_with_the_prefix(tmp_path: Path) -> None:
-    file = tmp_path / "t.txt"
-    file.write_text("0123456789", encoding="utf-8")
-    config = make_recipe(
-        {"name": "x", "data": {"train": str(file), "chunk_chars": 4, "chunk_overlap": 1, "chunk_prefix": ">"}}
-    ).data
-
-    found = [r.value["text"] for r in read_records(config.train[0], tmp_path, config) if isinstance(r, RawRecord)]  # type: ignore[index]
-
-    assert found == [">0123", ">3456", ">6789", ">9"]
-
-
-def test_a_hub_dataset_is_read_as_a_stream(monkeypatch: pytest.MonkeyPatch, encoder: Encoder, tmp_path: Path) -> None:
-    asked: list[tuple[Any, ...]] = []
-
-    def load_dataset(name: str, *, split: str, streaming: bool) -> Any:
-        asked.append((name, split, streaming))
-        return iter([{"prompt": "a", "completion": "b", "extra": None}])
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    recipe = make_recipe({"name": "x", "data": {"train": {"path": "owner/name", "split": "test"}, "eval_fraction": 0}})
-
-    assert len(load_dataset_rows(recipe, encoder)) == 1
-    assert asked == [("owner/name", "test", True)]
-
-
-def test_without_the_package_a_hub_dataset_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, encoder: Encoder
-) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-
-    with pytest.raises(DatasetError, match="pip install datasets"):
-        load_dataset_rows(make_recipe({"name": "x", "data": {"train": "owner/name"}}), encoder)
 
 
 def test_a_long_text_without_turns_is_cut_at_the_limit_and_told(tmp_path: Path, encoder: Encoder) -> None:

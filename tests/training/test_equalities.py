@@ -6,18 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from gradients import assert_same, loss_and_gradients, make_rows
-from onebase.base_model import LoadedBase, dequantized, load_base
+from onebase.base_model import LoadedBase, load_base
 from onebase.bases import resolve_base
+from onebase.errors import RecipeError
 from onebase.home import Home
 from onebase_training import attention, lora
 from onebase_training.batches import collate, token_weights
-from onebase_training.config import LoraConfig, TrainConfig
+from onebase_training.config import ComputeConfig, LoraConfig, TrainConfig
 from onebase_training.fuse import fuse
-from onebase_training.loftq import start_from_rounding_error
 from onebase_training.objective import Objective
 from onebase_training.plan import make_plan
 from onebase_training.recompute import Recompute, layers_that_fit
@@ -219,19 +218,10 @@ def test_pitfall_11_lora_is_fp32_on_a_bf16_base(base_home: Home) -> None:
     assert base.model.lm_head.weight.dtype == torch.bfloat16
 
 
-def test_loftq_starts_from_the_best_low_rank_image_of_what_nf4_rounded_away(base_home: Home) -> None:
-    spec = resolve_base(base_home, NAME)
-    base = load_base(spec, compute_dtype="float32")
-    model = lora.attach_adapter(base, LoraConfig(r=4, alpha=8))
-    original = load_file(spec.path / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].float()
-    layer = model.get_base_model().model.layers[1].mlp.down_proj
-    lost = original - dequantized(layer.base_layer, torch.float32)
-
-    assert start_from_rounding_error(model, base) == 14
-
-    correction = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    smallest_possible = torch.linalg.svdvals(lost)[4:].square().sum().sqrt()
-    torch.testing.assert_close(torch.linalg.norm(lost - correction), smallest_possible, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("device", ["banana", "meta", "cuda:99", "cpu:x", ""])
+def test_a_device_that_is_none_is_told(device: str) -> None:
+    with pytest.raises(RecipeError, match=r"compute\.device: "):
+        lora.compute_settings(ComputeConfig(device=device))
 
 
 def test_held_weights_are_the_values_that_bitsandbytes_multiplies_by(base_home: Home) -> None:

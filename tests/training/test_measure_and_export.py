@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,7 @@ def test_data_check_tells_broken_lines_and_shows_what_is_learnt(trained: tuple[H
         (("export", "nobody", "x"), "The model `nobody` does not exist"),
         (("export", "tiny", "x", "--form", "onnx"), "'onnx' is not one of peft, merged, gguf-lora"),
         (("eval", "none.jsonl", "-a", "tiny"), "no such file"),
+        (("data", "check", "none.jsonl", "--base", NAME), "no such file"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_no_traceback(
@@ -275,3 +277,11 @@ def test_a_users_mistake_is_one_line_and_no_traceback(
     assert done.exit_code in (1, 2)
     assert word in done.output
     assert "Traceback" not in done.output
+
+
+def test_data_check_takes_a_hub_id(trained: tuple[Home, Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+
+    done = command("data", "check", "owner/name", "--home", str(trained[0].root), "--base", NAME)
+
+    assert "to read it from the hub: pip install datasets" in done.output.replace("\n", " ")

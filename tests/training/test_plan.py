@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from onebase.errors import RecipeError
 from onebase_training.config import TrainConfig
 from onebase_training.plan import automatic_epochs, make_plan, micro_batches
 from onebase_training.rows import Row
@@ -37,6 +38,30 @@ def test_the_order_depends_on_the_seed_alone() -> None:
 
 def test_weights_say_how_often_a_row_is_shown() -> None:
     assert shown([1.0, 2.0, 0.5, 2.5], epochs=2, batch_size=3) == {0: 2, 1: 4, 2: 1, 3: 5}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_small_file_of_low_weight_has_its_share_of_every_epoch(seed: int) -> None:
+    weights = [1.0] * 50 + [0.1] * 20 + [0.4] * 5
+
+    for epochs in (1, 2, 5, 10):
+        seen = shown(weights, epochs=epochs, batch_size=4, seed=seed)
+        assert all(seen[row] == epochs for row in range(50))
+        assert sum(seen[row] for row in range(50, 70)) == pytest.approx(20 * 0.1 * epochs, abs=1)
+        assert sum(seen[row] for row in range(70, 75)) == pytest.approx(5 * 0.4 * epochs, abs=1)
+    assert all(seen[row] == 1 for row in range(50, 70))
+
+
+def test_max_steps_is_reached_though_an_epoch_may_show_nothing() -> None:
+    plan = make_plan([0.3], TrainConfig(max_steps=5, batch_size=2))
+
+    assert [len(step) for step in plan.steps] == [1] * 5
+    assert 0 not in plan.epoch_ends
+
+
+def test_a_run_that_would_show_nothing_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"with these weights 1 epochs show no row"):
+        make_plan([0.001], TrainConfig(epochs=1))
 
 
 def test_part_of_an_epoch_is_part_of_its_rows() -> None:

@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 
 from onebase.messages import Message, Tool, ToolCall
-from onebase_training.records import Conversation, PlainText, RecordError, parse_record
+from onebase_training.record_parts import RecordError
+from onebase_training.records import Conversation, PlainText, parse_record
 
+SAY = {"role": "assistant", "content": "x"}
 ASKED = (Message("user", "Hi"), Message("assistant", "Ho"))
 
 
@@ -90,12 +92,51 @@ def test_a_tool_call_whose_arguments_are_an_object_is_written_as_json() -> None:
         ({"conversations": [{"from": "human"}]}, "conversations[0] must be an object with from and value"),
         ({"conversations": [{"from": "judge", "value": "x"}]}, "unknown speaker 'judge'"),
         ({"prompt": 1, "completion": "x"}, "prompt must be a string, not int"),
+        ({"messages": [{"role": "assistant", "tool_calls": 5}]}, "messages[0].tool_calls must be a list, not int"),
+        ({"messages": [{"role": "assistant", "content": "x"}], "tools": 5}, "tools must be a list, not int"),
+        ({"messages": [{"role": "assistant", "content": "x"}], "functions": {}}, "functions must be a list, not dict"),
+        ({"messages": [{"role": "assistant", "content": "x", "name": 5}]}, "messages[0].name must be a string"),
+        (
+            {"messages": [{"role": "assistant", "content": "x"}], "tools": [{"function": {"name": "f\udfff"}}]},
+            "tools[0].function.name holds half of a surrogate pair",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "\ud800"}}]}]},
+            "messages[0].tool_calls[0].function.arguments holds half",
+        ),
+        (
+            {"messages": [SAY], "tools": [{"function": {"name": "f", "parameters": [1]}}]},
+            "tools[0].function.parameters must be a JSON Schema object",
+        ),
     ],
 )
 def test_a_wrong_record_says_where_and_what(record: object, word: str) -> None:
     with pytest.raises(RecordError) as caught:
         parse_record(record, "auto")
     assert word in str(caught.value)
+
+
+def test_openais_other_keys_do_not_disturb_and_arguments_keep_their_letters() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"a": "ä"}}}
+    record = parse_record(
+        {
+            "messages": [
+                {"role": "user", "content": "Hi", "name": "anna"},
+                {"role": "assistant", "content": None, "tool_calls": [call], "annotations": []},
+                {"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "1"}]},
+                {"role": "assistant", "content": "Ho", "weight": 1.0, "audio": None},
+            ],
+            "tools": [{"type": "function", "function": {"name": "f", "strict": True}}],
+            "parallel_tool_calls": False,
+            "functions": None,
+        },
+        "auto",
+    )
+
+    assert isinstance(record, Conversation)
+    assert record.messages[0].name == "anna"
+    assert record.messages[1].tool_calls[0].arguments == '{"a": "ä"}'
+    assert record.messages[3].is_supervised
 
 
 def test_a_given_format_wins_over_the_keys_and_names_what_is_missing() -> None:

@@ -284,7 +284,7 @@ def test_the_seed_preset_trains_all_tokens_with_the_seeds_lora(home: Home, data:
         preset="seed",
         train={"epochs": 2, "batch_size": 4, "warmup": 1},
         lora={},
-        data={"eval_fraction": 0.15},
+        data={"eval_fraction": 0.2},
     )
 
     assert result.version is not None

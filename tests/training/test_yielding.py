@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from onebase.serving_note import ServerNote
-from onebase.train_policy import SHARES, share_of
+from onebase.train_policy import LEAST_SHARES, policy_of
 from onebase_training.yielding import STUCK_S, Yielder
 
 CORE = Path(__file__).parents[2] / "core"
@@ -66,7 +66,7 @@ def world(tmp_path: Path) -> Iterator[World]:
     world.note.close()
 
 
-@pytest.mark.parametrize("policy", [*SHARES, "0.7"])
+@pytest.mark.parametrize("policy", [*LEAST_SHARES, "0.7"])
 def test_nobody_waits_for_an_idle_server(world: World, policy: str) -> None:
     assert world.train(world.yielder(policy), layers=20) == pytest.approx(1.0)
 
@@ -75,6 +75,65 @@ def test_nobody_waits_for_an_idle_server(world: World, policy: str) -> None:
 def test_under_endless_load_training_keeps_its_policys_share(world: World, policy: str, share: float) -> None:
     world.serve()
     assert world.train(world.yielder(policy), layers=20) == pytest.approx(share, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("policy", "sequences", "share"),
+    [
+        ("serve-first", 5, 0.9375),
+        ("serve-first", 10, 0.75),
+        ("serve-first", 16, 0.36),
+        ("serve-first", 20, 0.1),
+        ("serve-first", 400, 0.1),
+        ("fair", 10, 0.75),
+        ("fair", 16, 0.5),
+        ("0.2", 1, 0.2),  # a number is the same under any load
+    ],
+)
+def test_on_a_gpu_training_keeps_what_few_requests_leave(
+    world: World, policy: str, sequences: int, share: float
+) -> None:
+    world.note.ready({"device": "cuda:0"})
+    world.while_asleep = lambda: world.serve(running=sequences)
+    world.serve(running=sequences)
+    assert world.train(world.yielder(policy, "cuda"), layers=50) == pytest.approx(share, rel=0.02)
+
+
+def test_the_requests_of_all_servers_on_the_device_count(world: World) -> None:
+    second = ServerNote.open(world.folder)
+    for note in (world.note, second):
+        note.ready({"device": "cuda:0"})
+
+    def serve() -> None:
+        world.serve(running=5)
+        second.tell(0, 10, world.steps)
+
+    world.while_asleep = serve
+    serve()
+    assert world.train(world.yielder("serve-first", "cuda"), layers=50) == pytest.approx(1 - 0.75**2, rel=0.02)
+    second.close()
+
+
+def test_the_wait_shrinks_with_the_requests(world: World) -> None:
+    """Half of a wait is over when all but ten of the twenty end: the rest is what ten are worth."""
+    world.note.ready({"device": "cuda:0"})
+    world.while_asleep = lambda: world.serve(running=20 if world.slept < 0.01 else 10)
+    world.serve(running=20)
+    world.train(world.yielder("serve-first", "cuda"), layers=1, each_s=0.06)
+    assert world.slept == pytest.approx(0.02, abs=0.001)
+
+
+def test_it_knows_whether_it_holds_training_back(world: World) -> None:
+    yielder = world.yielder("fair")
+    assert not yielder.holds_back
+    world.serve()
+    world.train(yielder, layers=2)
+    assert yielder.holds_back
+    world.serve(running=0)
+    world.train(yielder, layers=1)
+    assert yielder.holds_back, "a moment after the last request"
+    world.train(yielder, layers=21)
+    assert not yielder.holds_back
 
 
 @pytest.mark.parametrize("each_s", [0.002, 0.3])
@@ -86,7 +145,7 @@ def test_the_share_is_the_same_for_fast_and_slow_layers(world: World, each_s: fl
 @pytest.mark.parametrize("policy", ["", "serve", "0", "-1", "1.1", "nan", "inf"])
 def test_a_policy_that_is_none_says_what_may_stand_there(policy: str) -> None:
     with pytest.raises(ValueError, match=r"must be serve-first, fair, train-first, or a share .* from 0.01 to 1"):
-        share_of(policy)
+        policy_of(policy)
 
 
 def test_training_goes_on_as_soon_as_the_last_request_has_ended(world: World) -> None:

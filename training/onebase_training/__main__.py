@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from onebase.store import AdapterStore
 from onebase_training.command_eval import evaluate
@@ -170,7 +171,7 @@ def export(
 
 @data_app.command("check")
 def data_check(
-    file: Annotated[Path, typer.Argument(help="JSONL, JSON or text.")],
+    file: Annotated[Path, typer.Argument(help="JSONL, JSON, text, CSV, Parquet, or a hub dataset owner/name.")],
     home: HomeOption = None,
     base: Annotated[str | None, typer.Option(help="Count tokens with this base's tokenizer.")] = None,
     format: Annotated[str, typer.Option(help="auto, sharegpt, openai, alpaca, orca, completion or text.")] = "auto",
@@ -184,15 +185,16 @@ def data_check(
     from onebase_training import config, inspect_data
 
     with UserErrors(console):
-        source = {"path": str(file.resolve()), "format": format}
+        source = {"path": str(file.resolve() if file.exists() else file), "format": format}
         content: dict[str, Any] = {"name": "checked", "data": {"train": [source], "max_tokens": max_tokens}}
         recipe = config.make_recipe(content | ({"base": base} if base else {}))
         tokenizer, encoder, limit = inspect_data.tools(recipe, home_at(home).create())
-        report = inspect_data.check_file(recipe, encoder, limit)
+        with console.status("reading") as line:
+            report = inspect_data.check_file(recipe, encoder, limit, show, lambda text: line.update(escape(text)))
         if as_json:
             Console().print_json(data=report.as_json())
         else:
-            inspect_data.show(report, Console(), tokenizer, show)
+            inspect_data.show(report, Console(), tokenizer)
     if not report.ok:
         raise typer.Exit(1)
 

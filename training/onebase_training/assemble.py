@@ -40,11 +40,10 @@ def make_renderer(recipe: Recipe, spec: BaseSpec, tokenizer: TextTokenizer) -> P
 
 
 def read_data(
-    recipe: Recipe, spec: BaseSpec, tokenizer: TextTokenizer, alive: Callable[[], None] = lambda: None
+    recipe: Recipe, spec: BaseSpec, tokenizer: TextTokenizer, told: Callable[[str], None] = lambda _: None
 ) -> Dataset:
-    """`alive` is called for every row: millions take long."""
     encoder = Encoder(tokenizer, make_renderer(recipe, spec, tokenizer), headers=recipe.data.headers)
-    return load_dataset(recipe, encoder, spec.context_length, alive)
+    return load_dataset(recipe, encoder, spec.context_length, told)
 
 
 def prepare(base: LoadedBase, recipe: Recipe) -> Objective:

@@ -1,16 +1,21 @@
 """Where a training process stops to look around: before each decoder layer, forward and backward. Torch lives here.
 
 On CUDA the host runs far ahead of the device, so that a wait of the host would be felt by nobody: it is held to one
-layer ahead while there is a server to make way for. Nothing here changes a number.
+layer ahead while it makes way for a server, and to a few beside an idle one. Nothing here changes a number.
 """
 
+from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from onebase_training.yielding import Yielder
+
+_CLOSE: Final = 1
+_LOOSE: Final = 4
+"""Layers that the host may be ahead: one where a wait is to be felt; otherwise enough that its own pauses are not."""
 
 
 class Boundaries:
@@ -32,7 +37,7 @@ class Boundaries:
         """The next piece of work may begin."""
         self._guard()
         if self._pace is not None and self._yielder.has_servers:
-            self._pace.keep()
+            self._pace.keep(_CLOSE if self._yielder.holds_back else _LOOSE)
         self._yielder.at_boundary()
 
     def _before_forward(self, _module: nn.Module, _inputs: Any) -> None:
@@ -49,14 +54,14 @@ class Boundaries:
 
 
 class _Pace:
-    """Lets the host be one layer ahead of the device, no more: the device stays fed, and a wait takes effect."""
+    """Lets the host be so many layers ahead of the device, no more: the device stays fed, and a wait takes effect."""
 
     def __init__(self) -> None:
-        self._before: torch.cuda.Event | None = None
+        self._ahead: deque[torch.cuda.Event] = deque()
 
-    def keep(self) -> None:
+    def keep(self, layers: int) -> None:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
-        if self._before is not None:
-            self._before.synchronize()
-        self._before = event
+        self._ahead.append(event)
+        while len(self._ahead) > layers:
+            self._ahead.popleft().synchronize()

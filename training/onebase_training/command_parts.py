@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from onebase.errors import DatasetError, OnebaseError
 from onebase.home import Home, default_home
 from onebase.serving_note import RESUME_EXIT
-from onebase.train_policy import share_of
+from onebase.train_policy import policy_of
 from onebase_training.stop import ServerGone
 
 CANCELLED = 130
@@ -20,7 +21,7 @@ CHECK_FAILED = 3
 
 def _policy(given: str) -> str:
     try:
-        share_of(given)
+        policy_of(given)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     return given
@@ -81,7 +82,8 @@ class UserErrors:
             if len(error.problems) > 50:
                 lines.append(f"and {len(error.problems) - 50} more")
         for line in lines:
-            self._console.print(f"[red]error[/]: {line}", highlight=False)
+            # Escaped: a line may hold what a file says, and brackets are Rich's markup.
+            self._console.print(f"[red]error[/]: {escape(line)}", highlight=False)
         raise typer.Exit(1)
 
 

@@ -4,49 +4,21 @@ The field defaults are the `default` preset; `presets.py` holds what `seed` chan
 recognised and translated by `seed_config.py`. Nothing below this module reads YAML, the environment or presets.
 """
 
-import difflib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from onebase.errors import RecipeError
 from onebase.home import Home
 from onebase.store import AdapterStore
 from onebase_training.presets import PRESETS, merged
+from onebase_training.recipe_file import read_yaml
+from onebase_training.recipe_problems import Pattern, Section, key_of, told
 from onebase_training.seed_config import is_seed_config, translate_seed_config
 
 ADAPTER_NAME: Final = r"^[a-z0-9][a-z0-9._-]{0,63}$"
-
-
-_OTHER_WORDS: Final = {
-    "rank": "r",
-    "lora_r": "r",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "init_lora_weights": "init",
-    "layers_to_transform": "layers",
-    "lr": "learning_rate",
-    "num_train_epochs": "epochs",
-    "n_epochs": "epochs",
-    "lr_scheduler_type": "schedule",
-    "warmup_steps": "warmup",
-    "warmup_ratio": "warmup",
-    "optim": "optimizer",
-    "base_model": "base",
-    "model_name": "name",
-    "dataset": "data",
-    "context_window": "max_tokens",
-    "max_length": "max_tokens",
-}
-"""What other trainers call our keys."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
 class Source(Section):
@@ -55,10 +27,15 @@ class Source(Section):
     path: str
     """A local file (relative to the recipe, then to the working directory), or a hub dataset `owner/name`."""
     format: Literal["auto", "sharegpt", "openai", "alpaca", "orca", "completion", "text"] = "auto"
-    weight: float = Field(default=1.0, gt=0, le=100)
-    """How often an epoch goes through this file: 2 is twice, 0.5 every other time."""
+    weight: float = Field(default=1.0, ge=0.001, le=100)
+    """How often an epoch shows each row of this file: 2 is twice, 0.5 every other time (half of the rows in the
+    first epoch, the other half in the second)."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our key -> the data's column: `{prompt: question, completion: answer}`."""
     split: str = "train"
-    """Of a hub dataset."""
+    """Of a hub dataset, or of a folder that `datasets` saved, as are the following."""
+    subset: str | None = None
+    revision: str | None = None
 
 
 def _as_sources(value: Any) -> Any:
@@ -83,12 +60,14 @@ class Headers(Section):
 class DataConfig(Section):
     train: Sources = Field(min_length=1)
     eval: Sources = ()
-    """Held-out files. Empty: `eval_fraction` of the training rows are held out."""
+    """Held-out files. Empty: about `eval_fraction` of the training rows are held out."""
     eval_fraction: float = Field(default=0.1, ge=0, lt=1)
-    """Chosen by a hash of each row's tokens: the same rows are held out whatever the files' order."""
+    """Held out are the rows whose hash, as a number from 0 to 1, is below it: the same ones in any order of files,
+    and still so when rows are added."""
     max_eval_rows: int | None = Field(default=None, ge=1)
-    """None: 1,000 at most are read at each evaluation."""
-    max_tokens: int | None = Field(default=None, ge=8)
+    """Most rows to evaluate. Of split-off rows the rest is trained on; of held-out files it is left out, and told.
+    None: 1,000 split-off rows, and all of held-out files."""
+    max_tokens: int | None = Field(default=None, ge=8, le=2**24)
     """Longest row in tokens. None: the base's context, but 2,048 at most."""
     too_long: Literal["drop", "truncate", "cut", "error"] = "truncate"
     """truncate: leave out whole turns from the end, so that no answer loses its eos; drop: leave out the row;
@@ -99,7 +78,7 @@ class DataConfig(Section):
     prompt_format: Literal["human_response", "chat_template"] = "human_response"
     headers: Headers | None = None
     """Other headers than the format's: the server can't render such prompts, only /v1/completions can use them."""
-    chunk_chars: int = Field(default=4000, ge=1)
+    chunk_chars: int = Field(default=4000, ge=1, le=2**28)
     chunk_overlap: int = Field(default=0, ge=0)
     chunk_prefix: str = ""
     """Plain text files are cut in chunks of so many characters."""
@@ -122,8 +101,8 @@ class LoraConfig(Section):
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     layers: tuple[int, ...] | None = None
     """Only these layers (`layers_to_transform`). Fewer and later layers are faster: nothing flows below them."""
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    rank_pattern: dict[Pattern, Annotated[int, Field(ge=1, le=512)]] = Field(default_factory=dict)
+    alpha_pattern: dict[Pattern, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     use_rslora: bool = False
     use_dora: bool = False
     """Slower, and served only where the server can do it exactly."""
@@ -132,12 +111,12 @@ class LoraConfig(Section):
 
 
 class TrainConfig(Section):
-    epochs: float | Literal["auto"] = "auto"
+    epochs: Annotated[float, Field(gt=0, le=10_000)] | Literal["auto"] = "auto"
     """auto: 3, more for small files and fewer for large ones (OpenAI's rule)."""
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1, le=10_000_000)
     batch_size: int = Field(default=8, ge=1, le=4096)
     """Conversations to an optimiser step, over all devices. How many tokens go through at once is another knob."""
-    tokens_at_once: int | Literal["auto"] = "auto"
+    tokens_at_once: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """A micro-batch holds at most so many tokens (or one row). Memory grows with it; the result does not change."""
     packing: bool = True
     """Rows of a micro-batch lie end to end without padding. False: padded side by side (slower, equal results)."""
@@ -156,10 +135,10 @@ class TrainConfig(Section):
     """tokens: each supervised token of a step counts the same. rows: each row does (as the seed's Trainer did)."""
     seed: int = Field(default=42, ge=0, le=2**31 - 1)
     log_every: int = Field(default=1, ge=1)
-    eval_every: int | Literal["epoch", "never"] = "epoch"
+    eval_every: Annotated[int, Field(ge=1)] | Literal["epoch", "never"] = "epoch"
     early_stopping: int | None = Field(default=None, ge=1)
     """Stop after so many evaluations without a lower response loss. The best version is published, not the last."""
-    save_every: int | Literal["epoch", "never"] = "epoch"
+    save_every: Annotated[int, Field(ge=1)] | Literal["epoch", "never"] = "epoch"
     keep_checkpoints: int = Field(default=2, ge=1)
     tensorboard: bool = False
 
@@ -179,21 +158,13 @@ class ComputeConfig(Section):
     4 times the base's memory. auto: on CPU when they fit in a third of the free memory."""
     preflight: bool | Literal["auto"] = "auto"
     """Run the longest micro-batch first, to fail before hours are spent. auto: on CUDA, and for long rows."""
-    threads: int | None = Field(default=None, ge=1)
-
-
-def _compiles(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
-    return pattern
+    threads: int | None = Field(default=None, ge=1, le=4096)
 
 
 class EvalConfig(Section):
     """What the form of an answer can be read from."""
 
-    checks: dict[str, Annotated[str, AfterValidator(_compiles)]] = Field(default_factory=dict)
+    checks: dict[str, Pattern] = Field(default_factory=dict)
     """Name -> regular expression that must be found (`re.search`) in every answer to a held-out prompt."""
 
 
@@ -223,31 +194,24 @@ class Recipe(Section):
 
 def load_recipe(path: Path) -> Recipe:
     """Read and check a recipe. Raises RecipeError naming each wrong key, with near names for unknown ones."""
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except OSError as error:
-        raise RecipeError(f"can't read the recipe {path}: {error.strerror}", param="recipe") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {error}", param="recipe") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path} must hold keys and values, such as name:, base:, data:", param="recipe")
-    return make_recipe(content, folder=path.resolve().parent)
+    return make_recipe(read_yaml(path), folder=path.resolve().parent)
 
 
 def make_recipe(content: Mapping[str, Any], folder: Path = Path()) -> Recipe:
     """The same from plain values. `folder` is where relative paths start."""
     raw = dict(content)
-    if is_seed_config(raw):
+    is_seed = is_seed_config(raw)
+    if is_seed:
         raw = translate_seed_config(raw)
     preset = raw.get("preset", "default")
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise RecipeError(f"preset: unknown preset {preset!r}; there are {', '.join(PRESETS)}", param="preset")
     try:
         return Recipe.model_validate({**merged(PRESETS[preset], raw), "folder": folder})
     except ValidationError as error:
-        problems = [_problem(detail) for detail in error.errors()]
-        first = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise RecipeError("; ".join(problems), param=first or "recipe") from error
+        details = error.errors(include_url=False, include_input=False)
+        problems = dict.fromkeys(told(detail, Recipe, Source, is_seed=is_seed) for detail in details)
+        raise RecipeError("; ".join(problems), param=key_of(details[0], is_seed=is_seed) or "recipe") from error
 
 
 def recipe_for_file(path: Path, home: Home, adapters: Sequence[str]) -> Recipe:
@@ -263,18 +227,3 @@ def recipe_for_file(path: Path, home: Home, adapters: Sequence[str]) -> Recipe:
         content["base"] = first.base.id
         content["data"]["prompt_format"] = first.prompt_format
     return make_recipe(content)
-
-
-def _problem(detail: Any) -> str:
-    where = ".".join(str(part) for part in detail["loc"] if not str(part).startswith(("literal[", "constrained")))
-    if detail["type"] != "extra_forbidden":
-        return f"{where}: {detail['msg'].removeprefix('Value error, ')}"
-    section: Any = Recipe
-    for part in detail["loc"][:-1]:
-        field = getattr(section, "model_fields", {}).get(str(part))
-        section = field.annotation if field and not isinstance(part, int) else Source
-    known = list(getattr(section, "model_fields", ()))
-    key = str(detail["loc"][-1])
-    near = [_OTHER_WORDS[key]] if _OTHER_WORDS.get(key) in known else difflib.get_close_matches(key, known, 3, 0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"the keys here are {', '.join(known)}"
-    return f"{where}: unknown key; {hint}"

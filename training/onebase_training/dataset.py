@@ -4,6 +4,7 @@ Every broken record of every file is found before anything is said; then either 
 them with their line numbers, and nothing has been written.
 """
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,11 +12,18 @@ from pathlib import Path
 
 from onebase.errors import DatasetError, InvalidInput
 from onebase_training.config import DataConfig, Recipe, Source
-from onebase_training.read import Problem, read_records
-from onebase_training.records import PlainText, Record, RecordError, parse_record
+from onebase_training.oddities import UNKNOWN_SPEAKER, oddities
+from onebase_training.raw_record import Problem
+from onebase_training.read import read_records
+from onebase_training.record_parts import RecordError
+from onebase_training.records import PlainText, Record, parse_record
 from onebase_training.rows import Encoder, Row, cut_to_turns
 
 _MAX_PROBLEMS = 1000
+_SHOWN_LINES = 10
+_TOLD_EVERY = 500
+_MOST_SPLIT_OFF = 1000
+"""Rows: an evaluation takes a pass over all of them. A file that is given as held out is evaluated whole."""
 
 
 @dataclass(slots=True)
@@ -23,11 +31,24 @@ class FileReport:
     """What became of one file's records."""
 
     path: str
+    told: Callable[[str], None] = field(default=lambda _: None, repr=False, compare=False)
+    """Hears every few hundred records how far the reading is: a large file takes minutes."""
     records: int = 0
     used: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     """Reason -> how many records."""
     problems: list[Problem] = field(default_factory=list)
+    broken: int = 0
+    """How many problems there are in all; `problems` holds the first thousand."""
+    odd: dict[str, "Oddity"] = field(default_factory=dict)
+    """What is odd about sound records -> how many, and where."""
+
+
+@dataclass(slots=True)
+class Oddity:
+    count: int = 0
+    lines: list[int] = field(default_factory=list)
+    """The first ten."""
 
 
 @dataclass(slots=True)
@@ -44,26 +65,30 @@ class Dataset:
         return [
             f"{report.path}: {count} of {report.records} records {reason}"
             for report in self.reports
-            for reason, count in report.left_out.items()
+            for reason, count in [*report.left_out.items(), *_kept_speakers(report)]
         ]
 
 
+def _kept_speakers(report: FileReport) -> list[tuple[str, int]]:
+    """The seed warned of each; of the oddities only this one changes what is trained."""
+    kept = report.odd.get(UNKNOWN_SPEAKER)
+    return [(f"{UNKNOWN_SPEAKER} (first on line {kept.lines[0]})", kept.count)] if kept else []
+
+
 def load_dataset(
-    recipe: Recipe, encoder: Encoder, context_length: int, alive: Callable[[], None] = lambda: None
+    recipe: Recipe, encoder: Encoder, context_length: int, told: Callable[[str], None] = lambda _: None
 ) -> Dataset:
-    """Read, render, cut, deduplicate and split; `alive` is called now and then. Raises DatasetError with every broken
-    line."""
+    """Read, render, cut, deduplicate and split. Raises DatasetError with every broken line; `told` hears progress."""
     config = recipe.data
     limit = min(config.max_tokens or 2048, context_length)
     learn_all = recipe.train.loss == "all"
     reports: list[FileReport] = []
     rows: dict[bytes, tuple[Row, float]] = {}
     for source in config.train:
-        report = FileReport(source.path)
+        report = FileReport(source.path, told)
         reports.append(report)
         usable = usable_rows(source, recipe.folder, config, encoder, limit, report, learn_all=learn_all)
         for number, row in enumerate(usable):
-            alive()
             key = row.key if config.deduplicate else f"{len(reports)}/{number}".encode()
             if key in rows:
                 report.left_out["left out as exact duplicates"] += 1
@@ -72,18 +97,24 @@ def load_dataset(
             report.used += 1
     held_out: list[Row] = []
     for source in config.eval:
-        report = FileReport(source.path)
+        report = FileReport(source.path, told)
         reports.append(report)
-        held_out += usable_rows(source, recipe.folder, config, encoder, limit, report)
-        report.used = len(held_out)
+        for row in usable_rows(source, recipe.folder, config, encoder, limit, report):
+            held_out.append(row)
+            report.used += 1
     _raise_problems(reports)
-    train, split_off = _split(list(rows.values()), 0.0 if held_out else config.eval_fraction)
+    train = list(rows.values())
+    if config.eval:
+        if not held_out:
+            raise DatasetError(config.eval[0].path, [f"no usable record to hold out ({_reasons(reports)})"])
+        held_out = _to_evaluate(held_out, train, config.max_eval_rows, reports[-1])
+    else:
+        train, held_out = _split(train, config.eval_fraction, config.max_eval_rows or _MOST_SPLIT_OFF)
     if not train:
-        reasons = "; ".join(f"{n} {reason}" for report in reports for reason, n in report.left_out.items())
-        raise DatasetError(config.train[0].path, [f"no usable record ({reasons or 'the file is empty'})"])
+        raise DatasetError(config.train[0].path, [f"no usable record ({_reasons(reports)})"])
     if learn_all:
         train = [(row.all_learnt(), weight) for row, weight in train]
-    return Dataset(train, (held_out or split_off)[: config.max_eval_rows or 1000], reports, limit)
+    return Dataset(train, held_out, reports, limit)
 
 
 def usable_rows(
@@ -103,6 +134,8 @@ def usable_rows(
         except InvalidInput as error:
             _note(report, Problem(line, error.message))
             continue
+        if row.skipped:
+            report.left_out["have answers that the chat template does not write as given: those are not learnt"] += 1
         fitted = _fit(row, limit, config, report, line, plain=isinstance(record, PlainText))
         if fitted is None:
             continue
@@ -116,16 +149,25 @@ def parsed_records(
     source: Source, folder: Path, config: DataConfig, report: FileReport
 ) -> Iterator[tuple[int, Record]]:
     """(line, record) of every sound record; broken ones go into the report."""
-    for raw in read_records(source, folder, config):
-        report.records += 1
+    for number, raw in enumerate(read_records(source, folder, config), 1):
+        if number % _TOLD_EVERY == 0:
+            report.told(f"{number:,} records read of {Path(source.path).name}")
         if isinstance(raw, Problem):
+            report.records += raw.is_record
             _note(report, raw)
             continue
+        report.records += 1
         try:
             keep = config.unknown_role == "keep"
-            yield raw.line, parse_record(raw.value, source.format, keep_unknown_roles=keep)
+            record = parse_record(raw.value, source.format, keep_unknown_roles=keep)
         except (RecordError, InvalidInput) as error:
             _note(report, Problem(raw.line, str(error)))
+            continue
+        for text in oddities(record):
+            odd = report.odd.setdefault(text, Oddity())
+            odd.count += 1
+            odd.lines += [raw.line] if len(odd.lines) < _SHOWN_LINES else []
+        yield raw.line, record
 
 
 def _fit(row: Row, limit: int, config: DataConfig, report: FileReport, line: int, *, plain: bool) -> Row | None:
@@ -152,18 +194,46 @@ def _fit(row: Row, limit: int, config: DataConfig, report: FileReport, line: int
     return fitted
 
 
-def _split(rows: list[tuple[Row, float]], fraction: float) -> tuple[list[tuple[Row, float]], list[Row]]:
-    """The rows with the smallest hashes are held out: the same ones on every machine and in any order of files."""
-    count = round(len(rows) * fraction)
-    if fraction and not count and len(rows) >= 10:
-        count = 1
-    order = sorted(range(len(rows)), key=lambda index: rows[index][0].place)
-    chosen = set(order[:count])
-    train = [pair for index, pair in enumerate(rows) if index not in chosen]
-    return train, [rows[index][0] for index in order[:count]]
+def _split(rows: list[tuple[Row, float]], fraction: float, most: int) -> tuple[list[tuple[Row, float]], list[Row]]:
+    """(to train on, held out). Held out is a row whose hash, as a number from 0 to 1, is below `fraction`.
+
+    That is the row's own: it stays where it is when rows are added, taken away or put in another order, and equal
+    rows are on one side. Of more than `most` the smallest hashes are held out and the others are trained on, so no
+    row is lost and none that was trained on is held out once the file has grown. Ten rows, or rows whose share is more
+    than half a row, hold out one at least; one row is always left to train on.
+    """
+    places = sorted(row.place for row, _ in rows)
+    least = len(places) >= 10 or len(places) * fraction > 0.5
+    below = bisect_left(places, int(fraction * 2**128).to_bytes(16, "big"))
+    below = min(max(below, int(least)), most, len(places) - 1)
+    if not fraction or below < 1:
+        return rows, []
+    border = places[below]
+    if places[0] == border:  # copies of one row
+        border = next((place for place in places if place > border), border)
+    held_out = sorted((row for row, _ in rows if row.place < border), key=lambda row: row.place)
+    return [pair for pair in rows if pair[0].place >= border], held_out
+
+
+def _to_evaluate(rows: list[Row], train: list[tuple[Row, float]], most: int | None, report: FileReport) -> list[Row]:
+    """The rows of the held-out files: all, or the `most` with the smallest hashes. What that means is told."""
+    trained = {row.place for row, _ in train}
+    both = sum(row.place in trained for row in rows)
+    if both:
+        report.left_out["are trained on too, so their loss says little of new text"] += both
+    if most is None or len(rows) <= most:
+        return rows
+    report.left_out[f"left out of evaluations: max_eval_rows = {most}"] += len(rows) - most
+    return sorted(rows, key=lambda row: row.place)[:most]
+
+
+def _reasons(reports: list[FileReport]) -> str:
+    told = [f"{count} {reason}" for report in reports for reason, count in report.left_out.items()]
+    return "; ".join(told) or "the file is empty"
 
 
 def _note(report: FileReport, problem: Problem) -> None:
+    report.broken += 1
     if len(report.problems) < _MAX_PROBLEMS:
         report.problems.append(problem)
 

@@ -56,7 +56,7 @@ def evaluate(
     spec = find_base(home, recipe.base)
     _require_base(versions, spec.identity)
     tokenizer = TextTokenizer.load(spec.path)
-    rows = read_data(recipe, spec, tokenizer, status.alive).eval[:max_examples]
+    rows = read_data(recipe, spec, tokenizer, lambda text: status.progress(message=text)).eval[:max_examples]
     if not rows:
         raise InvalidInput("nothing is held out: give data.eval, or data.eval_fraction above 0", param="data.eval")
     device = lora.compute_settings(recipe.compute)

@@ -1,11 +1,13 @@
 """`onebase data check FILE`: what a training file holds, before anyone trains on it. Writes nothing; no torch."""
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.text import Text
 
 from onebase.base_fetch import find_base
@@ -22,27 +24,31 @@ _SHOWN_PROBLEMS = 20
 
 @dataclass(slots=True)
 class DataReport:
-    """Of one file. `duplicates` are records whose tokens another one has too."""
+    """Of one file. `duplicates` are records whose tokens another one has too. Nothing of a row is kept but its length,
+    except for the few that are shown."""
 
     file: FileReport
-    rows: list[Row]
-    duplicates: int
-    lengths: list[int] = field(default_factory=list)
+    duplicates: int = 0
+    learnt: int = 0
+    lengths: "array[int]" = field(default_factory=lambda: array("i"))
+    shown: list[Row] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        return not self.file.problems and bool(self.rows)
+        return not self.file.problems and bool(self.lengths)
 
     def as_json(self) -> dict[str, Any]:
         return {
             "path": self.file.path,
             "records": self.file.records,
-            "usable": len(self.rows),
+            "usable": len(self.lengths),
+            "broken": self.file.broken,
             "duplicates": self.duplicates,
             "left_out": dict(self.file.left_out),
             "problems": [{"line": problem.line, "message": problem.text} for problem in self.file.problems],
+            "odd": [{"message": text, "count": o.count, "lines": o.lines} for text, o in self.file.odd.items()],
             "tokens": sum(self.lengths),
-            "learnt_tokens": sum(row.supervised for row in self.rows),
+            "learnt_tokens": self.learnt,
             "longest": max(self.lengths, default=0),
         }
 
@@ -55,33 +61,46 @@ def tools(recipe: Recipe, home: Home) -> tuple[TextTokenizer, Encoder, int]:
     return tokenizer, encoder, min(recipe.data.max_tokens or 2048, spec.context_length)
 
 
-def check_file(recipe: Recipe, encoder: Encoder, limit: int) -> DataReport:
-    """Read the recipe's first training file to its end."""
+def check_file(
+    recipe: Recipe, encoder: Encoder, limit: int, examples: int = 1, told: Callable[[str], None] = lambda _: None
+) -> DataReport:
+    """Read the recipe's first training file to its end, and keep the first `examples` rows; `told` hears progress."""
     source = recipe.data.train[0]
-    report = FileReport(source.path)
-    rows = list(usable_rows(source, recipe.folder, recipe.data, encoder, limit, report))
-    distinct = {row.key for row in rows}
-    return DataReport(report, rows, len(rows) - len(distinct), [len(row) for row in rows])
+    report = DataReport(FileReport(source.path, told))
+    seen: set[bytes] = set()
+    for row in usable_rows(source, recipe.folder, recipe.data, encoder, limit, report.file):
+        key = row.key
+        report.duplicates += key in seen
+        seen.add(key)
+        report.learnt += row.supervised
+        report.lengths.append(len(row))
+        if len(report.shown) < examples:
+            report.shown.append(row)
+    return report
 
 
-def show(report: DataReport, console: Console, tokenizer: TextTokenizer, examples: int) -> None:
+def show(report: DataReport, console: Console, tokenizer: TextTokenizer) -> None:
     """Counts, problems, a histogram, and some rows as coloured tokens."""
     told = report.as_json()
     console.print(
-        f"[bold]{told['path']}[/]: {told['records']} records, {told['usable']} usable, "
+        f"[bold]{escape(told['path'])}[/]: {told['records']} records, {told['usable']} usable, "
         f"{told['duplicates']} duplicates; {told['tokens']:,} tokens, {told['learnt_tokens']:,} of them learnt, "
         f"longest row {told['longest']}"
     )
     for reason, count in report.file.left_out.items():
         console.print(f"[yellow]{count} {reason}[/]")
     for problem in report.file.problems[:_SHOWN_PROBLEMS]:
-        console.print(f"[red]{problem}[/]", highlight=False, markup=True)
-    if len(report.file.problems) > _SHOWN_PROBLEMS:
-        console.print(f"[red]and {len(report.file.problems) - _SHOWN_PROBLEMS} more[/]")
+        console.print(Text(str(problem), "red"))
+    if report.file.broken > _SHOWN_PROBLEMS:
+        console.print(f"[red]and {report.file.broken - _SHOWN_PROBLEMS} more[/]")
+    for text, odd in report.file.odd.items():
+        more = ", ..." if odd.count > len(odd.lines) else ""
+        lines = ", ".join(map(str, odd.lines))
+        console.print(f"[yellow]{odd.count} {text}[/]: line {lines}{more}", highlight=False)
     if report.lengths:
         for line in histogram(report.lengths):
             console.print(line, highlight=False)
-    for row in report.rows[:examples]:
+    for row in report.shown:
         console.print()
         console.print(coloured(row, tokenizer))
 

@@ -164,11 +164,12 @@ def compute_settings(compute: ComputeConfig, local_rank: int | None = None) -> t
 
 def _named_device(name: str) -> torch.device:
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise RecipeError(f"compute.device: {name!r} is none: auto, cpu, cuda or cuda:1", param="compute.device") from (
-            error
-        )
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"compute.device: {name!r} is none; use auto, cpu, cuda or cuda:N", param="compute.device")
+    return device
 
 
 def compute_dtype(setting: Literal["auto", "bfloat16", "float32"], device: torch.device) -> ComputeDtype:

@@ -5,12 +5,15 @@ step k is the same rows whatever came before: resuming needs no sampler state, a
 without changing it. No torch.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
+from onebase.errors import RecipeError
 from onebase_training.config import TrainConfig
 from onebase_training.rows import Row
 
@@ -28,22 +31,30 @@ class Plan:
 
 
 def make_plan(weights: Sequence[float], config: TrainConfig) -> Plan:
-    """`weights[i]` says how often an epoch shows row i (2.5: twice, and in every other epoch a third time)."""
-    epochs = automatic_epochs(len(weights)) if config.epochs == "auto" else float(config.epochs)
-    if config.max_steps is not None:
-        rows_per_epoch = max(1.0, sum(weights))
-        epochs = math.ceil(config.max_steps * config.batch_size / rows_per_epoch)
+    """`weights[i]` says how often an epoch shows row i (2.5: twice, and in every other epoch a third time).
+
+    After E epochs row i has been shown E * weights[i] times, up or down to a whole number; which rows are early is
+    spread evenly over neighbours, so that a file of weight 0.2 shows a fifth of its rows in each epoch.
+    """
+    epochs = automatic_epochs(round(sum(weights))) if config.epochs == "auto" else float(config.epochs)
+    phases = _phases(len(weights), config.seed)
     steps: list[tuple[int, ...]] = []
     ends: list[int] = []
-    for epoch in range(math.ceil(epochs)):
-        order = _epoch_order(weights, config.seed, epoch)
-        if epoch + 1 > epochs:  # the last, partial epoch
+    for epoch in range(math.ceil(epochs)) if config.max_steps is None else itertools.count():
+        order = _epoch_order(weights, phases, config.seed, epoch)
+        if config.max_steps is None and epoch + 1 > epochs:  # the last, partial epoch
             order = order[: round(len(order) * (epochs - epoch))]
         steps += [tuple(order[start : start + config.batch_size]) for start in range(0, len(order), config.batch_size)]
         ends.append(len(steps))
-    if config.max_steps is not None:
-        steps = steps[: config.max_steps]
-    ends = sorted({min(end, len(steps)) for end in ends})
+        if config.max_steps is not None and len(steps) >= config.max_steps:
+            epochs, steps = float(epoch + 1), steps[: config.max_steps]
+            break
+    if not steps:
+        raise RecipeError(
+            f"data.train: with these weights {epochs:g} epochs show no row; raise train.epochs or the weights",
+            param="data.train",
+        )
+    ends = sorted({min(end, len(steps)) for end in ends} - {0})
     return Plan(tuple(steps), tuple(ends), epochs)
 
 
@@ -78,8 +89,17 @@ def micro_batches(rows: Sequence[Row], tokens_at_once: int, *, packing: bool) ->
     return groups
 
 
-def _epoch_order(weights: Sequence[float], seed: int, epoch: int) -> list[int]:
-    counts = [math.floor((epoch + 1) * w + 1e-9) - math.floor(epoch * w + 1e-9) for w in weights]
-    order = np.repeat(np.arange(len(weights)), counts)
+def _phases(count: int, seed: int) -> NDArray[np.float64]:
+    """Where in 0..1 each row's count of showings begins: multiples of the golden ratio, which lie evenly over any run
+    of neighbours. Whole 2**-20ths, so that sums with whole weights are exact."""
+    start = np.random.Generator(np.random.PCG64(seed)).random()
+    phases = (start + np.arange(count) * ((math.sqrt(5) - 1) / 2)) % 1.0
+    return np.asarray(np.floor(phases * 2**20) / 2**20, np.float64)
+
+
+def _epoch_order(weights: Sequence[float], phases: NDArray[np.float64], seed: int, epoch: int) -> list[int]:
+    each = np.asarray(weights, np.float64)
+    counts = np.floor((epoch + 1) * each + phases) - np.floor(epoch * each + phases)
+    order = np.repeat(np.arange(len(each)), counts.astype(np.int64))
     np.random.Generator(np.random.PCG64([seed, epoch])).shuffle(order)
     return [int(index) for index in order]

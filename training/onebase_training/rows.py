@@ -6,7 +6,7 @@ holds whatever the text spells and whatever the pad id is.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +19,14 @@ from onebase_training.records import Conversation, PlainText, Record
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """`ids` [n] int32; `learnt` [n] bool, True on the tokens whose prediction is learnt; never on the first."""
+    """`ids` [n] int32; `learnt` [n] bool, True on the tokens whose prediction is learnt; never on the first.
+
+    `skipped` counts answers that the format could not render as they would be generated: they are not learnt.
+    """
 
     ids: NDArray[np.int32]
     learnt: NDArray[np.bool_]
+    skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -68,7 +72,8 @@ class Encoder:
         if self._headers is not None or record.unknown:
             return self._row(*self._seed(record))
         example = self._renderer.render_example(record.messages, record.tools)
-        return self._row(example.ids, example.mask)
+        row = self._row(example.ids, example.mask)
+        return replace(row, skipped=len(example.skipped)) if example.skipped else row
 
     def _plain(self, text: str) -> tuple[list[int], list[bool]]:
         """A chunk of a text has no end, so it gets no eos (as in the seed)."""

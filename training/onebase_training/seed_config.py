@@ -25,6 +25,28 @@ _TRAINER: Final = frozenset(
 )
 
 
+SEED_NAMES: Final = {
+    "name": "model_name",
+    "base": "base_model",
+    "data.max_tokens": "model_context_window",
+    "data.train": "data.text_files",
+    "data.train.0.path": "data.dataset",
+    "data.headers.user": "data.user_header",
+    "data.headers.response": "data.response_header",
+    "data.headers.system": "data.system_header",
+    "data.chunk_chars": "data.chunk_char_len",
+    "data.chunk_overlap": "data.chunk_char_overlap",
+    "lora.alpha": "lora.lora_alpha",
+    "lora.dropout": "lora.lora_dropout",
+    "train.warmup": "trainer.warmup_steps",
+    "train.epochs": "trainer.num_train_epochs",
+    "train.learning_rate": "trainer.learning_rate",
+    "train.log_every": "trainer.logging_steps",
+    "train.batch_size": "trainer.batch_size",
+}
+"""Our key -> the seed's, for errors about a translated file."""
+
+
 def is_seed_config(content: Mapping[str, Any]) -> bool:
     return "base_model" in content and "model_name" in content
 
@@ -34,7 +56,7 @@ def translate_seed_config(content: Mapping[str, Any]) -> dict[str, Any]:
     _refuse_unknown("", content, _TOP)
     data = _section(content, "data")
     kind = data.get("type")
-    if kind not in _DATA:
+    if not isinstance(kind, str) or kind not in _DATA:
         raise RecipeError(f"data.type: must be one of {', '.join(_DATA)}, not {kind!r}", param="data.type")
     _refuse_unknown("data.", data, _DATA[kind])
     notices = ["the seed trained with fp16 on a bf16 base; here both are bf16 (fp16 overflows)"]
@@ -58,8 +80,11 @@ def translate_seed_config(content: Mapping[str, Any]) -> dict[str, Any]:
 def _translate_data(data: Mapping[str, Any], kind: str) -> dict[str, Any]:
     if kind == "raw_text":
         files = _need(data, "data.", "text_files")
+        files = [files] if isinstance(files, str) else files
+        if not isinstance(files, list) or not files or not all(isinstance(path, str) for path in files):
+            raise RecipeError("data.text_files: must be a list of files", param="data.text_files")
         return {
-            "train": [{"path": path, "format": "text"} for path in ([files] if isinstance(files, str) else files)],
+            "train": [{"path": path, "format": "text"} for path in files],
             "chunk_chars": _need(data, "data.", "chunk_char_len"),
             "chunk_overlap": _need(data, "data.", "chunk_char_overlap"),
             "chunk_prefix": data.get("chunk_prefix", ""),
@@ -98,8 +123,15 @@ def _translate_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
     }
     translated = {ours: trainer[theirs] for theirs, ours in names.items() if theirs in trainer}
     return translated | {
-        "batch_size": int(trainer.get("batch_size", 1)) * int(trainer.get("gradient_accumulation_steps", 4))
+        "batch_size": _whole(trainer, "batch_size", 1) * _whole(trainer, "gradient_accumulation_steps", 4)
     }
+
+
+def _whole(trainer: Mapping[str, Any], key: str, default: int) -> int:
+    value = trainer.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise RecipeError(f"trainer.{key}: must be a whole number from 1 on, not {value!r}", param=f"trainer.{key}")
+    return value
 
 
 def _adapter_name(model_name: str) -> str:

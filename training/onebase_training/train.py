@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from rich.markup import escape
+from rich.status import Status
 
 from onebase.base_fetch import find_base
 from onebase.errors import OnebaseError
@@ -113,7 +115,8 @@ def _carry_out(run: Run) -> RunResult:
         _say(run, "note", ["no curves for tensorboard: pip install tensorboardX"])
     spec = find_base(run.home, recipe.base)
     tokenizer = TextTokenizer.load(spec.path)
-    dataset = read_data(recipe, spec, tokenizer, run.status.alive)
+    with console.status("reading the data") as line:  # a sign of life for whoever watches the run, too
+        dataset = read_data(recipe, spec, tokenizer, lambda text: _told(run, line, text))
     _say(run, "data", dataset.notices)
     plan = make_plan([weight for _, weight in dataset.train], recipe.train)
     run.status.enter("validating", "loading the base", total_steps=len(plan))
@@ -233,9 +236,14 @@ def _cancelled(run: Run, what: str) -> RunResult:
     return RunResult("cancelled", None, {})
 
 
+def _told(run: Run, line: Status, text: str) -> None:
+    line.update(escape(text))
+    run.status.progress(message=text)
+
+
 def _say(run: Run, kind: str, notices: Any) -> None:
     for notice in notices:
-        run.console.print(f"[yellow]{kind}[/]: {notice}")
+        run.console.print(f"[yellow]{kind}[/]: {escape(notice)}")
         run.status.event("notice", {"message": notice})
 
 

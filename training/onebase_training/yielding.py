@@ -1,8 +1,8 @@
 """Making way for requests: between two layers a training process looks whether a server on its home works, and waits.
 
 How long is the policy's: so many times as long as the layer before took, at most, that training keeps the policy's
-share (`onebase.train_policy`) of its time. So it goes on at a known share of its speed under any load, on any device,
-without a setting in seconds. No torch: the clock is the caller's.
+share (`onebase.train_policy`) of its time, by how many requests there are. So it goes on at a known share of its speed
+under any load, on any device, without a setting in seconds. No torch: the clock is the caller's.
 """
 
 import time
@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Final
 
 from onebase.serving_note import Load, SeenServer, living_servers
-from onebase.train_policy import share_of
+from onebase.train_policy import policy_of
 
 POLL_S: Final = 0.002
 LOOK_S: Final = 1.0
 """Between looks for servers that have come or gone."""
+RECENTLY_S: Final = 1.0
 STUCK_S: Final = 5.0
 """A server that has requests and makes no step for so long is not waited for."""
 
@@ -30,16 +31,17 @@ class _Watched:
         self._last = Load()
         self._moved_at = now
 
-    def is_working(self, now: float) -> bool:
+    def sequences(self, now: float) -> int:
+        """That run or wait on it; none on a server that is stuck."""
         load = self.server.load()
         if load.steps != self._last.steps or not self._last.is_busy:
             self._moved_at = now
         self._last = load
-        return load.is_busy and now - self._moved_at < STUCK_S
+        return load.running + load.waiting if now - self._moved_at < STUCK_S else 0
 
 
 class Yielder:
-    """`at_boundary()` between layers. `policy` as in `train_policy.share_of`. `hurries`: no more waiting, as when the
+    """`at_boundary()` between layers. `policy` as in `train_policy.policy_of`. `hurries`: no more waiting, as when the
     run is asked to stop; `on_wait` is called while it waits, as a sign of life."""
 
     def __init__(
@@ -54,35 +56,44 @@ class Yielder:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._folder, self._device = folder, _with_index(device)
-        self._patience = 1 / share_of(policy) - 1
+        self._policy = policy_of(policy)
         self._hurries, self._on_wait, self._clock, self._sleep = hurries, on_wait, clock, sleep
         self._watched: dict[Path, _Watched] = {}
         self._looked_at = float("-inf")
         self._left_at = clock()
         self.waited_s = 0.0
+        self._held_back_at = float("-inf")
 
     @property
     def has_servers(self) -> bool:
         """Whether there is anybody to make way for, at work or not."""
         return bool(self._watched)
 
+    @property
+    def holds_back(self) -> bool:
+        """Whether there is somebody to make way for, or was a moment ago: between two requests nothing is let loose."""
+        return self._left_at - self._held_back_at < RECENTLY_S
+
     def at_boundary(self) -> None:
         """Returns when the next layer may run."""
-        if not self._patience:
-            return
-        now = self._clock()
-        begin, until = now, now + self._patience * (now - self._left_at)
-        while now < until and not self._hurries() and self._is_anyone_working(now):
+        begin = now = self._clock()
+        took = begin - self._left_at
+        while (left := begin + self._patience(now) * took - now) > 0 and not self._hurries():
+            self._held_back_at = now
             self._on_wait()
-            self._sleep(min(POLL_S, until - now))
+            self._sleep(min(POLL_S, left))
             now = self._clock()
         self.waited_s += now - begin
         self._left_at = now
 
-    def _is_anyone_working(self, now: float) -> bool:
+    def _patience(self, now: float) -> float:
+        """How many times as long as a layer took to wait for the requests there are now."""
+        if self._policy.least == 1:
+            return 0.0
         if now - self._looked_at >= LOOK_S:
             self._look(now)
-        return any(watched.is_working(now) for watched in self._watched.values() if self._is_here(watched))
+        sequences = sum(watched.sequences(now) for watched in self._watched.values() if self._is_here(watched))
+        return 1 / self._policy.share(sequences, self._device) - 1
 
     def _look(self, now: float) -> None:
         self._looked_at = now

@@ -12,6 +12,6 @@ Knows HTTP only: no torch, nothing of the server's packages.
 """
 
 from onebase_client.client import Onebase
-from onebase_client.models import Adapter, Deleted, Key, NewKey, RetrainRun, Schedule, Version
+from onebase_client.models import Adapter, Deleted, Key, ModelCard, NewKey, RetrainRun, Schedule, Version
 
-__all__ = ["Adapter", "Deleted", "Key", "NewKey", "Onebase", "RetrainRun", "Schedule", "Version"]
+__all__ = ["Adapter", "Deleted", "Key", "ModelCard", "NewKey", "Onebase", "RetrainRun", "Schedule", "Version"]

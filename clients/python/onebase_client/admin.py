@@ -11,6 +11,8 @@ from onebase_client.models import (
     Deleted,
     Key,
     Keys,
+    ModelCard,
+    ModelCards,
     NewKey,
     RetrainRun,
     RetrainRuns,
@@ -31,7 +33,12 @@ class ServerAdmin:
         self._client = client
         self._root = str(client.base_url).rstrip("/").removesuffix("/v1") + "/admin"
 
-    # Adapters and versions
+    # Models, adapters and versions
+
+    def models(self, *, versions: bool = False) -> list[ModelCard]:
+        """As `client.models.list()`, with where each is in memory, and `versions` too. Needs no admin key."""
+        query = {"versions": "true"} if versions else {}
+        return self._client.get("/models", cast_to=ModelCards, options={"params": query}).data
 
     def adapters(self) -> list[Adapter]:
         """Every adapter with its versions and where they are."""
@@ -66,7 +73,7 @@ class ServerAdmin:
         return self._move(name, "unload", version)
 
     def delete(self, model: str) -> Deleted:
-        """Delete an adapter with all its versions, or one version (`name@3`)."""
+        """Delete a fine-tuned model (`ft:...`), an adapter with all its versions, or one version (`name@3`)."""
         deleted = self._client.models.delete(model)
         return Deleted.construct(id=deleted.id, deleted=deleted.deleted)
 

@@ -5,6 +5,24 @@ from typing import Any, Literal
 from openai import BaseModel
 
 
+class ModelCard(BaseModel):
+    """One line of `/v1/models`: what `model` may be, with this server's own fields."""
+
+    id: str
+    created: int
+    root: str
+    """The base's id."""
+    parent: str | None = None
+    """The base's id for an adapter, None for the base."""
+    version: int | None = None
+    residency: Literal["device", "host", "disk"] | None = None
+    """Where that version is in the server's memory; None for the base."""
+
+
+class ModelCards(BaseModel):
+    data: list[ModelCard]
+
+
 class Version(BaseModel):
     """One immutable version and where it is in the server's memory."""
 

@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import Mapping
+from typing import Any
 
-from litestar import get, post
+from litestar import Request, get, post
 from litestar.params import FromPath, JSONBody
 
 from onebase.errors import InvalidInput, ModelNotFound
 from onebase.store import AdapterStore, Entry, Version
+from onebase_server.api.audit import tell_target
 from onebase_server.api.deps import AppDeps, Deps
 from onebase_server.api.models_lookup import to_ref
 from onebase_server.api.preload import bring_near
@@ -38,21 +40,27 @@ async def get_adapter(name: FromPath[str], deps: Deps) -> AdapterCard:
 
 
 @post("/adapters/{name:str}/rollback", operation_id="rollbackAdapter", status_code=200, tags=["Admin"])
-async def rollback(name: FromPath[str], deps: Deps, data: JSONBody[VersionChoice] = NO_CHOICE) -> AdapterCard:
+async def rollback(
+    name: FromPath[str], deps: Deps, request: Request[Any, Any, Any], data: JSONBody[VersionChoice] = NO_CHOICE
+) -> AdapterCard:
     """Serve what was served before, or the version given. Running requests finish on theirs."""
     entry = entry_of(name, deps.store)
     await bring_near([version for version in entry.versions if version.version == data.version], deps)
-    await asyncio.to_thread(deps.store.rollback, name, data.version)
+    entry = await asyncio.to_thread(deps.store.rollback, name, data.version)
+    tell_target(request, ", ".join(f"@{version}" for version in entry.weights))
     return await show(name, deps)
 
 
 @post("/adapters/{name:str}/publish", operation_id="publishVersion", status_code=200, tags=["Admin"])
-async def publish(name: FromPath[str], deps: Deps, data: JSONBody[PublishRequest]) -> AdapterCard:
+async def publish(
+    name: FromPath[str], deps: Deps, data: JSONBody[PublishRequest], request: Request[Any, Any, Any]
+) -> AdapterCard:
     """Serve one version under the name, or split its traffic between several. They are loaded first."""
     entry = entry_of(name, deps.store)
     shares = shares_of(data)
     await bring_near([version for version in entry.versions if version.version in shares], deps)
     await asyncio.to_thread(deps.store.set_current, name, shares)
+    tell_target(request, ", ".join(f"@{version} {share:.0%}" for version, share in shares.items()))
     return await show(name, deps)
 
 

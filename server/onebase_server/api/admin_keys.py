@@ -1,11 +1,13 @@
 """`/admin/keys`: make, list and revoke API keys. A running server sees each change within half a second."""
 
 import time
+from typing import Any
 
-from litestar import delete, get, post
+from litestar import Request, delete, get, post
 from litestar.params import FromPath, JSONBody
 
 from onebase.errors import NotFound
+from onebase_server.api.audit import tell_target
 from onebase_server.api.caller import KeyLimits
 from onebase_server.api.deps import Deps
 from onebase_server.api.keys import KeyOrder, new_key
@@ -13,11 +15,12 @@ from onebase_server.api.schemas_keys import CreatedKey, CreateKey, KeyList, KeyO
 
 
 @post("/keys", operation_id="createKey", status_code=200, tags=["Admin"])
-async def create_key(data: JSONBody[CreateKey], deps: Deps) -> CreatedKey:
+async def create_key(data: JSONBody[CreateKey], request: Request[Any, Any, Any], deps: Deps) -> CreatedKey:
     """Make a key. It is in this answer and nowhere else."""
     row, key = new_key(order_of(data), int(time.time()))
     reply = created_key(row, key)
     await deps.keys.add(row)
+    tell_target(request, f"{row.id} ({', '.join(row.scopes)}) of {row.owner}")
     return reply
 
 

@@ -6,10 +6,11 @@ from litestar import Request, get, post
 from litestar.params import FromPath, JSONBody
 
 from onebase.errors import InvalidInput, NotFound
+from onebase_server.api.audit import tell_target
 from onebase_server.api.caller import caller_of
 from onebase_server.api.datasets import find_dataset
 from onebase_server.api.deps import AppDeps, Deps
-from onebase_server.api.fine_tuning import idempotency_key
+from onebase_server.api.fine_tuning import once_of
 from onebase_server.api.schemas_retrain import RetrainList, RetrainRequest, RetrainRun, retrain_run
 from onebase_server.jobs.orders import Base, Gate, RetrainOrder
 from onebase_server.jobs.states import RETRAIN
@@ -26,8 +27,11 @@ async def create_retrain_run(data: JSONBody[RetrainRequest], request: AnyRequest
     A good end publishes the adapter's next version, which is served at once. With a gate it is published only if it
     is no worse than the current one on held-out conversations; the answer then says why not.
     """
-    order = to_order(data, caller_of(request).owner, deps)
-    return retrain_run(await deps.jobs.retrain(order, None, idempotency_key(request)))
+    owner, once = caller_of(request).owner, once_of(data, request)
+    job = await deps.jobs.made_before(owner, once)
+    job = job or await deps.jobs.retrain(to_order(data, owner, deps), None, once)
+    tell_target(request, f"{job.id} of {job.adapter}")
+    return retrain_run(job)
 
 
 @get("/retrain", operation_id="listRetrainRuns", tags=["Admin"])
@@ -84,6 +88,7 @@ def to_order(data: RetrainRequest, owner: str, deps: AppDeps) -> RetrainOrder:
         seed=hyperparameters.get("seed"),
         gate=gate_of(data),
         priority=data.priority or 0,
+        served_before=dict(entry.weights) if entry else {},
     )
 
 

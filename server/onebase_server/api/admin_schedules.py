@@ -7,6 +7,7 @@ from litestar.params import FromPath, JSONBody
 
 from onebase.errors import InvalidInput, NotFound, OnebaseError
 from onebase_server.api.admin_retrain import to_order
+from onebase_server.api.audit import tell_target
 from onebase_server.api.caller import caller_of
 from onebase_server.api.deps import AppDeps, Deps
 from onebase_server.api.schemas_retrain import SHOWN, RetrainRequest
@@ -29,6 +30,7 @@ async def create_schedule(data: JSONBody[CreateSchedule], request: Request[Any, 
     order = request_of(data)
     check_now(data.adapter, order, owner, deps)
     row = await deps.durable.scheduler.add(data.adapter, timing_of(data), order, owner)
+    tell_target(request, f"{row.id} of {row.adapter}")
     return schedule_object(row, None)
 
 

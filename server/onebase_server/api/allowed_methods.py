@@ -26,8 +26,10 @@ async def send_allow(message: Message, scope: Scope) -> None:
 def methods_of(app: Litestar, path: str) -> tuple[str, ...]:
     """In the alphabet's order; () for a path that the app has not."""
     routes = ((route.path, route.methods) for route in app.routes if isinstance(route, HTTPRoute))
-    found = {method for template, methods in routes if pattern_of(template).fullmatch(path) for method in methods}
-    return tuple(sorted(map(str, found)))
+    # the router takes /v1//models/ for /v1/models
+    path = re.sub("/+", "/", path).rstrip("/") or "/"
+    found = {str(each) for template, methods in routes if pattern_of(template).fullmatch(path) for each in methods}
+    return tuple(sorted(found | {"HEAD"} if "GET" in found else found))
 
 
 @lru_cache(maxsize=256)

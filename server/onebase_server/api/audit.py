@@ -1,6 +1,8 @@
-"""The audit log: every call that needs the admin scope, and what became of it, one JSON line under <home>/audit/.
+"""The audit log: calls that need the admin scope or delete a model, and what became of them, in <home>/audit/.
 
-No bodies and no keys are in it. It is appended to only; a file a month, so that old ones can be moved away.
+One JSON line each, without bodies and keys. It is appended to only; a file a month, so that old ones can be moved
+away. Whoever may not call can't fill the disk with it: past `MOST_REFUSED` a minute refusals are counted, and the
+count written down.
 """
 
 import json
@@ -8,10 +10,10 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from litestar import Request
 from litestar.types import Message, Scope
 
 from onebase_server.api.auth import ADMIN
@@ -21,12 +23,29 @@ from onebase_server.api.request_id import request_id_of
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class AuditLog:
-    """Appends to `<folder>/<year>-<month>.jsonl`. Any number of processes may."""
+MOST_REFUSED = 60
+WINDOW_S = 60.0
+MOST_CHARS = 300
+TARGET_KEY = "onebase_target"
 
-    folder: Path
-    now: Callable[[], float] = time.time
+
+def tell_target(request: Request[Any, Any, Any], target: str) -> None:
+    """What the call is about, where its path does not say: an id that was made, versions that were chosen."""
+    request.scope["state"][TARGET_KEY] = target
+
+
+class AuditLog:
+    """Appends to `<folder>/<year>-<month>.jsonl`. Any number of processes may. `note` lives on one event loop."""
+
+    def __init__(
+        self, folder: Path, now: Callable[[], float] = time.time, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.folder = folder
+        self.now = now
+        self._clock = clock
+        self._window_began = float("-inf")
+        self._refused = 0
+        """Calls by those who may not, since then."""
 
     def write(self, record: Mapping[str, Any]) -> None:
         """A log that can't be written is an error in the server's own log, and never the caller's: an admin must be
@@ -47,22 +66,36 @@ class AuditLog:
 
     async def note(self, message: Message, scope: Scope) -> None:
         """Litestar's before-send hook: refused calls are written down too."""
-        if message["type"] != "http.response.start" or not needs_admin(scope):
+        if message["type"] != "http.response.start" or not is_audited(scope):
             return
-        caller = scope.get("state", {}).get(STATE_KEY)
+        state = scope.get("state", {})
+        caller = state.get(STATE_KEY)
+        key = caller.id if isinstance(caller, Caller) else None
+        self._turn_window()
+        if message["status"] in (401, 403):
+            self._refused += 1
+            if self._refused > MOST_REFUSED:
+                return
         client = scope.get("client")
-        self.write(
-            {
-                "request_id": request_id_of(scope),
-                "key": caller.id if isinstance(caller, Caller) else None,
-                "client": client[0] if client else None,
-                "method": scope.get("method"),
-                "path": str(scope.get("path", ""))[:300],
-                "status": message["status"],
-            }
-        )
+        record = {
+            "request_id": request_id_of(scope),
+            "key": key,
+            "client": client[0] if client else None,
+            "method": scope.get("method"),
+            "path": str(scope.get("path", ""))[:MOST_CHARS],
+            "status": message["status"],
+        }
+        self.write({**record, "target": str(state[TARGET_KEY])[:MOST_CHARS]} if TARGET_KEY in state else record)
+
+    def _turn_window(self) -> None:
+        now = self._clock()
+        if now - self._window_began < WINDOW_S:
+            return
+        if self._refused > MOST_REFUSED:
+            self.write({"key": None, "action": "more calls refused", "count": self._refused - MOST_REFUSED})
+        self._window_began, self._refused = now, 0
 
 
-def needs_admin(scope: Scope) -> bool:
+def is_audited(scope: Scope) -> bool:
     handler: Any = scope.get("route_handler")
-    return handler is not None and handler.opt.get("scope") == ADMIN
+    return handler is not None and (handler.opt.get("scope") == ADMIN or bool(handler.opt.get("audited")))

@@ -18,7 +18,7 @@ STATE_KEY = "onebase_caller"
 
 @dataclass(frozen=True, slots=True)
 class KeyLimits:
-    """None: no limit. Requests and tokens a minute, generations at a time."""
+    """None: no limit. Requests and tokens a minute, sequences at a time."""
 
     rpm: int | None = None
     tpm: int | None = None

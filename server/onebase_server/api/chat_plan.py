@@ -10,6 +10,7 @@ from onebase.messages import Message, Tool
 from onebase_server.api.backend import Backend
 from onebase_server.api.convert_messages import to_messages, to_tools
 from onebase_server.api.convert_sampling import (
+    LONG_TEXT,
     Extras,
     answer_limit,
     check_stream_options,
@@ -18,8 +19,11 @@ from onebase_server.api.convert_sampling import (
 )
 from onebase_server.api.models_lookup import ServedModel
 from onebase_server.api.schemas_chat import ChatRequest, NamedTool
-from onebase_server.api.structured import constraint_of, takes_long
+from onebase_server.api.structured import constraint_of
 from onebase_server.engine.types import GenerationRequest
+
+MESSAGE = 64
+"""What rendering a message costs besides its text, in characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +35,6 @@ class ChatPlan:
     model: ServedModel
     request: GenerationRequest
     finds_calls: bool
-    one_call: bool
-    """`parallel_tool_calls` is off: a second call is left out."""
     wants_logprobs: bool
     include_usage: bool
 
@@ -53,7 +55,7 @@ class ChatInput:
 def check_chat(body: ChatRequest, max_choices: int) -> ChatInput:
     """Rules between fields. Raises InvalidInput naming the field."""
     check_stream_options(body)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise InvalidInput(
             "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled.",
             param="top_logprobs",
@@ -93,12 +95,26 @@ def check_response_format(body: ChatRequest) -> None:
         )
 
 
+def check_ending(body: ChatRequest) -> None:
+    """A grammar alone says where its text ends: nothing can follow, and it can't be made longer."""
+    for name in ("min_tokens", "ignore_eos"):
+        if getattr(body, name):
+            raise InvalidInput(
+                f"Invalid value for '{name}': with 'tools' or a JSON 'response_format' the answer's form says where it "
+                f"ends. Leave '{name}' out.",
+                param=name,
+                code="invalid_value",
+            )
+
+
 def plan_chat(body: ChatRequest, given: ChatInput, model: ServedModel, backend: Backend) -> ChatPlan:
     """Render and size. Raises ContextLengthExceeded."""
     tools = () if body.tool_choice == "none" else given.tools
     prompt = model.renderer.render_prompt(given.messages, given.tools)
     asked = body.max_completion_tokens or body.max_tokens
     constraint = constraint_of(body, given.tools, model.renderer.call_layout)
+    if constraint.grammar is not None:
+        check_ending(body)
     extras = Extras(
         max_tokens=answer_limit(asked, len(prompt), backend.max_context, param="messages"),
         # a grammar that rules from the start ends by itself, and a header inside one of its strings is text
@@ -122,14 +138,14 @@ def plan_chat(body: ChatRequest, given: ChatInput, model: ServedModel, backend: 
         model=model,
         request=request,
         finds_calls=bool(tools),
-        one_call=body.parallel_tool_calls is False,
         wants_logprobs=bool(body.logprobs),
         include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
     )
 
 
 async def plan_chat_aside(body: ChatRequest, given: ChatInput, model: ServedModel, backend: Backend) -> ChatPlan:
-    """As `plan_chat`, off the event loop where it takes long: other streams go on."""
-    if takes_long(body):
+    """As `plan_chat`, off the event loop where it takes milliseconds: other streams go on."""
+    wants_grammar = body.response_format is not None or bool(body.tools)
+    if wants_grammar or sum(len(message.content) + MESSAGE for message in given.messages) > LONG_TEXT:
         return await asyncio.to_thread(plan_chat, body, given, model, backend)
     return plan_chat(body, given, model, backend)

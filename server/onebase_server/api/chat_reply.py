@@ -11,7 +11,7 @@ from pydantic_core import to_json
 from onebase.tokenizer import TextTokenizer
 from onebase_server.api.chat_plan import ChatPlan
 from onebase_server.api.generation import raise_if_failed, sum_usage
-from onebase_server.api.logprobs import chat_logprobs
+from onebase_server.api.logprobs import WaitingLogprobs, chat_logprobs
 from onebase_server.api.schemas_chat import (
     AssistantMessage,
     ChatChoice,
@@ -21,12 +21,14 @@ from onebase_server.api.schemas_chat import (
     ChatLogprobs,
     ChunkChoice,
     FinishWord,
+    FunctionDelta,
+    ToolCallDelta,
 )
 from onebase_server.api.schemas_common import UsageBody
 from onebase_server.api.sse import event
-from onebase_server.api.tool_calls import CallWatch, call_deltas, with_ids
+from onebase_server.api.tool_calls import CallReader, Piece, new_call_id, read_answer, with_ids
 from onebase_server.engine.handle import Completion
-from onebase_server.engine.types import FinishReason, TokenEvent, TokenLogprob, Usage
+from onebase_server.engine.types import FinishReason, TokenEvent, Usage
 
 HOLE = f"onebase-{secrets.token_hex(8)}"
 """Where the text goes in a frame: nobody can have put this anywhere else in it."""
@@ -54,15 +56,11 @@ def chat_completion(
 def _choice(plan: ChatPlan, choice: Completion, tokenizer: TextTokenizer) -> ChatChoice:
     message = AssistantMessage(role="assistant", content=choice.text, refusal=None)
     if plan.finds_calls:
-        parsed = plan.model.renderer.parse_text(choice.text)
-        message.content = parsed.content
-        if parsed.tool_calls:
-            message = AssistantMessage(
-                role="assistant",
-                content=parsed.content or None,
-                refusal=None,
-                tool_calls=with_ids(parsed.tool_calls[: 1 if plan.one_call else None]),
-            )
+        renderer = plan.model.renderer
+        message.content, calls = read_answer(choice.text, renderer.call_layout, renderer.parse_text)
+        if calls:
+            content = message.content or None
+            message = AssistantMessage(role="assistant", content=content, refusal=None, tool_calls=with_ids(calls))
     return ChatChoice(
         index=choice.index,
         message=message,
@@ -76,13 +74,10 @@ class ChatStream:
 
     def __init__(self, plan: ChatPlan, tokenizer: TextTokenizer, fingerprint: str) -> None:
         self._plan = plan
-        self._tokenizer = tokenizer
         self._fingerprint = fingerprint
         renderer = plan.model.renderer
-        layout = renderer.call_layout if plan.finds_calls else None
-        marker = layout.before.rstrip() if layout else ""
-        self._watches = [CallWatch(marker, renderer.parse_text) for _ in range(plan.n)]
-        self._logprobs: list[list[TokenLogprob]] = [[] for _ in range(plan.n)]
+        self._readers = [CallReader(renderer.call_layout, renderer.parse_text) for _ in range(plan.n)]
+        self._logprobs = [WaitingLogprobs(tokenizer) for _ in range(plan.n)]
         self._usages = [Usage(0, 0)] * plan.n
         self._frames: dict[int, tuple[bytes, bytes]] = {}
 
@@ -100,45 +95,58 @@ class ChatStream:
 
     def _chunks(self, token: TokenEvent) -> list[bytes]:
         index = token.index
-        watch, pending = self._watches[index], self._logprobs[index]
-        pending.extend(token.logprobs)
-        chunks = []
-        text = watch.feed(token.text) if self._plan.finds_calls else token.text
-        if text:
-            chunks.append(self._content(index, text))
+        if self._plan.wants_logprobs:
+            self._logprobs[index].add(token.logprobs)
+        if not self._plan.finds_calls:
+            chunks = [self._content(index, token.text, None)] if token.text else []
+        else:
+            chunks = self._pieces(index, self._readers[index].feed(token.text))
         if token.finish_reason is None:
             return chunks
-        has_calls = False
+        reader = self._readers[index]
         if self._plan.finds_calls:
-            rest, calls = watch.finish()
-            has_calls = bool(calls)
-            if rest:
-                chunks.append(self._content(index, rest))
-            for delta in call_deltas(calls[: 1 if self._plan.one_call else None]):
-                chunks.append(self._delta(index, ChatDelta(tool_calls=[delta]), self._take_logprobs(index)))
+            chunks += self._pieces(index, reader.finish())
+        left = self._take_logprobs(index, None)
+        if left is not None:  # of tokens without text to show: half a character at the end, a call's last bracket
+            nothing = ChatDelta(content="") if not reader.calls else _more_arguments(len(reader.calls) - 1, "")
+            chunks.append(self._delta(index, nothing, left))
         if token.usage is not None:
             self._usages[index] = token.usage
-        word = finish_word(token.finish_reason, has_calls)
+        word = finish_word(token.finish_reason, bool(reader.calls))
         chunks.append(self._delta(index, ChatDelta(), None, word))
         return chunks
 
-    def _content(self, index: int, text: str) -> bytes:
+    def _pieces(self, index: int, pieces: list[Piece]) -> list[bytes]:
+        """The order that accumulators are written for: a call's head, then its arguments bit by bit."""
+        chunks = []
+        for piece in pieces:
+            if piece.call is None:
+                chunks.append(self._content(index, piece.text, piece.end))
+            elif piece.name is not None:
+                function = FunctionDelta(name=piece.name, arguments="")
+                head = ToolCallDelta(index=piece.call, id=new_call_id(), type="function", function=function)
+                chunks.append(self._delta(index, ChatDelta(tool_calls=[head]), self._take_logprobs(index, piece.end)))
+            else:
+                delta = _more_arguments(piece.call, piece.text)
+                chunks.append(self._delta(index, delta, self._take_logprobs(index, piece.end)))
+        return chunks
+
+    def _content(self, index: int, text: str, end: int | None) -> bytes:
         """A piece of text. Without logprobs two of these differ in the text alone: the rest is written once."""
         if self._plan.wants_logprobs:
-            return self._delta(index, ChatDelta(content=text), self._take_logprobs(index))
+            return self._delta(index, ChatDelta(content=text), self._take_logprobs(index, end))
         frame = self._frames.get(index)
         if frame is None:
             head, tail = self._delta(index, ChatDelta(content=HOLE)).rsplit(to_json(HOLE), 1)
             frame = self._frames[index] = head, tail
         return frame[0] + to_json(text) + frame[1]
 
-    def _take_logprobs(self, index: int) -> ChatLogprobs | None:
-        """The entries since the last text: those of held-back text go out with it."""
-        pending = self._logprobs[index]
-        if not self._plan.wants_logprobs or not pending:
+    def _take_logprobs(self, index: int, end: int | None) -> ChatLogprobs | None:
+        """The entries since the last piece up to the character `end`: of what was held back and is not shown too."""
+        if not self._plan.wants_logprobs:
             return None
-        self._logprobs[index] = []
-        return chat_logprobs(pending, self._tokenizer)
+        entries = self._logprobs[index].take(end)
+        return ChatLogprobs(content=entries, refusal=None) if entries else None
 
     def _delta(
         self, index: int, delta: ChatDelta, logprobs: ChatLogprobs | None = None, finish: FinishWord | None = None
@@ -157,3 +165,7 @@ class ChatStream:
         if self._plan.include_usage:
             chunk.usage = usage  # set, so that it is sent: null in all chunks but the last
         return event(chunk)
+
+
+def _more_arguments(call: int, text: str) -> ChatDelta:
+    return ChatDelta(tool_calls=[ToolCallDelta(index=call, function=FunctionDelta(arguments=text))])

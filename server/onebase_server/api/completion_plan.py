@@ -1,5 +1,6 @@
 """`CompletionRequest` -> what to generate: one engine request for each prompt."""
 
+import asyncio
 import secrets
 import time
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from onebase.errors import InvalidInput
 from onebase_server.api.backend import Backend
 from onebase_server.api.convert_sampling import (
+    LONG_TEXT,
     Extras,
     answer_limit,
     check_stream_options,
@@ -19,6 +21,8 @@ from onebase_server.api.schemas_completions import CompletionRequest
 from onebase_server.engine.types import GenerationRequest
 
 DEFAULT_MAX_TOKENS = 16
+MAX_TOTAL = 128
+"""Choices of all prompts of one request: as many as one prompt may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,7 @@ def check_completion(body: CompletionRequest, max_choices: int) -> int:
         )
     if body.best_of is not None and body.best_of > n:
         check_best_of(body, body.best_of, max_choices)
+    check_total(body, max(n, body.best_of or 1))
     return n
 
 
@@ -70,6 +75,24 @@ def check_best_of(body: CompletionRequest, best_of: int, max_choices: int) -> No
             param="best_of",
             code="integer_above_max_value",
         )
+
+
+def check_total(body: CompletionRequest, each: int) -> None:
+    """`each`: choices to generate for each prompt."""
+    prompts = count_prompts(body.prompt)
+    if prompts * each > MAX_TOTAL:
+        param = "n" if body.best_of is None or body.best_of <= (body.n or 1) else "best_of"
+        raise InvalidInput(
+            f"Invalid '{param}': {prompts} prompts with {each} choices each are more than the {MAX_TOTAL} choices that "
+            f"one request may have. Expected a value <= {MAX_TOTAL // prompts}.",
+            param=param,
+            code="integer_above_max_value",
+        )
+
+
+def count_prompts(prompt: object) -> int:
+    """A list of token ids is one prompt."""
+    return len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
 
 
 def scores_prompt(body: CompletionRequest) -> bool:
@@ -109,6 +132,17 @@ def plan_completion(body: CompletionRequest, n: int, model: ServedModel, backend
         wants_logprobs=body.logprobs is not None,
         include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
     )
+
+
+async def plan_completion_aside(
+    body: CompletionRequest, n: int, model: ServedModel, backend: Backend
+) -> CompletionPlan:
+    """As `plan_completion`, off the event loop where it takes milliseconds: other streams go on."""
+    prompt = body.prompt
+    size = len(prompt) if isinstance(prompt, str) else sum(1 if isinstance(each, int) else len(each) for each in prompt)
+    if size > LONG_TEXT:
+        return await asyncio.to_thread(plan_completion, body, n, model, backend)
+    return plan_completion(body, n, model, backend)
 
 
 def to_ids(body: CompletionRequest, backend: Backend) -> list[list[int]]:

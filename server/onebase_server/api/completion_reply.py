@@ -10,7 +10,7 @@ from onebase.tokenizer import TextTokenizer
 from onebase_server.api.backend import Handle
 from onebase_server.api.completion_plan import CompletionPlan
 from onebase_server.api.generation import complete, raise_if_failed, sum_usage
-from onebase_server.api.logprobs import completion_logprobs, echo_logprobs
+from onebase_server.api.logprobs import TextOffsets, completion_logprobs, echo_logprobs, joined
 from onebase_server.api.schemas_common import UsageBody
 from onebase_server.api.schemas_completions import Completion as CompletionBody
 from onebase_server.api.schemas_completions import CompletionChoice
@@ -58,12 +58,14 @@ def mean_logprob(choice: Completion) -> float:
 
 
 def _choice(plan: CompletionPlan, index: int, choice: Completion, tokenizer: TextTokenizer) -> CompletionChoice:
-    logprobs = completion_logprobs(choice.logprobs, tokenizer) if plan.wants_logprobs else None
-    if plan.scores_prompt:
+    echo, logprobs = plan.echoes[index // plan.n], None
+    if plan.wants_logprobs:
+        logprobs = completion_logprobs(choice.logprobs, tokenizer, TextOffsets(len(echo)))
+    if plan.scores_prompt and logprobs is not None:
         prompt = plan.requests[index // plan.n].prompt_ids
-        logprobs = echo_logprobs(prompt, choice.prompt_logprobs, choice.logprobs, tokenizer)
+        logprobs = joined(echo_logprobs(prompt, choice.prompt_logprobs, echo, tokenizer), logprobs)
     return CompletionChoice(
-        text=plan.echoes[index // plan.n] + choice.text,
+        text=echo + choice.text,
         index=index,
         logprobs=logprobs,
         finish_reason=finish_word(choice.finish_reason),
@@ -79,7 +81,7 @@ class CompletionStream:
         self._fingerprint = fingerprint
         choices = plan.n * len(plan.requests)
         self._usages = [Usage(0, 0)] * choices
-        self._offsets = [0] * choices
+        self._offsets = [TextOffsets(len(plan.echoes[index // plan.n])) for index in range(choices)]
         self._echoed = [False] * choices
 
     async def events(self, handles: Sequence[Handle]) -> AsyncIterator[bytes]:
@@ -102,9 +104,8 @@ class CompletionStream:
         if token.text or token.logprobs:
             logprobs = None
             if self._plan.wants_logprobs:
-                logprobs = completion_logprobs(token.logprobs, self._tokenizer, offset=self._offsets[index])
+                logprobs = completion_logprobs(token.logprobs, self._tokenizer, self._offsets[index])
             choices.append(CompletionChoice(text=token.text, index=index, logprobs=logprobs, finish_reason=None))
-            self._offsets[index] += len(token.text)
         if token.finish_reason is not None:
             self._usages[index] = token.usage or self._usages[index]
             choices.append(
@@ -115,9 +116,9 @@ class CompletionStream:
     def _scored_echo(self, index: int, token: TokenEvent) -> CompletionChoice:
         """The prompt with its logprobs, which a choice's first event brings."""
         prompt = index // self._plan.n
-        logprobs = echo_logprobs(self._plan.requests[prompt].prompt_ids, token.prompt_logprobs, (), self._tokenizer)
-        self._offsets[index] = sum(map(len, logprobs.tokens))
-        return CompletionChoice(text=self._plan.echoes[prompt], index=index, logprobs=logprobs, finish_reason=None)
+        echo, ids = self._plan.echoes[prompt], self._plan.requests[prompt].prompt_ids
+        logprobs = echo_logprobs(ids, token.prompt_logprobs, echo, self._tokenizer)
+        return CompletionChoice(text=echo, index=index, logprobs=logprobs, finish_reason=None)
 
     def _piece(self, choice: CompletionChoice) -> bytes:
         return self._body([choice])

@@ -1,6 +1,6 @@
 """`POST /v1/completions`: the bare prompt in, text out."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +10,11 @@ from litestar.types import ASGIApp
 
 from onebase_server.api.backend import Handle
 from onebase_server.api.caller import caller_of
-from onebase_server.api.completion_plan import CompletionPlan, check_completion, plan_completion
+from onebase_server.api.completion_plan import CompletionPlan, check_completion, plan_completion_aside
 from onebase_server.api.completion_reply import CompletionStream, complete_all, text_completion
 from onebase_server.api.deps import Deps
 from onebase_server.api.replies import json_reply
-from onebase_server.api.running import submit
+from onebase_server.api.running import submit_all
 from onebase_server.api.schemas_completions import CompletionRequest
 from onebase_server.api.sse import EventStream
 from onebase_server.api.visible import visible_model
@@ -29,8 +29,8 @@ async def create_completion(data: JSONBody[CompletionRequest], deps: Deps, reque
     n = check_completion(data, deps.settings.max_choices)
     backend = deps.backend.get()
     model = await visible_model(data.model, caller_of(request), backend, deps)
-    plan = plan_completion(data, n, model, backend)
-    running = Running(plan, lambda wanted: submit(request, deps, backend, wanted))
+    plan = await plan_completion_aside(data, n, model, backend)
+    running = Running(plan, lambda wanted: submit_all(request, deps, backend, wanted))
     if data.stream:
         stream = CompletionStream(plan, backend.tokenizer, backend.fingerprint)
         return EventStream(stream.events(running.handles), running.cancel, ping_s=deps.settings.ping_s)
@@ -39,18 +39,17 @@ async def create_completion(data: JSONBody[CompletionRequest], deps: Deps, reque
 
 
 class Running:
-    """The requests of all prompts, submitted together: if one can't be, none is left running."""
+    """The requests of all prompts, submitted together."""
 
-    def __init__(self, plan: CompletionPlan, submit_one: Callable[[GenerationRequest], Handle]) -> None:
-        self.handles: list[Handle] = []
-        try:
-            for each in plan.requests:
-                asks_nothing = each.sampling.max_tokens == 0
-                handle = NothingToDo(each) if asks_nothing else submit_one(each)
-                self.handles.append(PromptOnly(handle) if plan.only_scores else handle)
-        except BaseException:
-            self.cancel()
-            raise
+    def __init__(
+        self, plan: CompletionPlan, submit_them: Callable[[Sequence[GenerationRequest]], Sequence[Handle]]
+    ) -> None:
+        self.handles: Sequence[Handle]
+        if plan.requests[0].sampling.max_tokens == 0:  # the same for all
+            self.handles = [NothingToDo(each) for each in plan.requests]
+        else:
+            handles = submit_them(plan.requests)
+            self.handles = [PromptOnly(each) for each in handles] if plan.only_scores else handles
 
     def cancel(self) -> None:
         for handle in self.handles:

@@ -18,21 +18,28 @@ def _to_message(message: ChatMessage, path: str) -> Message:
         raise missing(f"{path}.tool_call_id")
     if message.role == "function" and message.name is None:
         raise missing(f"{path}.name")
-    if message.tool_calls and message.role != "assistant":
-        raise InvalidInput(
-            f"Invalid value for '{path}.tool_calls': only an assistant message may hold calls.",
-            param=f"{path}.tool_calls",
-            code="invalid_value",
-        )
-    calls = tuple(ToolCall(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ())
-    return Message(message.role, content, message.name, calls, message.tool_call_id)
+    for name in ("tool_calls", "function_call"):
+        if getattr(message, name) and message.role != "assistant":
+            raise wrong(f"{path}.{name}", "only an assistant message may hold calls")
+    return Message(message.role, content, message.name, _calls(message, path), message.tool_call_id)
+
+
+def _calls(message: ChatMessage, path: str) -> tuple[ToolCall, ...]:
+    """`function_call`, as it was before `tool_calls`, is one call; it has no id, and training gives it none either."""
+    old = message.function_call
+    if old is not None and message.tool_calls:
+        raise wrong(f"{path}.function_call", "'tool_calls' tell the calls already")
+    if old is not None:
+        return (ToolCall("", old.name, old.arguments),)
+    return tuple(ToolCall(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ())
 
 
 def _to_text(message: ChatMessage, path: str) -> str:
     if isinstance(message.content, str):
         return message.content
     if message.content is None:
-        if message.role == "assistant" and (message.tool_calls or message.refusal is not None):
+        calls = message.tool_calls or message.function_call
+        if message.role == "assistant" and (calls or message.refusal is not None):
             return message.refusal or ""
         raise missing(path)
     parts = [_part_text(part, message.role, f"{path}[{i}]") for i, part in enumerate(message.content)]
@@ -46,7 +53,7 @@ def _part_text(part: ContentPart, role: str, path: str) -> str:
         return part.refusal
     if part.type != "text":
         raise InvalidInput(
-            f"Invalid value for '{path}.type': '{part.type}'. This model reads text only: expected 'text'.",
+            f"Invalid value for '{path}.type': only an assistant message may hold a refusal, expected 'text'.",
             param=f"{path}.type",
             code="invalid_value",
         )
@@ -67,6 +74,10 @@ def to_tools(wire: Sequence[ToolSpec]) -> tuple[Tool, ...]:
     return tuple(
         Tool(tool.function.name, tool.function.description or "", tool.function.parameters or {}) for tool in wire
     )
+
+
+def wrong(param: str, why: str) -> InvalidInput:
+    return InvalidInput(f"Invalid value for '{param}': {why}.", param=param, code="invalid_value")
 
 
 def missing(param: str) -> InvalidInput:

@@ -8,6 +8,8 @@ from onebase_server.api.schemas_common import SamplingBody
 from onebase_server.engine.types import GrammarTrigger, SamplingParams
 
 T = TypeVar("T")
+LONG_TEXT = 8_000
+"""Characters that become tokens in a few milliseconds: more is not done on the event loop."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from onebase.errors import InvalidInput
-from onebase_server.api.schemas_common import RequestBody
+from onebase_server.api.media import check_json
+from onebase_server.api.schemas_common import RequestPart
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -51,6 +52,10 @@ TYPE_NAMES = {
 }
 
 
+NEWER = {"functions": "tools", "function_call": "tool_choice"}
+"""Fields that OpenAI's API had once -> what says the same now."""
+
+
 class RequestRefused(Exception):
     """Carries an InvalidInput out of msgspec, which would swallow a ValueError into its own error."""
 
@@ -68,6 +73,10 @@ class RawJson:
 
 class WireRequest(Request[Any, Any, Any]):
     """Hands the body to `decode_body` as it came."""
+
+    async def body(self) -> bytes:
+        check_json(self.headers)
+        return await super().body()
 
     async def json(self) -> Any:
         return RawJson(await self.body())
@@ -98,20 +107,37 @@ def decode_body(model: type[Model], body: bytes) -> Model:
         value = model.model_validate_json(body)
     except ValidationError as error:
         raise to_invalid_input(error.errors(include_url=False, include_input=True)[0]) from error
-    if isinstance(value, RequestBody):
-        refuse_unknown(value)
+    refuse_unknown(value, ())
     return value
 
 
-def refuse_unknown(value: RequestBody) -> None:
-    """A field that we don't know may be a misspelled one: refused by name. A null one means its default: fine."""
-    for name, given in (value.model_extra or {}).items():
-        if given is not None:
-            raise unknown(name)
+def refuse_unknown(value: Any, loc: tuple[int | str, ...]) -> None:
+    """A field that we don't know may be a misspelled one: refused by name, however deep in the body it stands. A null
+    one means its default: it is dropped."""
+    if isinstance(value, list):
+        if value and isinstance(value[0], RequestPart):
+            for i, each in enumerate(value):
+                refuse_unknown(each, (*loc, i))
+    elif isinstance(value, RequestPart):
+        extra = value.model_extra
+        if extra:
+            for name, given in extra.items():
+                if given is not None:
+                    raise unknown(path_of((*loc, name)) or name)
+            extra.clear()
+        for name in value.model_fields_set:
+            each = getattr(value, name, None)
+            if isinstance(each, RequestPart | list):
+                field = type(value).model_fields[name]
+                refuse_unknown(each, (*loc, field.alias or name))
 
 
 def unknown(param: str) -> InvalidInput:
-    return InvalidInput(f"Unrecognized request argument supplied: {param}", param=param, code="unknown_parameter")
+    newer = NEWER.get(param)
+    instead = f". Use '{newer}' instead." if newer else ""
+    return InvalidInput(
+        f"Unrecognized request argument supplied: {param}{instead}", param=param, code="unknown_parameter"
+    )
 
 
 def to_invalid_input(error: ErrorDetails) -> InvalidInput:
@@ -124,8 +150,6 @@ def to_invalid_input(error: ErrorDetails) -> InvalidInput:
         return InvalidInput("We could not parse the JSON body of your request: it must be a JSON object.")
     if kind == "missing":
         return InvalidInput(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
-    if kind == "extra_forbidden":
-        return unknown(param)
     if kind in BOUNDS:
         code, bound = BOUNDS[kind]
         number = "decimal" if isinstance(next(iter(context.values())), float) else "integer"
@@ -146,6 +170,8 @@ def to_invalid_input(error: ErrorDetails) -> InvalidInput:
 
 def bad_length(kind: str, context: dict[str, Any], param: str) -> InvalidInput:
     code, expected = LENGTHS[kind]
+    if kind == "too_long" and context.get("field_type") == "Dictionary":
+        code, expected = "object_above_max_properties", "an object with at most {max_length} properties"
     if kind == "too_short" and context.get("actual_length") == 0:
         code = "empty_array"
     words = expected.format(**context)
@@ -153,12 +179,13 @@ def bad_length(kind: str, context: dict[str, Any], param: str) -> InvalidInput:
 
 
 def path_of(loc: Sequence[int | str]) -> str | None:
-    """`("messages", 0, "#list", 1, "type")` -> `messages[0][1].type`: union tags are ours and left out."""
+    """`("messages", 0, "#list", 1, "type")` -> `messages[0][1].type`: union tags are ours and left out, and so is
+    pydantic's mark that it is the key which is wrong."""
     path = ""
     for part in loc:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif not part.startswith("#"):
+        elif not part.startswith("#") and part != "[key]":
             path += f".{part}" if path else part
     return path or None
 

@@ -10,6 +10,7 @@ from onebase_server.api.backend import BackendSlot
 from onebase_server.api.limits import Limiter
 from onebase_server.api.metrics import Metrics
 from onebase_server.api.tracing import Tracer
+from onebase_server.api.upload_rooms import UploadRooms
 from onebase_server.jobs.assembly import Durable
 from onebase_server.jobs.files import FileService
 from onebase_server.jobs.service import JobService
@@ -26,6 +27,7 @@ class AppDeps:
     durable: Durable
     metrics: Metrics
     limiter: Limiter = field(default_factory=Limiter)
+    uploads: UploadRooms = field(default_factory=UploadRooms)
     tracer: Tracer | None = None
 
     @property

@@ -12,11 +12,12 @@ from typing import Any
 
 from litestar import Request, Response
 from litestar.exceptions import HTTPException, ValidationException
-from sqlalchemy.exc import DatabaseError, IntegrityError, ProgrammingError
+from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from onebase import errors as domain
 from onebase_server.api.decode import RequestRefused
+from onebase_server.api.media import UnsupportedMedia
 from onebase_server.api.request_id import request_id_of
 from onebase_server.api.schemas_common import ErrorBody, ErrorDetail
 from onebase_server.api.waiting import ClientLeft
@@ -87,6 +88,10 @@ def answer_for(error: BaseException, *, request_id: str, method: str = "", path:
         error = error.error
     if isinstance(error, domain.OnebaseError):
         return _ours(error, request_id)
+    if isinstance(error, DataError) and "NUL" in str(error.orig):  # in an id of a path or of a query
+        return _make(
+            400, "No text of a request may hold a NUL character here.", "invalid_request_error", code="invalid_value"
+        )
     trouble = storage_trouble(error)
     if trouble is not None:
         logger.error("request %s failed: %s (%s)", request_id, trouble, error)
@@ -140,8 +145,11 @@ def _litestar(error: HTTPException, method: str, path: str) -> Answer:
     headers = {}
     if error.status_code in (408, 413):  # the rest of the body is not waited for
         headers = {"Connection": "close"}
-    message = words.format(method=method, path=path)
-    return _make(error.status_code, message, "invalid_request_error", None, code, headers)
+    if isinstance(error, UnsupportedMedia):
+        words, headers = error.detail, {"Accept-Encoding": "identity"}
+    else:
+        words = words.format(method=method, path=path)
+    return _make(error.status_code, words, "invalid_request_error", None, code, headers)
 
 
 def _validation_words(error: ValidationException) -> tuple[str, str, str | None, str | None]:

@@ -22,9 +22,6 @@ async def create_feedback(
     """Judge a stored chat. The newest judgement counts; retraining can learn from what was found good."""
     if data.rating is None and data.better_answer is None:
         raise InvalidInput("Give a 'rating' or a 'better_answer'.", param="rating", code="missing_required_parameter")
-    for name, text in (("better_answer", data.better_answer), ("comment", data.comment)):
-        if text is not None and "\x00" in text:
-            raise InvalidInput(f"'{name}' may not hold a NUL character.", param=name, code="invalid_value")
     caller = caller_of(request)
     row = FeedbackRow(
         id=new_id("feedback-"),

@@ -14,7 +14,7 @@ from onebase.errors import InvalidInput, OnebaseError
 from onebase_server.api.caller import caller_of
 from onebase_server.api.deps import Deps
 from onebase_server.api.multipart import UploadForm, receive_form
-from onebase_server.api.quota import check_fits, room_for_file
+from onebase_server.api.quota import room_for_file
 from onebase_server.api.schemas_files import FileDeleted, FileList, FileObject, file_object
 from onebase_server.jobs.files import PURPOSES, chunks
 
@@ -52,16 +52,17 @@ class UploadOperation(Operation):
 async def create_file(request: Request[Any, Any, Any], deps: Deps) -> FileObject:
     """Upload one file, streamed to disk. For fine-tuning: a .jsonl, every line a JSON object."""
     owner = caller_of(request).owner
-    room = await room_for_file(owner, deps)
-    form = await receive_form(request, deps.files)
-    try:
-        check_fits(form.upload, room)
-        expires_in = _expiry(form.fields)
-        upload, purpose = _complete(form)
-    except OnebaseError:
-        form.discard()
-        raise
-    row = await deps.files.keep(upload, filename=form.filename, purpose=purpose, owner=owner, expires_in=expires_in)
+    async with room_for_file(owner, deps) as room:
+        form = await receive_form(request, deps.files, room.take if room else None)
+        try:
+            expires_in = _expiry(form.fields)
+            upload, purpose = _complete(form)
+        except OnebaseError:
+            form.discard()
+            raise
+        row = await deps.files.keep(upload, filename=form.filename, purpose=purpose, owner=owner, expires_in=expires_in)
+        if room is not None:
+            room.is_kept = True
     return file_object(row)
 
 

@@ -1,19 +1,20 @@
 """`/v1/fine_tuning/jobs`: make, list, follow, steer. What a request means is decided here; `jobs/` carries it out."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from litestar import Request, get, post
 from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 from litestar.types import ASGIApp
 
-from onebase.errors import InvalidInput
+from onebase.errors import InvalidInput, OnebaseError
 from onebase_server.api.backend import Backend
 from onebase_server.api.caller import Caller, caller_of
 from onebase_server.api.deps import AppDeps, Deps
 from onebase_server.api.query import metadata_filter
 from onebase_server.api.quota import check_adapter_quota
 from onebase_server.api.replies import json_reply
+from onebase_server.api.schemas_common import RequestBody
 from onebase_server.api.schemas_fine_tuning import (
     CheckpointList,
     CreateJob,
@@ -28,7 +29,7 @@ from onebase_server.api.schemas_fine_tuning import (
 from onebase_server.api.sse import EventStream, event
 from onebase_server.api.visible import visible_model, visible_version
 from onebase_server.jobs.hyperparameters import AUTO
-from onebase_server.jobs.orders import Base, FineTuningOrder
+from onebase_server.jobs.orders import Base, FineTuningOrder, Once
 from onebase_server.jobs.states import FINE_TUNING
 
 AnyRequest = Request[Any, Any, Any]
@@ -39,10 +40,12 @@ MAX_KEY = 255
 @post("/fine_tuning/jobs", operation_id="createFineTuningJob", status_code=200, tags=["Fine-tuning"])
 async def create_job(data: JSONBody[CreateJob], request: AnyRequest, deps: Deps) -> FineTuningJob:
     """Queue a fine-tuning job on the served base, or on top of a fine-tuned model."""
-    caller = caller_of(request)
-    await check_adapter_quota(caller, deps)
-    order = await order_of(data, caller, deps)
-    return job_object(await deps.jobs.fine_tune(order, caller.sees, idempotency_key(request)))
+    caller, once = caller_of(request), once_of(data, request)
+    job = await deps.jobs.made_before(caller.owner, once)
+    if job is None:
+        await check_adapter_quota(caller, deps)
+        job = await deps.jobs.fine_tune(await order_of(data, caller, deps), caller.sees, once)
+    return job_object(job)
 
 
 @get("/fine_tuning/jobs", operation_id="listFineTuningJobs", tags=["Fine-tuning"])
@@ -111,9 +114,9 @@ async def list_events(
 async def list_checkpoints(
     job_id: FromPath[str], request: AnyRequest, deps: Deps, after: FromQuery[str | None] = None, limit: Limit = 10
 ) -> CheckpointList:
-    """The newest three checkpoints, newest first. Each is a model that can be called."""
+    """The newest three checkpoints, newest first. Each is a model that can be called: deleted ones are left out."""
     page = await deps.jobs.checkpoints(job_id, caller_of(request).sees, after=after, limit=limit)
-    data = [checkpoint_object(row) for row in page.rows]
+    data = [checkpoint_object(row) for row in page.rows if exists(row.model, deps)]
     return CheckpointList(
         object="list",
         data=data,
@@ -121,6 +124,14 @@ async def list_checkpoints(
         last_id=data[-1].id if data else None,
         has_more=page.has_more,
     )
+
+
+def exists(model: str, deps: AppDeps) -> bool:
+    try:
+        deps.store.resolve(model)
+    except OnebaseError:  # removed by an admin, or damaged
+        return False
+    return True
 
 
 async def follow(job_id: str, deps: AppDeps) -> AsyncIterator[bytes]:
@@ -132,9 +143,6 @@ async def order_of(body: CreateJob, caller: Caller, deps: AppDeps) -> FineTuning
     """Raises InvalidInput, or ModelNotFound for a model that is neither the base nor fine-tuned from it."""
     refuse_other_methods(body.method)
     hyperparameters = hyperparameters_of(body)
-    for name, value in [("suffix", body.suffix or ""), *(("metadata", text) for text in _texts(body.metadata))]:
-        if "\x00" in value:
-            raise InvalidInput(f"'{name}' may not hold a NUL character.", param=name, code="invalid_value")
     backend = deps.backend.get()
     start_from, prompt_format = await starting_point(body.model, caller, backend, deps)
     return FineTuningOrder(
@@ -187,12 +195,11 @@ def hyperparameters_of(body: CreateJob) -> dict[str, Any]:
     return {**AUTO, **old, **new}
 
 
-def idempotency_key(request: AnyRequest) -> str | None:
+def once_of(body: RequestBody, request: AnyRequest) -> Once | None:
+    """The `Idempotency-Key` header with what it stands for. Raises InvalidInput for one of no use."""
     key = request.headers.get("idempotency-key")
-    if key is not None and not 0 < len(key) <= MAX_KEY:
+    if key is None:
+        return None
+    if not 0 < len(key) <= MAX_KEY:
         raise InvalidInput(f"'Idempotency-Key' must have 1 to {MAX_KEY} characters.", param="Idempotency-Key")
-    return key
-
-
-def _texts(metadata: Mapping[str, str] | None) -> list[str]:
-    return [text for pair in (metadata or {}).items() for text in pair]
+    return Once.of(key, request.url.path, body.model_dump(mode="json", by_alias=True, exclude_none=True))

@@ -1,4 +1,4 @@
-"""Is it alive, can it serve, how much does it do: for load balancers and operators; no key needed."""
+"""Is it alive, can it serve, how much does it do: for load balancers, which need no key, and operators."""
 
 from litestar import get
 from litestar.response import Response
@@ -25,6 +25,8 @@ async def readyz(deps: Deps) -> Health:
 
 @get("/metrics", operation_id="getMetrics", tags=["Operations"], media_type="text/plain")
 async def metrics(deps: Deps) -> Response[bytes]:
-    """Counters, gauges and histograms in Prometheus's text form. No prompt and no key is in them."""
+    """Counters, gauges and histograms in Prometheus's text form. No prompt and no key is in them.
+
+    Needs the metrics key (ONEBASE_METRICS_KEY) or an admin key, unless the server listens on loopback and has none."""
     text = deps.metrics.render(await collect_metrics(deps))
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")

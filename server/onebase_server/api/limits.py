@@ -1,8 +1,9 @@
-"""Each key's own limits: requests and tokens a minute, generations at a time. In memory, by a clock that never steps.
+"""Each key's own limits: requests and tokens a minute, sequences at a time. In memory, by a clock that never steps.
 
 A bucket holds a minute's worth and fills evenly, so that a key that was quiet may burst and a busy one gets its rate.
-Tokens: a prompt must fit in what is left and is taken at once; generated tokens are taken at the end and may leave a
-debt, which the next request waits for. Headers and words are OpenAI's.
+Tokens: a request's prompts must fit in what is left and are taken at once, and given back if they are never computed;
+generated tokens are taken at the end and may leave a debt, which the next request waits for. Headers and words are
+OpenAI's.
 """
 
 import time
@@ -68,15 +69,19 @@ class Limiter:
             )
         bucket.level -= 1
 
-    def begin(self, caller: Caller, prompt_tokens: int) -> None:
-        """A generation wants to start. Raises RateLimited; `end` must follow if it does not."""
+    def begin(self, caller: Caller, sequences: int, prompt_tokens: int) -> None:
+        """A request wants to start, all of it or nothing. Raises RateLimited; else `end` must follow for every
+        sequence. Whether so many may ever run is not asked here."""
         parallel, limit = caller.limits.parallel, caller.limits.tpm
         running = self._running.get(caller.id, 0)
-        if parallel is not None and running >= parallel:
-            raise RateLimited(f"This key has {running} generations running and may have {parallel} at a time.")
+        if parallel is not None and running + sequences > parallel:
+            raise RateLimited(
+                f"This key has {running} sequences running, this request asks for {sequences}, and it may have "
+                f"{parallel} at a time."
+            )
         if limit is not None:
             self._take_prompt(self._bucket(self._tokens, caller, limit), prompt_tokens)
-        self._running[caller.id] = running + 1
+        self._running[caller.id] = running + sequences
 
     @staticmethod
     def _take_prompt(bucket: Bucket, tokens: int) -> None:
@@ -92,15 +97,15 @@ class Limiter:
             )
         bucket.level -= tokens
 
-    def end(self, caller: Caller, generated_tokens: int) -> None:
-        """A generation is over."""
-        left = self._running.get(caller.id, 0) - 1
+    def end(self, caller: Caller, sequences: int, *, generated: int = 0, unused: int = 0) -> None:
+        """So many sequences are over. Tokens: `generated` by them, and `unused` of the prompts that `begin` took."""
+        left = self._running.get(caller.id, 0) - sequences
         if left > 0:
             self._running[caller.id] = left
         else:
             self._running.pop(caller.id, None)
         if caller.limits.tpm is not None:
-            self._bucket(self._tokens, caller, caller.limits.tpm).level -= generated_tokens
+            self._bucket(self._tokens, caller, caller.limits.tpm).level += unused - generated
 
     def running(self, caller: Caller) -> int:
         return self._running.get(caller.id, 0)

@@ -1,20 +1,30 @@
-"""`/v1/models`: the base and every adapter, as OpenAI lists models; deleting one takes an admin key."""
+"""`/v1/models`: the base and every adapter, as OpenAI lists models, and deleting what one has trained."""
 
-from contextlib import suppress
+import asyncio
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from litestar import Request, delete, get
 from litestar.params import FromPath, QueryParameter
 
-from onebase.errors import EngineError, Forbidden, NotReady
+from onebase.errors import Forbidden
 from onebase.store import Version
-from onebase.store_read import is_alias
 from onebase_server.api.backend import Backend
 from onebase_server.api.caller import caller_of
 from onebase_server.api.deps import Deps
-from onebase_server.api.models_lookup import find_version, to_ref
-from onebase_server.api.schemas_models import ModelCard, ModelDeleted, ModelList
+from onebase_server.api.removal import check_may_delete, check_no_job, remove_when_unused
+from onebase_server.api.schemas_models import ModelCard, ModelDeleted, ModelList, Residency
 from onebase_server.api.visible import may_use, may_use_base, visible_model, visible_version
+from onebase_server.engine.residence import Place
+
+RESIDENCY: Mapping[Place, Residency] = {
+    Place.DISK: "disk",
+    Place.LOADING: "disk",
+    Place.HOST: "host",
+    Place.COPYING: "host",
+    Place.SLOT: "device",
+}
+"""A version that is on its way counts as where it still is."""
 
 
 @get("/models", operation_id="listModels", tags=["Models"])
@@ -48,29 +58,44 @@ async def retrieve_model(model_id: FromPath[str], request: Request[Any, Any, Any
     if name == backend.base.id:
         await visible_model(name, caller, backend, deps)
         return base_card(backend)
-    return adapter_card(name, await visible_version(name, caller, backend, deps), backend)
+    version = await visible_version(name, caller, backend, deps)
+    return adapter_card(name, version, backend)
 
 
-@delete("/models/{model_id:path}", operation_id="deleteModel", status_code=200, opt={"scope": "admin"}, tags=["Models"])
-async def delete_model(model_id: FromPath[str], deps: Deps) -> ModelDeleted:
-    """Delete an adapter with all its versions, or one version. Running requests finish."""
+@delete(
+    "/models/{model_id:path}",
+    operation_id="deleteModel",
+    status_code=200,
+    opt={"scope": "training", "audited": True},
+    tags=["Models"],
+)
+async def delete_model(model_id: FromPath[str], deps: Deps, request: Request[Any, Any, Any]) -> ModelDeleted:
+    """Delete a fine-tuned model (`ft:...`), an adapter with all versions, or a version that is not served.
+
+    The name is gone at once, running requests finish. Takes the key whose job trained it, or an admin's.
+    """
     backend = deps.backend.get()
     name = model_id.removeprefix("/")
     if name == backend.base.id:
         raise Forbidden(f"The base `{name}` can't be deleted: only fine-tuned models can.")
-    version = find_version(name, backend, deps.store)
-    entry = None if "@" in name or is_alias(name) else deps.store.get(name)
-    deps.store.remove(name)
-    for each in entry.versions if entry is not None else (version,):
-        with suppress(EngineError, NotReady):  # it has died or is going down, and its memory with it
-            backend.engine.unload(to_ref(each), forget=True)
+    version = await visible_version(name, caller_of(request), backend, deps)
+    await check_may_delete(version, request, deps)
+    await check_no_job(name, version, deps)
+    await asyncio.to_thread(remove_when_unused, name, version, backend.engine, deps.store)
     return ModelDeleted(id=name, object="model", deleted=True)
 
 
 def base_card(backend: Backend) -> ModelCard:
     name = backend.base.id
     return ModelCard(
-        id=name, object="model", created=backend.created, owned_by="onebase", root=name, parent=None, version=None
+        id=name,
+        object="model",
+        created=backend.created,
+        owned_by="onebase",
+        root=name,
+        parent=None,
+        version=None,
+        residency=None,
     )
 
 
@@ -84,4 +109,5 @@ def adapter_card(name: str, version: Version, backend: Backend) -> ModelCard:
         root=base,
         parent=base,
         version=version.version,
+        residency=RESIDENCY[backend.engine.place_of(version.digest)],
     )

@@ -6,6 +6,7 @@ checked as they come, in the folder where the file is to stay.
 
 import asyncio
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from litestar.datastructures import Headers
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 
 from onebase.errors import InvalidInput
+from onebase_server.api.media import check_encoding
 from onebase_server.jobs.files import FileService, Upload
 
 MAX_FIELD = 4096
@@ -34,10 +36,17 @@ class UploadForm:
             self.upload.discard()
 
 
-async def receive_form(request: Request[Any, Any, Any], files: FileService) -> UploadForm:
-    """Read the whole body. Raises InvalidInput, leaving nothing on disk, if it is no complete multipart form."""
+async def receive_form(
+    request: Request[Any, Any, Any], files: FileService, take: Callable[[int], None] | None = None
+) -> UploadForm:
+    """Read the whole body. `take` is told of the file's bytes before they are written and may refuse them.
+
+    Raises InvalidInput, or what `take` raises, leaving nothing on disk, if it is no complete multipart form, and
+    UnsupportedMedia if it is compressed.
+    """
+    check_encoding(request.headers)
     form = UploadForm()
-    reader = _Reader(form, files)
+    reader = _Reader(form, files, take)
     try:
         with PushMultipartParser(_boundary(request.headers), max_segment_count=MAX_PARTS) as parser:
             async for chunk in request.stream():
@@ -58,9 +67,10 @@ async def receive_form(request: Request[Any, Any, Any], files: FileService) -> U
 class _Reader:
     """Sorts the parser's items into the form: file bytes to the upload, everything else to short fields."""
 
-    def __init__(self, form: UploadForm, files: FileService) -> None:
+    def __init__(self, form: UploadForm, files: FileService, take: Callable[[int], None] | None) -> None:
         self._form = form
         self._files = files
+        self._take = take
         self._segment: MultipartSegment | None = None
         self._text = bytearray()
         self.waiting = bytearray()
@@ -79,6 +89,8 @@ class _Reader:
 
     def flush(self) -> None:
         if self._form.upload is not None:
+            if self._take is not None:
+                self._take(len(self.waiting))
             self._form.upload.write(self.waiting)
         self.waiting = bytearray()
 

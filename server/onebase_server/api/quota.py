@@ -1,13 +1,14 @@
 """How much disk a key may fill with files and trained adapters. None set: no limit; a full disk is told by the disk."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from onebase.errors import Forbidden
 from onebase_server.api.caller import Caller
 from onebase_server.api.deps import AppDeps
-from onebase_server.jobs.files import Upload
+from onebase_server.api.upload_rooms import Room
 from onebase_server.jobs.states import FINE_TUNING
 from onebase_server.records.overview import adapters_of, file_bytes_of
 
@@ -15,23 +16,27 @@ MB = 1_000_000
 CODE = "storage_quota_exceeded"
 
 
-async def room_for_file(owner: str, deps: AppDeps) -> int | None:
-    """Bytes that the owner's next file may have; None: no limit of its own. Raises Forbidden if there is no room."""
+@asynccontextmanager
+async def room_for_file(owner: str, deps: AppDeps) -> AsyncIterator[Room | None]:
+    """What the owner's next file may take, while it is being uploaded; None: no limit of its own. Raises Forbidden, at
+    once or from `Room.take`: the caller may do this again when it has deleted something."""
     quota = deps.settings.file_quota_mb
     if quota is None:
-        return None
-    room = quota * MB - await file_bytes_of(deps.durable.database, owner)
-    if room <= 0:
-        raise Forbidden(f"Your files fill the {quota} MB that this key may keep: delete some first.", code=CODE)
-    return room
+        yield None
+        return
 
-
-def check_fits(upload: Upload | None, room: int | None) -> None:
-    """Raises Forbidden: the caller may do this again when it has deleted something."""
-    if upload is not None and room is not None and upload.bytes > room:
-        raise Forbidden(
-            f"The file has {upload.bytes} bytes and this key may keep {room} more: delete some first.", code=CODE
+    def refuse(left: int) -> Forbidden:
+        return Forbidden(
+            f"The file is larger than the {left} bytes that are left of the {quota} MB that this key may keep, uploads "
+            "under way counted: delete some first.",
+            code=CODE,
         )
+
+    stored = await file_bytes_of(deps.durable.database, owner)
+    with deps.uploads.open(owner, stored, quota * MB, refuse) as room:
+        if stored >= quota * MB:
+            raise refuse(0)
+        yield room
 
 
 async def check_adapter_quota(caller: Caller, deps: AppDeps) -> None:

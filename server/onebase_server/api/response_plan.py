@@ -36,7 +36,9 @@ def to_chat(body: ResponseRequest, history: Sequence[ChatMessage]) -> ChatReques
     """The chat request that answers `body`, after what was said before. Raises InvalidInput."""
     wants_logprobs = LOGPROBS in (body.include or [])
     fields: dict[str, Any] = {name: getattr(body, name) for name in SAME}
-    fields["messages"] = [*instructions_of(body), *history, *to_chat_messages(body)]
+    said = to_chat_messages(body)
+    check_outputs(history, said)
+    fields["messages"] = [*instructions_of(body), *history, *said]
     fields["max_completion_tokens"] = body.max_output_tokens
     fields["stream"] = body.stream
     fields["logprobs"] = wants_logprobs or None
@@ -47,7 +49,8 @@ def to_chat(body: ResponseRequest, history: Sequence[ChatMessage]) -> ChatReques
             {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
             for tool in body.tools
         ]
-    fields["tool_choice"] = body.tool_choice
+    # unlike a chat a response may leave the choice to the model where there is none
+    fields["tool_choice"] = None if body.tool_choice == "auto" and not body.tools else body.tool_choice
     if isinstance(body.tool_choice, NamedResponseTool):
         fields["tool_choice"] = {"type": "function", "function": {"name": body.tool_choice.name}}
     try:
@@ -59,6 +62,17 @@ def to_chat(body: ResponseRequest, history: Sequence[ChatMessage]) -> ChatReques
 def instructions_of(body: ResponseRequest) -> list[ChatMessage]:
     """Only this request's: those of earlier ones are not carried over."""
     return [ChatMessage(role="system", content=body.instructions)] if body.instructions else []
+
+
+def check_outputs(history: Sequence[ChatMessage], said: Sequence[ChatMessage]) -> None:
+    """An output belongs to a call that was made. Raises InvalidInput in OpenAI's words."""
+    made: set[str | None] = {call.id for message in history for call in message.tool_calls or ()}
+    for message in said:
+        made |= {call.id for call in message.tool_calls or ()}
+        if message.role == "tool" and message.tool_call_id not in made:
+            raise InvalidInput(
+                f"No tool call found for function call output with call_id {message.tool_call_id}.", param="input"
+            )
 
 
 def to_chat_messages(body: ResponseRequest) -> list[ChatMessage]:
@@ -86,12 +100,6 @@ def add_item(messages: list[ChatMessage], item: InputItem, path: str) -> None:
             raise missing(f"{path}.output")
         text = text_of(item.output, f"{path}.output")
         messages.append(ChatMessage(role="tool", tool_call_id=item.call_id, content=text))
-    elif item.type != "reasoning":
-        raise InvalidInput(
-            f"Invalid value for '{path}.type': expected 'message', 'function_call' or 'function_call_output'.",
-            param=f"{path}.type",
-            code="invalid_value",
-        )
 
 
 def add_call(messages: list[ChatMessage], item: InputItem, path: str) -> None:
@@ -117,9 +125,11 @@ def text_of(content: str | list[InputPart], path: str) -> str:
 def part_text(part: InputPart, path: str) -> str:
     if part.type == "refusal" and part.refusal is not None:
         return part.refusal
-    if part.type not in ("input_text", "output_text", "text"):
+    if part.type == "refusal":
+        raise missing(f"{path}.refusal")
+    if part.type == "reasoning_text":
         raise InvalidInput(
-            f"Invalid value for '{path}.type': '{part.type}'. This model reads text only: expected 'input_text'.",
+            f"Invalid value for '{path}.type': only a reasoning item may hold that. Expected 'input_text'.",
             param=f"{path}.type",
             code="invalid_value",
         )

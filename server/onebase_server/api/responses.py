@@ -1,20 +1,22 @@
 """`/v1/responses`: OpenAI's newer form of chat, over the same path; kept for a time to go on from."""
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from litestar import Request, delete, get, post
 from litestar.di import NamedDependency
-from litestar.params import FromPath, JSONBody
+from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 from litestar.types import ASGIApp
 
+from onebase.errors import InvalidInput
 from onebase_server.api.caller import Caller, caller_of
 from onebase_server.api.chat_plan import ChatPlan, check_chat, plan_chat_aside
 from onebase_server.api.deps import AppDeps, Deps
 from onebase_server.api.generation import complete
 from onebase_server.api.replies import json_reply
+from onebase_server.api.response_body import begin_response, new_id, whole_response
 from onebase_server.api.response_plan import in_callers_words, output_messages, to_chat, to_chat_messages
-from onebase_server.api.response_reply import Finished, ResponseStream, begin_response, new_id, whole_response
 from onebase_server.api.response_store import ResponseStore
+from onebase_server.api.response_stream import Finished, ResponseStream
 from onebase_server.api.running import submit
 from onebase_server.api.schemas_chat import ChatMessage, ToolCallBody
 from onebase_server.api.schemas_responses import (
@@ -45,15 +47,23 @@ async def create_response(data: JSONBody[ResponseRequest], deps: Deps, kept: Kep
     if data.stream:
         stream = ResponseStream(response, plan, backend.tokenizer, finished)
         events = stream.events(handle.events())
-        return EventStream(events, handle.cancel, ping_s=deps.settings.ping_s, done=b"")
+        return EventStream(events, handle.cancel, ping_s=deps.settings.ping_s, done=b"", as_event=stream.failed)
     [choice] = await unless_client_leaves(request.receive, complete(handle), handle.cancel)
     finished(response, *whole_response(response, plan, choice, backend.tokenizer))
     return json_reply(response)
 
 
 @get("/responses/{response_id:str}", operation_id="getResponse", tags=["Responses"])
-async def get_response(response_id: FromPath[str], deps: Deps, kept: Kept, request: AnyRequest) -> ResponseBody:
+async def get_response(
+    response_id: FromPath[str], deps: Deps, kept: Kept, request: AnyRequest, stream: FromQuery[bool] = False
+) -> ResponseBody:
     """A response that is still kept."""
+    if stream:
+        raise InvalidInput(
+            "Invalid value for 'stream': this server streams a response only while it is made.",
+            param="stream",
+            code="unsupported_parameter",
+        )
     return kept.get(response_id, caller_of(request).sees).response
 
 
@@ -65,11 +75,31 @@ async def delete_response(response_id: FromPath[str], deps: Deps, kept: Kept, re
 
 
 @get("/responses/{response_id:str}/input_items", operation_id="listInputItems", tags=["Responses"])
-async def list_input_items(response_id: FromPath[str], deps: Deps, kept: Kept, request: AnyRequest) -> InputItemList:
-    """What the request of a response put in, newest first."""
-    items = kept.get(response_id, caller_of(request).sees).items[::-1]
-    first, last = (items[0].id, items[-1].id) if items else (None, None)
-    return InputItemList(object="list", data=items, first_id=first, last_id=last, has_more=False)
+async def list_input_items(
+    response_id: FromPath[str],
+    deps: Deps,
+    kept: Kept,
+    request: AnyRequest,
+    after: FromQuery[str | None] = None,
+    limit: Annotated[int, QueryParameter(ge=1, le=100)] = 20,
+    order: FromQuery[Literal["asc", "desc"]] = "desc",
+) -> InputItemList:
+    """What the request of a response put in, newest first unless asked otherwise."""
+    items = kept.get(response_id, caller_of(request).sees).items
+    if order == "desc":
+        items = items[::-1]
+    ids = [item.id for item in items]
+    if after is not None and after not in ids:
+        raise InvalidInput(f"No item '{after}' in this list to go on after.", param="after")
+    start = 0 if after is None else ids.index(after) + 1
+    data = items[start : start + limit]
+    return InputItemList(
+        object="list",
+        data=data,
+        first_id=data[0].id if data else None,
+        last_id=data[-1].id if data else None,
+        has_more=start + limit < len(items),
+    )
 
 
 async def plan_response(data: ResponseRequest, history: list[ChatMessage], caller: Caller, deps: AppDeps) -> ChatPlan:
@@ -101,8 +131,10 @@ def items_of(message: ChatMessage) -> list[StoredInputItem]:
         ]
     items = []
     if message.content is not None:
-        kind = "output_text" if message.role == "assistant" else "input_text"
-        content = [{"type": kind, "text": message.content}]
+        part: dict[str, Any] = {"type": "input_text", "text": message.content}
+        if message.role == "assistant":
+            part = {"type": "output_text", "text": message.content, "annotations": []}
+        content = [part]
         items.append(StoredInputItem(id=new_id("msg"), type="message", role=message.role, content=content))
     for call in message.tool_calls or []:
         function = call.function

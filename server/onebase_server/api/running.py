@@ -5,17 +5,17 @@ Every endpoint that generates submits here and nowhere else, so that no route es
 
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from litestar import Request
 
-from onebase.errors import OnebaseError, Overloaded
+from onebase.errors import InvalidInput, OnebaseError, Overloaded
 from onebase_server.api.backend import Backend
 from onebase_server.api.caller import Caller, caller_of
 from onebase_server.api.deps import AppDeps
-from onebase_server.api.request_id import request_id_of
+from onebase_server.api.request_id import client_request_id, request_id_of
 from onebase_server.api.tracing import Trace
 from onebase_server.engine.handle import Completion, RequestHandle, gather_choices
 from onebase_server.engine.types import FinishReason, GenerationRequest, TokenEvent
@@ -24,23 +24,72 @@ logger = logging.getLogger("onebase_server.generations")
 
 
 def submit(request: Request[Any, Any, Any], deps: AppDeps, backend: Backend, wanted: GenerationRequest) -> "Generation":
-    """Queue it for the request's caller. Raises RateLimited for the key's own limits, and what `Engine.submit` does."""
+    """As `submit_all`, for one prompt."""
+    [generation] = submit_all(request, deps, backend, [wanted])
+    return generation
+
+
+def submit_all(
+    request: Request[Any, Any, Any], deps: AppDeps, backend: Backend, wanted: Sequence[GenerationRequest]
+) -> list["Generation"]:
+    """Queue all prompts of one call for its caller, or none. Raises RateLimited for the key's own limits, InvalidInput
+    for more than it may ever have at a time, and what `Engine.submit` does."""
     caller = caller_of(request)
     limit_s = deps.settings.max_request_s
-    if limit_s:
-        wanted = replace(wanted, deadline=time.monotonic() + limit_s)
+    deadline = time.monotonic() + limit_s if limit_s else None
+    wanted = [replace(each, owner=caller.owner, deadline=deadline or each.deadline) for each in wanted]
+    started: list[Generation] = []
     try:
-        deps.limiter.begin(caller, len(wanted.prompt_ids))
+        names = Names(
+            request_id_of(request.scope), client_request_id(request.headers), request.headers.get("traceparent")
+        )
+        check_parallel(caller, wanted)
+        deps.limiter.begin(caller, sequences_of(wanted), prompt_tokens_of(wanted))
         try:
-            handle = backend.engine.submit(wanted)
+            for each in wanted:
+                handle = backend.engine.submit(each)
+                started.append(Generation(handle, caller, deps, names))
         except BaseException:
-            deps.limiter.end(caller, 0)
+            left = wanted[len(started) :]
+            deps.limiter.end(caller, sequences_of(left), unused=prompt_tokens_of(left))
+            for generation in started:
+                generation.cancel()
             raise
     except OnebaseError as error:
         reason = "overloaded" if isinstance(error, Overloaded) else error.code or type(error).__name__
         deps.metrics.refused.labels(reason).inc()
         raise
-    return Generation(handle, caller, deps, request_id_of(request.scope), request.headers.get("traceparent"))
+    return started
+
+
+def sequences_of(wanted: Sequence[GenerationRequest]) -> int:
+    return sum(each.n for each in wanted)
+
+
+def prompt_tokens_of(wanted: Sequence[GenerationRequest]) -> int:
+    """Each prompt counts once, however many choices it has."""
+    return sum(len(each.prompt_ids) for each in wanted)
+
+
+def check_parallel(caller: Caller, wanted: Sequence[GenerationRequest]) -> None:
+    """A request for more than the key may ever have is helped by no waiting: no 429, which clients retry."""
+    limit, sequences = caller.limits.parallel, sequences_of(wanted)
+    if limit is not None and sequences > limit:
+        raise InvalidInput(
+            f"This request asks for {sequences} sequences and this key may have {limit} at a time: ask for fewer "
+            "choices ('n', 'best_of') or send fewer prompts in one request.",
+            param="prompt" if len(wanted) > 1 else "n",
+            code="parallel_limit_exceeded",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What the request is called: by us, by its client, by the trace that it is part of."""
+
+    request_id: str
+    client_id: str | None
+    traceparent: str | None
 
 
 @dataclass(slots=True)
@@ -71,14 +120,11 @@ class Tally:
 class Generation:
     """A `Handle` that measures the engine's. However it is left, it closes once."""
 
-    def __init__(
-        self, handle: RequestHandle, caller: Caller, deps: AppDeps, request_id: str, traceparent: str | None
-    ) -> None:
+    def __init__(self, handle: RequestHandle, caller: Caller, deps: AppDeps, names: Names) -> None:
         self._handle = handle
         self._caller = caller
         self._deps = deps
-        self._request_id = request_id
-        self._traceparent = traceparent
+        self._names = names
         self._tally = Tally(prompt=len(handle.request.prompt_ids))
         self._is_closed = False
         self._started_at = time.time()
@@ -126,14 +172,17 @@ class Generation:
         if len(tally.ends) < request.n:
             tally.ends.append(FinishReason.CANCELLED)
         took = time.perf_counter() - tally.started
-        self._deps.limiter.end(self._caller, tally.generated)
+        never_ran = self._handle.queue_s is None
+        self._deps.limiter.end(
+            self._caller, request.n, generated=tally.generated, unused=tally.prompt if never_ran else 0
+        )
         self._measure(took)
         self._log(took)
         if self._deps.tracer is not None:
             first_s = None if tally.first is None else tally.first - tally.started
             self._deps.tracer.record(
                 Trace(
-                    request_id=self._request_id,
+                    request_id=self._names.request_id,
                     key=self._caller.id,
                     model="base" if request.adapter is None else request.adapter.id,
                     outcome=tally.outcome.value,
@@ -143,7 +192,7 @@ class Generation:
                     total_s=took,
                     prompt_tokens=tally.prompt,
                     generated_tokens=tally.generated,
-                    parent=self._traceparent,
+                    parent=self._names.traceparent,
                 )
             )
 
@@ -165,10 +214,11 @@ class Generation:
         tally, request = self._tally, self._handle.request
         model = "base" if request.adapter is None else request.adapter.id
         logger.info(
-            "%s on %s: %s, %d+%d tokens in %.3f s", self._request_id, model, tally.outcome.value, tally.prompt,
+            "%s on %s: %s, %d+%d tokens in %.3f s", self._names.request_id, model, tally.outcome.value, tally.prompt,
             tally.generated, took,
             extra={
-                "request_id": self._request_id,
+                "request_id": self._names.request_id,
+                "client_request_id": self._names.client_id,
                 "generation_id": request.id,
                 "key": self._caller.id,
                 "adapter": model,

@@ -4,15 +4,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from onebase_server.api.schemas_common import SamplingBody, Text, UsageBody, Wire, text_or_list
+from onebase_server.api.schemas_common import Metadata, RequestPart, SamplingBody, Text, UsageBody, Wire, text_or_list
 
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
-class ContentPart(Wire):
-    """A part of a message's content. Only `text` (and `refusal`, of an assistant) can be read by a text model."""
+class ContentPart(RequestPart):
+    """A part of a message's content: `text`, and `refusal` of an assistant. A text model reads nothing else."""
 
-    type: str
+    type: Literal["text", "refusal"]
     text: str | None = None
     refusal: str | None = None
 
@@ -23,28 +23,37 @@ Content = Annotated[
 ]
 
 
-class FunctionCall(Wire):
+class FunctionCall(RequestPart):
     name: FunctionName
     arguments: str
     """JSON, as a string."""
+    parsed_arguments: Any = None
+    """Some clients leave their copy in what they send back. Ignored."""
 
 
-class ToolCallBody(Wire):
+class ToolCallBody(RequestPart):
     id: str
     type: Literal["function"]
     function: FunctionCall
+    index: int | None = None
+    """Clients that put a call together from a stream leave it in. Ignored."""
 
 
-class ChatMessage(Wire):
+class ChatMessage(RequestPart):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content | None = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCallBody], Field(max_length=128)] | None = None
+    function_call: FunctionCall | None = None
+    """The older form of one call; a `function` message has its result."""
     tool_call_id: str | None = None
     refusal: str | None = None
+    # What clients leave in a reply that they send back. Ignored: it is told by the content already.
+    annotations: list[Any] | None = None
+    parsed: Any = None
 
 
-class FunctionSpec(Wire):
+class FunctionSpec(RequestPart):
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -52,16 +61,16 @@ class FunctionSpec(Wire):
     strict: bool | None = None
 
 
-class ToolSpec(Wire):
+class ToolSpec(RequestPart):
     type: Literal["function"]
     function: FunctionSpec
 
 
-class NamedFunction(Wire):
+class NamedFunction(RequestPart):
     name: str
 
 
-class NamedTool(Wire):
+class NamedTool(RequestPart):
     type: Literal["function"]
     function: NamedFunction
 
@@ -80,14 +89,14 @@ ToolChoice = Annotated[
 ]
 
 
-class JsonSchemaSpec(Wire):
+class JsonSchemaSpec(RequestPart):
     name: FunctionName
     description: str | None = None
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     strict: bool | None = None
 
 
-class ResponseFormat(Wire):
+class ResponseFormat(RequestPart):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaSpec | None = None
 
@@ -101,13 +110,19 @@ class ChatRequest(SamplingBody):
     tools: Annotated[list[ToolSpec], Field(max_length=128)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    # Accepted and ignored: they change nothing about the text.
-    metadata: dict[str, str] | None = None
     store: bool | None = None
+    metadata: Metadata | None = None
+    # The only values that there are here: a model says as much as it was trained to, and does not reason.
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1)] | None = None
+    reasoning_effort: Literal["none"] | None = None
+    verbosity: Literal["medium"] | None = None
+    # Accepted and ignored: they change nothing about the text.
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    modalities: Annotated[list[Literal["text"]], Field(min_length=1)] | None = None
+    prompt_cache_retention: str | None = None
+    prediction: dict[str, Any] | None = None
+    """A guess at the answer that could make it come faster."""
 
 
 class TopLogprob(Wire):

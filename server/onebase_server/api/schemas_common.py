@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 
 class Wire(BaseModel):
@@ -15,13 +15,18 @@ class Wire(BaseModel):
         hide_input_in_errors=True,
         protected_namespaces=(),
         use_attribute_docstrings=True,
+        serialize_by_alias=True,
     )
 
 
-class RequestBody(Wire):
-    """The outermost object of a request. Unknown fields are kept, so that `decode` can refuse them by name."""
+class RequestPart(Wire):
+    """An object in a request. Unknown fields are kept, so that `decode` can refuse them by name."""
 
     model_config = ConfigDict(extra="allow")
+
+
+class RequestBody(RequestPart):
+    """The outermost object of a request."""
 
 
 class ErrorDetail(Wire):
@@ -59,12 +64,26 @@ Stop = Annotated[
     Text | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=4), Tag("#list")],
     text_or_list,
 ]
+
+
+def without_nul(text: str) -> str:
+    if "\x00" in text:
+        raise ValueError("it may not hold a NUL character")
+    return text
+
+
+no_nul = AfterValidator(without_nul)
+"""For text that goes into the database: PostgreSQL has no NUL."""
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64), no_nul], Annotated[str, Field(max_length=512), no_nul]],
+    Field(max_length=16),
+]
 LogitBias = dict[str, Annotated[float, Field(ge=-100, le=100)]]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
 
-class StreamOptions(Wire):
+class StreamOptions(RequestPart):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
     """Accepted, ignored: there is no padding to leave out."""

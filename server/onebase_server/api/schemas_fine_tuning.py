@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
-from onebase_server.api.schemas_common import ListPage, RequestBody, Wire
+from onebase_server.api.schemas_common import ListPage, Metadata, RequestBody, RequestPart, Wire, no_nul
 from onebase_server.jobs.names import ORGANIZATION
 from onebase_server.jobs.states import on_the_wire
 from onebase_server.records.tables import CheckpointRow, EventRow, JobRow
@@ -25,10 +25,8 @@ BatchSize = Annotated[Auto | Annotated[int, Field(ge=1, le=256), Tag("#number")]
 Multiplier = Annotated[Auto | Annotated[float, Field(gt=0, lt=5000), Tag("#number")], either]
 
 
-class Hyperparameters(Wire):
+class Hyperparameters(RequestPart):
     """A null or absent one is "auto"."""
-
-    model_config = ConfigDict(extra="forbid")
 
     n_epochs: Epochs | None = None
     batch_size: BatchSize | None = None
@@ -38,30 +36,25 @@ class Hyperparameters(Wire):
         return self.model_dump(exclude_none=True)
 
 
-class Supervised(Wire):
+class Supervised(RequestPart):
     hyperparameters: Hyperparameters | None = None
 
 
-class Method(Wire):
+class Method(RequestPart):
     type: Literal["supervised", "dpo", "reinforcement"]
     supervised: Supervised | None = None
     dpo: dict[str, Any] | None = None
     reinforcement: dict[str, Any] | None = None
 
 
-Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
-]
-
-
-class Wandb(Wire):
+class Wandb(RequestPart):
     project: str
     name: str | None = None
     entity: str | None = None
     tags: list[str] | None = None
 
 
-class Integration(Wire):
+class Integration(RequestPart):
     """Taken so that scripts run unchanged, and told in a warning event: nothing is sent to anybody."""
 
     type: Literal["wandb"]
@@ -71,12 +64,12 @@ class Integration(Wire):
 class CreateJob(RequestBody):
     model: str
     """The base, or a fine-tuned model to go on from."""
-    training_file: str
-    validation_file: str | None = None
+    training_file: Annotated[str, no_nul]
+    validation_file: Annotated[str, no_nul] | None = None
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
     """Deprecated at OpenAI; scripts still send it."""
-    suffix: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    suffix: Annotated[str, Field(min_length=1, max_length=64), no_nul] | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: Metadata | None = None
     integrations: Annotated[list[Integration], Field(max_length=5)] | None = None

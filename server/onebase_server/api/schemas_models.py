@@ -6,6 +6,8 @@ from pydantic import Field
 
 from onebase_server.api.schemas_common import ListPage, Wire
 
+Residency = Literal["device", "host", "disk"]
+
 
 class ModelCard(Wire):
     id: str
@@ -18,6 +20,9 @@ class ModelCard(Wire):
     parent: str | None
     """The base's id for an adapter, null for the base."""
     version: Annotated[int | None, Field(description="The version that this id is served by; null for the base.")]
+    residency: Annotated[
+        Residency | None, Field(description="Where that version is in memory just now; null for the base, which stays.")
+    ]
 
 
 class ModelList(ListPage):

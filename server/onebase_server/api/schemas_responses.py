@@ -6,36 +6,57 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticKnownError
 
 from onebase_server.api.schemas_chat import FunctionName, LogprobEntry
-from onebase_server.api.schemas_common import ListPage, RequestBody, Seed, StreamOptions, Text, Wire, text_or_list
+from onebase_server.api.schemas_common import (
+    ListPage,
+    Metadata,
+    RequestBody,
+    RequestPart,
+    Seed,
+    StreamOptions,
+    Text,
+    Wire,
+    text_or_list,
+)
 
 
-class InputPart(Wire):
+class InputPart(RequestPart):
     """`input_text`, `output_text` and `refusal`: what a text model can read."""
 
-    type: str
+    type: Literal["input_text", "output_text", "text", "refusal", "reasoning_text"]
     text: str | None = None
     refusal: str | None = None
+    # What is left in an answer that is sent back. Ignored: the text says it already.
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+    parsed: Any = None
 
 
 InputContent = Annotated[Text | Annotated[list[InputPart], Tag("#list")], text_or_list]
 
 
-class InputItem(Wire):
+class InputItem(RequestPart):
     """A message (the default), a `function_call`, or a `function_call_output`. `reasoning` items are left out."""
 
-    type: str | None = None
+    type: Literal["message", "function_call", "function_call_output", "reasoning"] | None = None
     role: Literal["user", "assistant", "system", "developer"] | None = None
     content: InputContent | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
     output: InputContent | None = None
+    # What is left in items that are sent back. Ignored.
+    id: str | None = None
+    status: str | None = None
+    phase: str | None = None
+    summary: list[Any] | None = None
+    encrypted_content: str | None = None
+    parsed_arguments: Any = None
 
 
 Input = Annotated[Text | Annotated[list[InputItem], Field(min_length=1, max_length=4096), Tag("#list")], text_or_list]
 
 
-class ResponseTool(Wire):
+class ResponseTool(RequestPart):
     """A function, flat: unlike in chat there is no object of it inside."""
 
     type: Literal["function"]
@@ -45,7 +66,7 @@ class ResponseTool(Wire):
     strict: bool | None = None
 
 
-class NamedResponseTool(Wire):
+class NamedResponseTool(RequestPart):
     type: Literal["function"]
     name: str
 
@@ -64,7 +85,7 @@ ResponseToolChoice = Annotated[
 ]
 
 
-class TextFormat(Wire):
+class TextFormat(RequestPart):
     type: Literal["text", "json_object", "json_schema"]
     name: FunctionName | None = None
     description: str | None = None
@@ -72,7 +93,7 @@ class TextFormat(Wire):
     strict: bool | None = None
 
 
-class TextSettings(Wire):
+class TextSettings(RequestPart):
     format: TextFormat | None = None
     verbosity: Literal["medium"] | None = None
     """The only one there is: a model says as much as it was trained to."""
@@ -83,6 +104,25 @@ def no_number(value: Any) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool):
         raise PydanticKnownError("bool_type")
     return value
+
+
+class Reasoning(RequestPart):
+    """Only what asks for none is taken."""
+
+    effort: Literal["none"] | None = None
+    summary: None = None
+
+
+Included = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "message.input_image.image_url",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
 
 
 class ResponseRequest(RequestBody):
@@ -101,11 +141,12 @@ class ResponseRequest(RequestBody):
     tools: Annotated[list[ResponseTool], Field(max_length=128)] | None = None
     tool_choice: ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    include: list[str] | None = None
-    """`message.output_text.logprobs` asks for logprobs; others name things that this server does not have."""
+    include: list[Included] | None = None
+    """`message.output_text.logprobs` asks for logprobs; the others name parts of items that no answer has here."""
     truncation: Literal["disabled"] | None = None
     background: Annotated[Literal[False], BeforeValidator(no_number)] | None = None
-    metadata: dict[str, str] | None = None
+    reasoning: Reasoning | None = None
+    metadata: Metadata | None = None
     # As vLLM has them.
     seed: Seed | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
@@ -116,6 +157,7 @@ class ResponseRequest(RequestBody):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
     max_tool_calls: int | None = None
 
 
@@ -163,14 +205,19 @@ class IncompleteDetails(Wire):
     reason: Literal["max_output_tokens"]
 
 
+class ResponseFailure(Wire):
+    code: Literal["server_error", "rate_limit_exceeded"]
+    message: str
+
+
 class ResponseBody(Wire):
     """OpenAI's Response: what was asked and what came."""
 
     id: str
     object: Literal["response"]
     created_at: int
-    status: Literal["in_progress", "completed", "incomplete"]
-    error: None
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    error: ResponseFailure | None
     incomplete_details: IncompleteDetails | None
     instructions: str | None
     max_output_tokens: int | None
@@ -214,7 +261,7 @@ class InputItemList(ListPage):
     data: list[StoredInputItem]
     first_id: str | None
     last_id: str | None
-    has_more: Literal[False]
+    has_more: bool
 
 
 class ResponseEvent(Wire):
@@ -233,3 +280,6 @@ class ResponseEvent(Wire):
     arguments: str | None = None
     name: str | None = None
     logprobs: list[LogprobEntry] | None = None
+    message: str | None = None
+    code: str | None = None
+    param: str | None = None

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
 from onebase_server.api.schemas_admin import AdapterName
-from onebase_server.api.schemas_common import ListPage, RequestBody, Wire
+from onebase_server.api.schemas_common import ListPage, RequestBody, RequestPart, Wire
 from onebase_server.jobs.states import PAUSED, PUBLISHING, QUEUED, RUNNING, VALIDATING
 from onebase_server.records.tables import JobRow
 
@@ -13,10 +13,8 @@ from onebase_server.records.tables import JobRow
 SHOWN = {VALIDATING: QUEUED, PAUSED: QUEUED, PUBLISHING: RUNNING}
 
 
-class RetrainHyperparameters(Wire):
+class RetrainHyperparameters(RequestPart):
     """Knobs of the recipe that a retrain may set; the preset gives the rest."""
-
-    model_config = ConfigDict(extra="forbid")
 
     epochs: Annotated[float, Field(gt=0, le=1000)] | None = None
     max_steps: Annotated[int, Field(ge=1)] | None = None
@@ -40,10 +38,8 @@ class RetrainHyperparameters(Wire):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
 
 
-class GateSpec(Wire):
+class GateSpec(RequestPart):
     """By how much the new version may be worse than the current one, on the same held-out conversations."""
-
-    model_config = ConfigDict(extra="forbid")
 
     max_loss_increase: Annotated[float, Field(ge=0)] | None = None
     """Of the response loss, in nats a token. Default 0.02."""
@@ -57,7 +53,7 @@ def switch_or_spec(value: Any) -> str:
     return "#switch" if isinstance(value, bool) else "#spec"
 
 
-class RetrainFields(Wire):
+class RetrainFields(RequestPart):
     """What a retraining is, but for the adapter's name."""
 
     dataset: str | None = None

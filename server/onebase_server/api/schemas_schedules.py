@@ -2,8 +2,6 @@
 
 from typing import Any, Literal
 
-from pydantic import ConfigDict
-
 from onebase_server.api.schemas_admin import AdapterName
 from onebase_server.api.schemas_common import ListPage, RequestBody, Wire
 from onebase_server.api.schemas_retrain import RetrainFields
@@ -12,8 +10,6 @@ from onebase_server.records.tables import ScheduleRow
 
 class ScheduledRetrain(RetrainFields):
     """The body of POST /admin/retrain without `adapter`. Names such as "current" mean what they mean at each time."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class CreateSchedule(RequestBody):

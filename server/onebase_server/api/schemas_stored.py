@@ -4,8 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from onebase_server.api.schemas_common import ListPage, RequestBody, Wire
-from onebase_server.api.schemas_fine_tuning import Metadata
+from onebase_server.api.schemas_common import ListPage, Metadata, RequestBody, Wire, no_nul
 from onebase_server.records.tables import ChatRow, FeedbackRow
 
 # What of a request is shown with a stored chat, as OpenAI does.
@@ -67,11 +66,11 @@ class ChatMessageList(ListPage):
 
 
 class CreateFeedback(RequestBody):
-    completion_id: str
+    completion_id: Annotated[str, no_nul]
     rating: Literal["good", "bad"] | None = None
-    better_answer: Annotated[str, Field(min_length=1, max_length=1_000_000)] | None = None
+    better_answer: Annotated[str, Field(min_length=1, max_length=1_000_000), no_nul] | None = None
     """What should have been answered; retraining learns it."""
-    comment: Annotated[str, Field(max_length=10_000)] | None = None
+    comment: Annotated[str, Field(max_length=10_000), no_nul] | None = None
 
 
 class FeedbackObject(Wire):

@@ -15,6 +15,7 @@ from sse_starlette import EventSourceResponse
 
 from onebase_server.api.errors import answer_for
 from onebase_server.api.request_id import request_id_of
+from onebase_server.api.schemas_common import ErrorBody
 from onebase_server.api.waiting import disconnected
 
 DONE = b"data: [DONE]\n\n"
@@ -33,14 +34,22 @@ def named_event(name: str, model: BaseModel) -> bytes:
 
 
 class EventStream(EventSourceResponse):
-    """A stream over `events`; `on_end` is called once the stream is over, or was never begun."""
+    """A stream over `events`; `on_end` is called once the stream is over, or was never begun. `as_event` writes an
+    error, after which nothing comes."""
 
     def __init__(
-        self, events: AsyncIterator[bytes], on_end: Callable[[], None], *, ping_s: float, done: bytes = DONE
+        self,
+        events: AsyncIterator[bytes],
+        on_end: Callable[[], None],
+        *,
+        ping_s: float,
+        done: bytes = DONE,
+        as_event: Callable[[ErrorBody], bytes] = event,
     ) -> None:
         self._events = events
         self._on_end = on_end
         self._done = done
+        self._as_event = as_event
         self._request_id = ""
         super().__init__(self._guarded(), headers=HEADERS, sep="\n", ping=ping_s)
         self._send_lock = asyncio.Lock()  # type: ignore[assignment]  # a sixth of the size of anyio's
@@ -103,7 +112,7 @@ class EventStream(EventSourceResponse):
             async for item in self._events:
                 yield item
         except Exception as error:  # noqa: BLE001 - the status is sent: the error can only be an event now
-            yield event(answer_for(error, request_id=self._request_id).body)
+            yield self._as_event(answer_for(error, request_id=self._request_id).body)
             return
         if self._done:
             yield self._done

@@ -43,7 +43,7 @@ async def list_chats(
         limit=limit,
         order=order,
     )
-    data = [stored_chat(row) for row in page.rows]
+    data = [stored_chat(row) for row in page.rows if not is_damaged(row)]
     return StoredChatList(
         object="list",
         data=data,
@@ -66,7 +66,7 @@ async def update_chat(
     """Replace a stored chat's metadata."""
     sees = caller_of(request).sees
     row = await deps.chats.set_metadata(chat_id, sees, data.metadata)
-    return stored_chat(row or missing(chat_id))
+    return stored_chat(readable(row or missing(chat_id)))
 
 
 @delete("/chat/completions/{chat_id:str}", operation_id="deleteChatCompletion", status_code=200, tags=["Stored chats"])
@@ -103,7 +103,20 @@ async def list_chat_messages(
 
 
 async def find_chat(chat_id: str, request: AnyRequest, deps: AppDeps) -> ChatRow:
-    return await deps.chats.get(chat_id, caller_of(request).sees) or missing(chat_id)
+    return readable(await deps.chats.get(chat_id, caller_of(request).sees) or missing(chat_id))
+
+
+def is_damaged(row: ChatRow) -> bool:
+    """What can't be read of a row reads as empty (records/stored_json.py), and neither side of a chat ever is."""
+    return not (row.request and row.response)
+
+
+def readable(row: ChatRow) -> ChatRow:
+    if is_damaged(row):
+        raise NotFound(
+            f"The stored chat completion '{row.id}' is damaged: it can only be deleted.", param="completion_id"
+        )
+    return row
 
 
 def missing(chat_id: str) -> ChatRow:

@@ -94,9 +94,3 @@ def answer_schema(wanted: ResponseFormat) -> tuple[Schema, str] | None:
     if wanted.type == "json_object" or wanted.json_schema is None:
         return ANY_OBJECT, "response_format"
     return (ANY_OBJECT if wanted.json_schema.schema_ is None else wanted.json_schema.schema_), SCHEMA_PARAM
-
-
-def takes_long(body: ChatRequest) -> bool:
-    """Whether reading the request may take milliseconds: then it is done off the event loop."""
-    wants_grammar = body.response_format is not None or bool(body.tools)
-    return wants_grammar or sum(len(message.content or "") for message in body.messages) > 8_000

@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from onebase.errors import InvalidInput
 from onebase_server.loadtest.drive import Target, drive
 from onebase_server.loadtest.report import plot, summarize, table
 from onebase_server.loadtest.workload import Workload
@@ -70,7 +69,7 @@ def parse_extra(text: str) -> dict[str, object]:
     try:
         extra = json.loads(text)
     except ValueError as error:
-        raise InvalidInput(f"--extra is not JSON: {error}", param="extra") from error
+        raise typer.BadParameter(f"it is not JSON: {error}", param_hint="'--extra'") from error
     if not isinstance(extra, dict):
-        raise InvalidInput("--extra must be a JSON object", param="extra")
+        raise typer.BadParameter("it must be a JSON object", param_hint="'--extra'")
     return extra

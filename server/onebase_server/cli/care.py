@@ -1,16 +1,19 @@
 """`onebase doctor`, `backup` and `restore`: looking after a machine and a home folder."""
 
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from onebase.home import Home, default_home
 from onebase_server.backup import back_up
 from onebase_server.backup import restore as restore_home
-from onebase_server.cli.options import HomeOption, open_home
+from onebase_server.cli.options import HomeOption
 from onebase_server.doctor import examine
 from onebase_server.settings import load_settings
 
@@ -20,14 +23,20 @@ MARKS = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "fail": "[bold red]f
 
 def doctor(
     whole: Annotated[bool, typer.Option("--whole", help="Also read every byte of bases and adapters.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
     home: HomeOption = None,
 ) -> None:
-    """Check the machine, the settings and the home folder; exit code 1 if something is broken."""
+    """Check the machine, the settings and the home folder, changing nothing; exit code 1 if something is broken."""
     settings = load_settings(os.environ, {"home": home})
-    failed = False
+    found = []
     for finding in examine(settings, whole=whole):
-        failed |= finding.verdict == "fail"
-        console.print(f"{MARKS[finding.verdict]} {finding.what}: {finding.words}", highlight=False, soft_wrap=True)
+        found.append(finding)
+        if not as_json:
+            words = escape(f"{finding.what}: {finding.words}")
+            console.print(f"{MARKS[finding.verdict]} {words}", highlight=False, soft_wrap=True)
+    failed = any(finding.verdict == "fail" for finding in found)
+    if as_json:
+        typer.echo(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in found]}, indent=1))
     raise typer.Exit(int(failed))
 
 
@@ -37,8 +46,13 @@ def backup(
     home: HomeOption = None,
 ) -> None:
     """Write adapters, files, runs, the audit log and the SQLite database to one file; the server may run."""
-    size = back_up(open_home(home), target, with_bases=bases)
-    console.print(f"wrote {target}, {size / 1e6:,.1f} MB", highlight=False)
+    settings = load_settings(os.environ, {"home": home})
+    if settings.home.root.is_dir():
+        settings.home.create()
+    size = back_up(settings.home, target, with_bases=bases)
+    console.print(f"wrote {escape(str(target))}, {size / 1e6:,.1f} MB", highlight=False, soft_wrap=True)
+    if settings.database is not None:
+        console.print("the database of ONEBASE_DATABASE is not in it: dump it by its own tools, such as pg_dump")
 
 
 def restore(
@@ -48,4 +62,4 @@ def restore(
     """Unpack a backup into a home folder that is empty or not there yet."""
     folder = Home((home or default_home(os.environ)).expanduser().absolute())
     names = restore_home(source, folder)
-    console.print(f"restored {', '.join(names)} to {folder.root}", highlight=False)
+    console.print(escape(f"restored {', '.join(names)} to {folder.root}"), highlight=False, soft_wrap=True)

@@ -33,8 +33,14 @@ def chat(
                 messages.append({"role": "user", "content": text})
                 answer = show(stream(client, {**settings, "messages": messages, "stream": True}))
                 messages.append({"role": "assistant", "content": answer})
-        except httpx.ConnectError as error:
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise InvalidInput(f"no server at {url}: start one with `onebase serve`, or name it by --url") from error
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+            raise typer.BadParameter(
+                f"{url} is no URL such as http://127.0.0.1:8000/v1", param_hint="'--url'"
+            ) from error
+        except httpx.HTTPError as error:
+            raise OnebaseError(f"the server at {url} went away: {type(error).__name__} {error}") from error
 
 
 def turns(message: str | None, model: str) -> Iterator[str]:
@@ -55,7 +61,10 @@ def turns(message: str | None, model: str) -> Iterator[str]:
 def first_model(client: httpx.Client) -> str:
     reply = client.get("/models")
     fail_on_error(reply)
-    return str(reply.json()["data"][0]["id"])
+    try:
+        return str(reply.json()["data"][0]["id"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise OnebaseError(f"{reply.url} is no list of models: name the API's root by --url, such as .../v1") from error
 
 
 def stream(client: httpx.Client, body: dict[str, object]) -> Iterator[str]:

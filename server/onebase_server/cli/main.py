@@ -6,10 +6,11 @@ Training is another package and another process: `train`, `eval`, `export` and `
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from onebase import __version__
 from onebase.errors import OnebaseError
@@ -33,6 +34,9 @@ app.add_typer(schedules.app, name="schedules")
 app.command("doctor")(care.doctor)
 app.command("backup")(care.backup)
 app.command("restore")(care.restore)
+
+UsageError: type[Any] = typer.BadParameter.__bases__[0]
+"""click's, which typer has a copy of since 0.2x and does not name."""
 
 
 @app.command("train", context_settings=HANDED_OVER)
@@ -67,11 +71,25 @@ def root(
 
 
 def main() -> None:
-    """Run the command; an error that the user can mend is one line and exit code 1, never a traceback."""
+    """Run the command. An error that the user can mend is one line, never a traceback: exit code 2 if it is in how the
+    command was called (options, settings), else 1."""
     try:
-        app(prog_name=Path(sys.argv[0]).name)
+        sys.exit(app(prog_name=Path(sys.argv[0]).name, standalone_mode=False))
+    except UsageError as error:
+        words = " ".join(error.format_message().split())
+        if not words:  # a group without a command: its help has been shown
+            sys.exit(2)
+        fail(f"{words} (see `{error.ctx.command_path} --help`)" if error.ctx else words, 2)
     except OnebaseError as error:
-        Console(stderr=True).print(f"[bold red]error[/] {error.message}", highlight=False, soft_wrap=True)
-        sys.exit(1)
+        fail(error.message, 2 if error.param == "settings" else 1)
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as error:
+        fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+
+
+def fail(words: str, code: int) -> NoReturn:
+    Console(stderr=True).print(f"[bold red]error[/] {escape(words)}", highlight=False, soft_wrap=True)
+    sys.exit(code)

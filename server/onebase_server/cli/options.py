@@ -1,12 +1,16 @@
 """Options that several commands share, spelled once; and the way to the training process."""
 
 import os
+import re
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
+from onebase.errors import InvalidInput
 from onebase.home import Home, default_home
 
 HomeOption = Annotated[
@@ -16,6 +20,19 @@ HomeOption = Annotated[
 
 HANDED_OVER: Final = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 """A command's settings: all its words are for another program."""
+
+
+@contextmanager
+def named_by_option(options: Mapping[str, str]) -> Iterator[None]:
+    """Errors name the API's fields: here they get the options' names (field -> option), and count as wrong usage."""
+    try:
+        yield
+    except InvalidInput as error:
+        field = (error.param or "").partition("[")[0].partition(".")[0]
+        if field not in options:
+            raise
+        words = re.sub(rf"(value for )?'{field}[^']*': ", "", error.message)
+        raise typer.BadParameter(words.removeprefix("Invalid "), param_hint=f"'{options[field]}'") from error
 
 
 def open_home(path: Path | None) -> Home:

@@ -9,7 +9,7 @@ from typing import TypeVar
 from onebase_server.api.audit import AuditLog
 from onebase_server.records.database import Database
 from onebase_server.settings import load_settings
-from onebase_server.startup import prepare_home
+from onebase_server.startup import in_words, prepare_home
 
 T = TypeVar("T")
 
@@ -23,8 +23,9 @@ def on_database(home: Path | None, action: str | None, work: Callable[[Database]
         path = settings.home.root / "onebase.db"
         database = Database.at(settings.database) if settings.database else Database.file(path)
         try:
-            await database.migrate()
-            return await work(database)
+            with in_words(settings, path):
+                await database.migrate()
+                return await work(database)
         finally:
             await database.close()
 

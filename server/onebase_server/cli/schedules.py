@@ -14,7 +14,7 @@ from onebase.errors import NotFound
 from onebase_server.api.admin_schedules import request_of, timing_of
 from onebase_server.api.decode import decode_body
 from onebase_server.api.schemas_schedules import CreateSchedule
-from onebase_server.cli.options import HomeOption
+from onebase_server.cli.options import HomeOption, named_by_option
 from onebase_server.cli.records import on_database
 from onebase_server.jobs.schedules import schedule_row
 from onebase_server.records.schedules import ScheduleRecords
@@ -23,6 +23,8 @@ from onebase_server.records.tables import LOCAL_OWNER
 console = Console()
 app = typer.Typer(help="Retraining by the clock: list, add, remove.", no_args_is_help=True)
 T = TypeVar("T")
+OPTIONS = {"cron": "--cron", "every": "--every", "timezone": "--timezone", "adapter": "ADAPTER", "retrain": "--dataset"}
+"""The API's field -> its option."""
 
 
 @app.command("ls")
@@ -57,10 +59,12 @@ def add(
     retrain: dict[str, Any] = {"from": "current" if from_current else "scratch", "gate": gate}
     retrain |= {"dataset": dataset, "stored_chats": stored_chats or None}
     body = {"adapter": adapter, "cron": cron, "every": every, "timezone": timezone, "retrain": retrain}
-    data = decode_body(CreateSchedule, json.dumps(body).encode())
+    with named_by_option(OPTIONS):
+        data = decode_body(CreateSchedule, json.dumps(body).encode())
     if (dataset is None) == (not stored_chats):
         raise typer.BadParameter("give either --dataset or --stored-chats")
-    row = schedule_row(adapter, timing_of(data), request_of(data), LOCAL_OWNER, int(time.time()))
+    with named_by_option(OPTIONS):
+        row = schedule_row(adapter, timing_of(data), request_of(data), LOCAL_OWNER, int(time.time()))
     line = f"{row.id}: '{adapter}', first at {stamp(row.next_at)}"
     run(home, f"schedules add {row.id}", lambda records: records.add(row))
     console.print(line, highlight=False)

@@ -54,7 +54,7 @@ class Admission:
         passed: set[str] = set()
         computing = self._keys_being_computed()
         admitted = False
-        for sequence in list(scheduler.waiting):
+        for sequence in scheduler.waiting:
             has_place = len(scheduler.running) < scheduler.max_sequences
             if budget <= 0 or not (has_place or self._outranks_last(sequence)):
                 self.is_stale = budget <= 0
@@ -73,7 +73,6 @@ class Admission:
                     self._yielding.append(scheduler.running[-1])
                 break
             scheduler.start(sequence, cached)
-            scheduler.waiting.admitted(sequence)
             admitted = True
             budget -= scheduler.schedule_chunk(plan, sequence, budget)
             if scheduler.pages.is_caching:

@@ -1,4 +1,8 @@
-"""Constrained decoding between the engine and a grammar backend: compile off the thread, masks before every token."""
+"""Constrained decoding between the engine and a grammar backend: compile off the thread, masks before every token.
+
+A mask is wanted only when the logits are there. So it is filled after the step was launched: a device that works on by
+itself does not wait for it.
+"""
 
 import queue
 from collections.abc import Callable, Iterable
@@ -27,6 +31,8 @@ class ConstrainedDecoding:
         self._inbox = inbox
         self._vocab_size = vocab_size
         self.sequences: set[Sequence] = set()
+        self._unfilled: list[Sequence] = []
+        """Whose mask is of a token before."""
 
     def compile(self, group: RequestGroup) -> None:
         """Start to compile the request's grammar; it is not admitted before `start`."""
@@ -35,7 +41,7 @@ class ConstrainedDecoding:
             self._executor.submit(self._compile, group, group.request.sampling.grammar)
 
     def start(self, command: commands.GrammarCompiled, fail: Fail) -> None:
-        """The grammar is there: every choice gets a matcher of its own and its first mask."""
+        """The grammar is there: every choice gets a matcher of its own."""
         assert command.matcher is not None
         command.group.awaits_grammar = False
         for sequence in command.group.sequences:
@@ -46,9 +52,10 @@ class ConstrainedDecoding:
                     fail(sequence, error)
                 else:
                     self.sequences.add(sequence)
+                    self._unfilled.append(sequence)
 
     def advance(self, sampled: Iterable[Sequence], fail: Fail) -> None:
-        """Follow the sampled tokens, and set the masks of the next step."""
+        """Follow the sampled tokens."""
         if not self.sequences:
             return
         for sequence in sampled:
@@ -56,6 +63,19 @@ class ConstrainedDecoding:
                 try:
                     sequence.follow_grammar()
                 except EngineError as error:
+                    fail(sequence, error)
+                else:
+                    self._unfilled.append(sequence)
+
+    def fill_masks(self, fail: Fail) -> None:
+        """Before anything is sampled, and once the step is under way: who fails here is in it."""
+        unfilled, self._unfilled = self._unfilled, []
+        for sequence in unfilled:
+            if sequence.finish is None:
+                try:
+                    sequence.fill_mask()
+                except EngineError as error:
+                    sequence.row.mask = None
                     fail(sequence, error)
 
     def forget(self, sequence: Sequence) -> None:

@@ -24,7 +24,7 @@ from onebase_server.engine.runner import DeviceLost, HostAdapter, OverlappingRun
 from onebase_server.engine.scheduler import Scheduler
 from onebase_server.engine.sequence import RequestGroup, Sequence, SequenceStatus
 from onebase_server.engine.stats import Counters
-from onebase_server.engine.types import FinishReason
+from onebase_server.engine.types import FinishReason, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ WAIT_S = 0.01
 
 
 class EngineCore:
-    """`inbox` is the one way in from other threads. `on_unqueued(n)`: n sequences have left the queue for good."""
+    """`inbox` is the one way in from other threads. `on_unqueued`: a request has left the queue for good."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class EngineCore:
         config: EngineConfig,
         inbox: "queue.SimpleQueue[commands.Command]",
         executor: Executor,
-        on_unqueued: Callable[[int], None],
+        on_unqueued: Callable[[GenerationRequest], None],
         grammar: GrammarBackend | None,
         clock: Callable[[], float],
         note: ServerNote | None = None,
@@ -137,17 +137,16 @@ class EngineCore:
         return True
 
     def _launch_and_collect(self, plan: StepPlan) -> tuple[StepResult, float]:
-        """Run the step, and how long that took; while an overlapping runner works, emit the step before."""
+        """Run the step, and how long that took; while an overlapping runner works, emit the step before and fill this
+        one's masks."""
         batch = pack(plan, self.scheduler.tables)
-        if self._overlapping is None:
-            begin = time.perf_counter()
-            result = self._runner.run(batch)
-        else:
-            ticket = self._overlapping.launch(batch)
-            with self.requests.step_in_flight():
+        ticket = None if self._overlapping is None else self._overlapping.launch(batch)
+        with self.requests.step_in_flight():
+            if self._overlapping is not None:
                 self._emit()
-                begin = time.perf_counter()
-                result = self._overlapping.collect(ticket)
+            self.constrained.fill_masks(self.requests.fail)
+            begin = time.perf_counter()
+            result = self._runner.run(batch) if self._overlapping is None else self._overlapping.collect(ticket)
         return result, time.perf_counter() - begin
 
     def _emit(self) -> None:

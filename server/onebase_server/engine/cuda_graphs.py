@@ -1,37 +1,21 @@
-"""Decode steps as CUDA graphs: static buffers, one graph a (batch, LoRA work, context) bucket, captured when first met.
+"""Decode steps as CUDA graphs: static buffers, one graph a (batch, LoRA work, context) bucket, captured at the start or
+when first met; graph_keys.py says which.
 
 A graph sees addresses only, so everything that changes between replays (tokens, positions, pages, adapters' rows) lies
 in one buffer that a single copy fills. Grids are sized by the buckets; kernels leave at once beyond the true sizes.
 Nothing here knows requests or sampling parameters beyond the greedy choice.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from onebase.lru import Lru
+from onebase_server.engine.graph_keys import MAX_LORA_GRAPHS, GraphKey, base_keys, batches_up_to, common_keys, key_of
 from onebase_server.engine.model_forward import ModelForward
 from onebase_server.kernels.cuda_ops import CudaKernels
 from onebase_server.kernels.ops import StepMeta
-
-BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128)
-"""Sizes at which graphs are captured: a step is padded to the next one. Above the last, steps run without a graph."""
-RANKS = (8, 16, 32, 64, 128, 256)
-SHORT_CONTEXT = 512
-"""Steps in which no sequence is longer use graphs whose attention is not split for the longest context."""
-
-
-@dataclass(frozen=True, slots=True)
-class GraphKey:
-    batch: int
-    active: frozenset[str]
-    """Projections with LoRA work."""
-    max_rank: int
-    max_context: int
-    draws: bool
-    """Some row has a temperature; else all take the most likely token."""
 
 
 class StepBuffers:
@@ -98,7 +82,7 @@ class DecodeGraphs:
         assert isinstance(forward.kernels, CudaKernels)
         self._kernels = forward.kernels
         self._width = width
-        self._batches = [b for b in BATCHES if b < max_batch] + [min(max_batch, BATCHES[-1])]
+        self._batches = batches_up_to(max_batch)
         self._limit = weights.geometry.max_context
         largest = self._batches[-1]
         self.logits = torch.zeros(largest, weights.geometry.vocab, dtype=weights.dtype, device=weights.device)
@@ -108,7 +92,8 @@ class DecodeGraphs:
         self._side = 0
         self._last: tuple[StepBuffers, GraphKey] | None = None
         self._buffers: dict[int, StepBuffers] = {}
-        self._graphs: dict[GraphKey, torch.cuda.CUDAGraph] = {}
+        self._base: dict[GraphKey, torch.cuda.CUDAGraph] = {}
+        self._lora: Lru[GraphKey, torch.cuda.CUDAGraph] = Lru(MAX_LORA_GRAPHS)
         self._pool = torch.cuda.graph_pool_handle()
 
     def check_draws(self) -> bool:
@@ -129,12 +114,16 @@ class DecodeGraphs:
     def largest(self) -> int:
         return self._batches[-1]
 
-    def warm_up(self, draws: tuple[bool, ...]) -> None:
-        """Capture the bare base's graphs, the largest first (its memory then serves the others)."""
-        for batch in reversed(self._batches):
-            for context in sorted({min(SHORT_CONTEXT, self._limit), self._limit}, reverse=True):
-                for kind in draws:
-                    self._graph(GraphKey(batch, frozenset(), 0, context, kind))
+    @property
+    def num_graphs(self) -> int:
+        return len(self._base) + len(self._lora)
+
+    def warm_up(self, draws: tuple[bool, ...], max_rank: int) -> None:
+        """Capture all graphs of the bare base and the common ones of adapters up to `max_rank`."""
+        for key in base_keys(self._batches, self._limit, draws):
+            self._graph(key)
+        for key in common_keys(self._batches, self._limit, draws, max_rank):
+            self._graph(key)
 
     def buffers(self, batch: int) -> StepBuffers:
         """Where the next step of that many sequences is to be written."""
@@ -147,10 +136,7 @@ class DecodeGraphs:
         self, buffers: StepBuffers, active: frozenset[str], max_rank: int, max_context: int, *, draws: bool
     ) -> None:
         """Replay the step that lies in `buffers`. Returns at once; `logits` and the choices follow on the stream."""
-        short = min(SHORT_CONTEXT, self._limit)
-        rank = next((r for r in RANKS if r >= max_rank), max_rank) if active else 0
-        context = short if max_context <= short else self._limit
-        key = GraphKey(buffers.batch, active, rank, context, draws)
+        key = key_of(buffers.batch, active, max_rank, max_context, self._limit, draws=draws)
         graph = self._graph(key)
         buffers.send()
         graph.replay()
@@ -169,7 +155,7 @@ class DecodeGraphs:
             buffers.send_uniforms(uniforms)
         chosen = self._chosen[: key.batch]
         self._kernels.advance_step(buffers.device_parts[3], chosen, buffers.meta(key))
-        self._graphs[key].replay()
+        self._graph(key).replay()
 
     def start_fetch(self) -> Tensor:
         """Begin to bring the greedy choices to the host, into one of two buffers in turn."""
@@ -179,9 +165,14 @@ class DecodeGraphs:
         return fetched
 
     def _graph(self, key: GraphKey) -> torch.cuda.CUDAGraph:
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(key)
-        return self._graphs[key]
+        graph = self._lora.get(key) if key.active else self._base.get(key)
+        if graph is None:
+            graph = self._capture(key)  # it waits for the device, so the one that makes way is not under way
+            if key.active:
+                self._lora.keep(key, graph)
+            else:
+                self._base[key] = graph
+        return graph
 
     def _capture(self, key: GraphKey) -> torch.cuda.CUDAGraph:
         buffers = self.buffers(key.batch)

@@ -22,7 +22,7 @@ from onebase_server.engine.detokenizer import TokenBytes, TokenTable
 from onebase_server.engine.grammar import GrammarBackend
 from onebase_server.engine.handle import RequestHandle
 from onebase_server.engine.intake import check_request, make_group
-from onebase_server.engine.residence import AdapterStatus
+from onebase_server.engine.residence import AdapterStatus, Place
 from onebase_server.engine.runner import Runner, RunnerLimits
 from onebase_server.engine.stats import EngineStats
 from onebase_server.engine.types import AdapterRef, GenerationRequest
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+KEPT_FOR_OTHERS = 16
+"""One part in so many of the queue's bound is added for owners who have nothing in it."""
 HANDOVER_S = 0.00002
 """An engine that slept needs the interpreter to begin its first step, and whoever submits would keep it: what is left
 of a request's handling (0.4 ms) is done while the step computes. Long enough for a thread to wake up."""
@@ -62,9 +64,11 @@ class Engine:
         self._arrivals = itertools.count()
         self._inbox: queue.SimpleQueue[commands.Command] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        """Guards `_is_accepting`, `_num_queued` and, with them, what enters the inbox."""
+        """Guards `_is_accepting`, `_num_queued`, `_queued_of` and, with them, what enters the inbox."""
         self._is_accepting = True
         self._num_queued = 0
+        self._queued_of: dict[str | None, int] = {}
+        """Of them, each owner's that has any."""
         self._error: BaseException | None = None
         self._is_shut = False
         self._own_executor = executor is None
@@ -85,16 +89,21 @@ class Engine:
         if request.sampling.grammar is not None and not self._has_grammar:
             raise InvalidInput("this server has no backend for constrained decoding", param="response_format")
         handle = RequestHandle(request, self._cancel)
-        group = make_group(request, handle, self.limits, self._table, self._clock(), next(self._arrivals))
+        group = make_group(
+            request,
+            handle,
+            self.limits,
+            self._table,
+            self._clock(),
+            next(self._arrivals),
+            share_prefixes=self.config.share_prefixes,
+        )
         with self._lock:
             self._check_accepting()
-            if self._num_queued + request.n > self.config.max_queued:
-                raise Overloaded(
-                    f"{self._num_queued} requests are waiting, and this server queues {self.config.max_queued}.",
-                    retry_after_s=self._estimate_retry_s(),
-                )
+            self._check_room(request)
             was_idle = not self._num_queued and not self.core.has_requests
             self._num_queued += request.n
+            self._queued_of[request.owner] = self._queued_of.get(request.owner, 0) + request.n
             self._inbox.put(commands.Submit(group))
         if was_idle:
             time.sleep(HANDOVER_S)
@@ -129,6 +138,10 @@ class Engine:
         """Every version known, and where it is."""
         done: Future[list[AdapterStatus]] = Future()
         return self._order(commands.ListAdapters(done), done)
+
+    def place_of(self, digest: str) -> Place:
+        """Where a version is. Does not wait for the engine thread, so it may just have moved."""
+        return self.core.residency.place_of(digest)
 
     @property
     def is_healthy(self) -> bool:
@@ -217,9 +230,24 @@ class Engine:
     def _cancel(self, handle: RequestHandle) -> None:
         self._inbox.put(commands.Cancel(handle))
 
-    def _on_unqueued(self, count: int) -> None:
+    def _check_room(self, request: GenerationRequest) -> None:
+        most = self.config.max_queued
+        if request.owner not in self._queued_of:
+            most += -(-most // KEPT_FOR_OTHERS)
+        if self._num_queued + request.n > most:
+            raise Overloaded(
+                f"{self._num_queued} requests are waiting, and this server queues {self.config.max_queued}.",
+                retry_after_s=self._estimate_retry_s(),
+            )
+
+    def _on_unqueued(self, request: GenerationRequest) -> None:
         with self._lock:
-            self._num_queued -= count
+            self._num_queued -= request.n
+            left = self._queued_of[request.owner] - request.n
+            if left:
+                self._queued_of[request.owner] = left
+            else:
+                del self._queued_of[request.owner]
 
     def _estimate_retry_s(self) -> float:
         """Roughly when the queue will have moved on by one batch."""

@@ -21,13 +21,18 @@ class GrammarMatcher(Protocol):
         """Whether a stop string ends the answer here."""
         ...
 
+    @property
+    def rules(self) -> bool:
+        """Whether there are tokens that may not come next. Costs nothing to ask, unlike the mask."""
+        ...
+
     def fork(self) -> "GrammarMatcher":
         """An independent matcher at the same place (n > 1)."""
         ...
 
-    def fill_mask(self, mask: Mask) -> bool:
-        """The tokens allowed next, word i // 32, bit i % 32; eos is allowed where the grammar may end. False: every
-        token is allowed, and `mask` may hold anything."""
+    def fill_mask(self, mask: Mask) -> None:
+        """The tokens allowed next, word i // 32, bit i % 32; eos is allowed where the grammar may end. Asked only
+        where the grammar `rules`."""
         ...
 
     def accept(self, token_id: int) -> None:

@@ -141,6 +141,7 @@ class LlguidanceMatcher:
     """Where one sequence stands in its grammar."""
 
     heeds_stops = True
+    rules = True
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
@@ -148,12 +149,11 @@ class LlguidanceMatcher:
     def fork(self) -> "LlguidanceMatcher":
         return LlguidanceMatcher(self._matcher.deep_copy())
 
-    def fill_mask(self, mask: NDArray[np.int32]) -> bool:
+    def fill_mask(self, mask: NDArray[np.int32]) -> None:
         assert mask.flags["C_CONTIGUOUS"]
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if self._matcher.is_error():
             raise EngineError(f"the grammar failed: {self._matcher.get_error()}")
-        return True
 
     def accept(self, token_id: int) -> None:
         if not self._matcher.consume_token(token_id):

@@ -79,16 +79,18 @@ class TriggeredMatcher:
         twin._is_bound = self._is_bound
         return twin
 
-    def fill_mask(self, mask: NDArray[np.int32]) -> bool:
+    @property
+    def rules(self) -> bool:
+        return self._inner.rules if self._is_bound else self._end.endswith(self._table.ends)
+
+    def fill_mask(self, mask: NDArray[np.int32]) -> None:
         if self._is_bound:
-            return self._inner.fill_mask(mask)
-        if not self._end.endswith(self._table.ends):
-            return False
+            self._inner.fill_mask(mask)
+            return
         mask[:] = -1
         for end in self._table.ends:
             if self._end.endswith(end):
                 mask &= self._table.masks[end]
-        return True
 
     def accept(self, token_id: int) -> None:
         if self._is_bound:
@@ -129,8 +131,12 @@ class AtOnceMatcher:
     def fork(self) -> "AtOnceMatcher":
         return AtOnceMatcher(self._inner.fork(), self._opening, self._token_bytes, self._begin)
 
-    def fill_mask(self, mask: NDArray[np.int32]) -> bool:
-        return self._inner.fill_mask(mask)
+    @property
+    def rules(self) -> bool:
+        return self._inner.rules
+
+    def fill_mask(self, mask: NDArray[np.int32]) -> None:
+        self._inner.fill_mask(mask)
 
     def accept(self, token_id: int) -> None:
         self._inner.accept(token_id)

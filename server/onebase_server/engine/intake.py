@@ -34,11 +34,19 @@ def check_request(request: GenerationRequest, limits: RunnerLimits) -> None:
 
 
 def make_group(
-    request: GenerationRequest, handle: RequestHandle, limits: RunnerLimits, table: TokenTable, now: float, arrival: int
+    request: GenerationRequest,
+    handle: RequestHandle,
+    limits: RunnerLimits,
+    table: TokenTable,
+    now: float,
+    arrival: int,
+    *,
+    share_prefixes: bool,
 ) -> RequestGroup:
     """The request's sequences; all but the first follow the first. `request` has been checked."""
     sampling = request.sampling
-    root = root_key(request.adapter.digest if request.adapter is not None else None)
+    digest = None if request.adapter is None else request.adapter.digest
+    root = root_key(digest, None if share_prefixes else request.owner)
     keys: list[PageKey] = []
     extend_keys(keys, root, request.prompt_ids, limits.page_size)
     stop_ids = sampling.stop_token_ids if sampling.ignore_eos else sampling.stop_token_ids | limits.eos_token_ids

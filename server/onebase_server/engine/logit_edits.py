@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onebase_server.engine.put import put
 from onebase_server.engine.runner import SampleRow
 from onebase_server.engine.types import SamplingParams
 
@@ -67,13 +68,13 @@ def _mask(logits: Tensor, rows: list[SampleRow]) -> None:
     masked = [i for i, row in enumerate(rows) if row.mask is not None]
     if not masked:
         return
-    vocab = logits.shape[-1]
-    words = np.stack([row.mask for row in rows if row.mask is not None]).astype("<i4").view(np.uint8)
-    bits = np.unpackbits(words, axis=-1, bitorder="little")[:, :vocab]
-    allowed = np.zeros((len(masked), vocab), dtype=bool)
-    allowed[:, : bits.shape[1]] = bits
-    banned = torch.from_numpy(~allowed).to(logits.device)
-    logits[masked] = logits[masked].masked_fill(banned, float("-inf"))
+    words = np.stack([row.mask for row in rows if row.mask is not None]).astype("<i4", copy=False)
+    bits = np.unpackbits((~words).view(np.uint8), axis=-1, bitorder="little")[:, : logits.shape[-1]]
+    banned = put(bits.view(bool), logits.device)
+    known = bits.shape[1]
+    for i, each in zip(masked, banned, strict=True):  # in place: a gather and a scatter of whole rows cost thrice that
+        logits[i, :known].masked_fill_(each, float("-inf"))
+        logits[i, known:] = float("-inf")
 
 
 def _penalise(logits: Tensor, rows: list[SampleRow], states: dict[int, EditState]) -> None:
@@ -103,9 +104,9 @@ def _penalise(logits: Tensor, rows: list[SampleRow], states: dict[int, EditState
 
 
 def _index(logits: Tensor, places: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    both = torch.tensor(places, dtype=torch.int64, device=logits.device)
+    both = put(np.array(places, dtype=np.int64), logits.device)
     return both[:, 0], both[:, 1]
 
 
 def _values(logits: Tensor, values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=logits.dtype, device=logits.device)
+    return put(np.array(values), logits.device).to(logits.dtype)

@@ -1,7 +1,9 @@
 """The prefix cache: full pages of computed tokens, found again by what they hold.
 
 A page's key is a hash chain over the adapter version's digest and every token up to the page's end, so equal keys
-mean equal KV. Names never enter a key: a new version under an old name shares nothing. Knows no sequences.
+mean equal KV. Names never enter a key: a new version under an old name shares nothing. An owner's name does, unless
+owners share: how many tokens of a prompt were cached, and how soon it was answered, would tell one what another had
+asked. Knows no sequences.
 """
 
 from array import array
@@ -11,9 +13,10 @@ from hashlib import blake2b
 PageKey = bytes
 
 
-def root_key(digest: str | None) -> PageKey:
-    """Start of the chain for one adapter version, or for the bare base."""
-    return blake2b((digest or "").encode(), digest_size=16, person=b"onebase-kv").digest()
+def root_key(digest: str | None, owner: str | None = None) -> PageKey:
+    """Start of the chain for one adapter version, or for the bare base, and for one owner's prompts (None: shared)."""
+    whose = b"" if owner is None else b"\0" + owner.encode()
+    return blake2b((digest or "").encode() + whose, digest_size=16, person=b"onebase-kv").digest()
 
 
 def extend_keys(keys: list[PageKey], root: PageKey, ids: Sequence[int], page_size: int) -> None:

@@ -14,20 +14,20 @@ from onebase_server.engine.emitter import Emitter
 from onebase_server.engine.handle import RequestHandle
 from onebase_server.engine.sequence import RequestGroup, Sequence
 from onebase_server.engine.stats import Counters
-from onebase_server.engine.types import FinishReason
+from onebase_server.engine.types import FinishReason, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
 
 class OpenRequests:
-    """`give_back(sequence)` takes what an ended sequence held, once for each; `on_unqueued(n)`: n sequences have left
-    the queue for good."""
+    """`give_back(sequence)` takes what an ended sequence held, once for each; `on_unqueued`: a request has left the
+    queue for good."""
 
     def __init__(
         self,
         counters: Counters,
         give_back: Callable[[Sequence], None],
-        on_unqueued: Callable[[int], None],
+        on_unqueued: Callable[[GenerationRequest], None],
         clock: Callable[[], float],
     ) -> None:
         self._counters = counters
@@ -130,4 +130,4 @@ class OpenRequests:
     def _leave_queue(self, group: RequestGroup) -> None:
         if group.is_queued:
             group.is_queued = False
-            self._on_unqueued(group.request.n)
+            self._on_unqueued(group.request)

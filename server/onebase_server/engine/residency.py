@@ -15,7 +15,7 @@ from onebase.errors import AdapterInvalid, Conflict, EngineError
 from onebase_server.engine.config import EngineConfig
 from onebase_server.engine.host_cache import HostCache
 from onebase_server.engine.residence import AdapterStatus, Place, Residence, Want, resolve, status_of, without_frames
-from onebase_server.engine.runner import HostAdapter, Runner
+from onebase_server.engine.runner import DeviceLost, HostAdapter, Runner
 from onebase_server.engine.slots import DeviceSlots
 from onebase_server.engine.types import AdapterRef
 
@@ -187,6 +187,11 @@ class Residency:
     def status(self) -> list[AdapterStatus]:
         return [status_of(entry) for entry in self._known.values()]
 
+    def place_of(self, digest: str) -> Place:
+        """From any thread: one look-up, and fields that are each whole."""
+        entry = self._known.get(digest)
+        return Place.DISK if entry is None else entry.place
+
     def abort(self, error: Exception) -> None:
         """The engine ends: nobody waits for a load or an unload any more."""
         for entry in self._known.values():
@@ -237,6 +242,8 @@ class Residency:
             self._post_loaded(entry, host, None, time.perf_counter() - begin)
 
     def _fail(self, entry: Residence, error: Exception) -> None:
+        if isinstance(error, DeviceLost):  # the engine's end, and no mark on the version
+            raise error
         logger.warning("adapter %s can't be served: %s", entry.ref.id, error)
         without_frames(error)
         if isinstance(error, AdapterInvalid):

@@ -5,7 +5,7 @@ next batch is then compared with what was foreseen; a sequence that has ended is
 started step away (what it wrote lies beyond every sequence's tokens). Knows arrays and events, not graphs or kernels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ class Started:
     tokens: Int32 | None = None
     """What `batch` chose, its inputs."""
     places: Int32 | None = None
+    ended: set[int] = field(default_factory=set)
+    """States of `batch` whose sequences have ended: a new one under the same number is another sequence."""
 
 
 class RunAhead:
@@ -45,6 +47,15 @@ class RunAhead:
         self._started = None
         self._states = []
         self._steady = 0
+
+    def release(self, state_id: int) -> None:
+        """The sequence with this state has ended; its rows are not kept longer than the others'."""
+        if state_id in self._states:
+            self._states, self._steady = [], 0
+        if self._started is not None:
+            self._started.ended.add(state_id)
+            if all(row.state_id in self._started.ended for row in self._started.batch.rows):
+                self._started = None
 
     def take(self, batch: StepBatch) -> Started | None:
         """The started step if it is this batch, or this batch and sequences that have ended."""
@@ -85,7 +96,11 @@ class RunAhead:
 def _places(started: Started, batch: StepBatch) -> Int32 | None:
     """Where each sequence of `batch` is in the started step, or None if it is another step."""
     before = started.batch
-    at = {row.state_id: i for i, row in zip(before.sample_seqs.tolist(), before.rows, strict=True)}
+    at = {
+        row.state_id: i
+        for i, row in zip(before.sample_seqs.tolist(), before.rows, strict=True)
+        if row.state_id not in started.ended
+    }
     order = [at.get(row.state_id, -1) for row in batch.rows]
     if -1 in order or len(order) != len(batch.slots) or batch.sample_seqs.tolist() != list(range(len(order))):
         return None

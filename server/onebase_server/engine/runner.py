@@ -52,7 +52,8 @@ class SampleRow:
     output_ids: list[int] = field(default_factory=list)
     """Grows by one each sampled step; its length is the step number of the random stream."""
     mask: NDArray[np.int32] | None = None
-    """Constrained decoding: packed allowed-token bitmask (ceil(V/32) words) for the next token, or None."""
+    """Constrained decoding: packed allowed-token bitmask (ceil(V/32) words) for the next token, or None. At `launch`
+    only whether there is one counts: its words are there when `collect` (or `run`) is called."""
 
 
 @dataclass(slots=True)
@@ -119,7 +120,10 @@ class Runner(Protocol):
         ...
 
     def load_slot(self, slot: int, adapter: HostAdapter) -> None:
-        """Start the copy host -> device slot. May be asynchronous: see `slot_ready`."""
+        """Start the copy host -> device slot. May be asynchronous: see `slot_ready`.
+
+        DeviceLost, here and in the two methods below, when the device faulted or has no memory left: that is no
+        adapter's fault. Any other exception fails this adapter's requests only."""
         ...
 
     def slot_ready(self, slot: int) -> bool:

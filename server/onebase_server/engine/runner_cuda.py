@@ -5,11 +5,8 @@ one copy; other sampling runs on the logits that the graph left. It must not kno
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -22,18 +19,13 @@ from onebase_server.engine.cuda_graphs import DecodeGraphs, StepBuffers
 from onebase_server.engine.logit_edits import has_edits
 from onebase_server.engine.model_forward import ModelForward
 from onebase_server.engine.run_ahead import RunAhead
-from onebase_server.engine.runner import DeviceLost, HostAdapter, Int32, StepBatch, StepResult
-from onebase_server.engine.runner_torch import RunnerConfig, TorchRunner, build_runner
+from onebase_server.engine.runner import HostAdapter, Int32, StepBatch, StepResult
+from onebase_server.engine.runner_torch import RunnerConfig, TorchRunner
 from onebase_server.engine.sampler import is_greedy, is_truncated, uniforms
-from onebase_server.engine.weights import ModelWeights, read_weights
-from onebase_server.kernels.cuda_build import CudaBuildError, available
+from onebase_server.engine.weights import ModelWeights
 from onebase_server.kernels.cuda_ops import CudaKernels
-from onebase_server.kernels.cuda_tiles import Tiles
-from onebase_server.kernels.torch_ops import TorchKernels
 
 logger = logging.getLogger(__name__)
-
-_CUDA_ERROR: type[Exception] = getattr(torch, "AcceleratorError", RuntimeError)  # older torch has no class for it
 
 
 @dataclass(slots=True)
@@ -69,10 +61,17 @@ class CudaRunner(TorchRunner):
         with torch.inference_mode():
             self._graphs = DecodeGraphs(self.forward, config.max_batch_sequences, width)
             self._draws_in_graph = self._graphs.check_draws()
-            self._graphs.warm_up((False, True) if self._draws_in_graph else (False,))
+            before = torch.cuda.mem_get_info(self.device)[0]
+            self._graphs.warm_up((False, True) if self._draws_in_graph else (False,), config.max_lora_rank)
+            self.graph_bytes = before - torch.cuda.mem_get_info(self.device)[0]
+            """What the graphs captured at the start took, and what their kernels allocated on the way."""
         if not self._draws_in_graph:
             logger.warning("the kernel that draws tokens disagrees with torch here; tokens are drawn by torch")
         self._ahead = RunAhead(config.page_size, weights.geometry.max_context)
+
+    @property
+    def num_graphs(self) -> int:
+        return self._graphs.num_graphs
 
     def load_slot(self, slot: int, adapter: HostAdapter) -> None:
         """As the base class; a step started ahead would be followed by one with the rows' old places."""
@@ -81,13 +80,17 @@ class CudaRunner(TorchRunner):
         if self.slots.num_moves != moves:
             self._ahead.forget()
 
+    def release_state(self, state_id: int) -> None:
+        self._ahead.release(state_id)
+        super().release_state(state_id)
+
     def run(self, batch: StepBatch) -> StepResult:
         return self.collect(self.launch(batch))
 
     @torch.inference_mode()
     def launch(self, batch: StepBatch) -> Ticket:
         """Start a step and return at once."""
-        with _device_errors():
+        with self.guard.step():
             decodes = len(batch.token_ids) == len(batch.slots) <= self._graphs.largest and not len(batch.scored)
             if not decodes:
                 self._ahead.forget()
@@ -107,7 +110,7 @@ class CudaRunner(TorchRunner):
     @torch.inference_mode()
     def collect(self, ticket: Ticket) -> StepResult:
         """Wait for the sampled tokens of a started step."""
-        with _device_errors():
+        with self.guard.step():
             batch, rows = ticket.batch, ticket.batch.rows
             if ticket.logits is not None:
                 return self.choose(ticket.logits.float(), batch)
@@ -156,7 +159,7 @@ class CudaRunner(TorchRunner):
         self._graphs.launch(buffers, active, int(ranks.max(initial=0)), longest, draws=draws)
         if plain:
             return None
-        return self._graphs.logits[torch.from_numpy(batch.sample_seqs.astype(np.int64)).to(self.device)]
+        return self._graphs.logits[self._put(batch.sample_seqs.astype(np.int64))]
 
     def _launch_chunks(self, batch: StepBatch) -> Tensor:
         meta, active = self.step_meta(batch)
@@ -183,59 +186,3 @@ def _uniforms(batch: StepBatch, ahead: int) -> NDArray[np.float64]:
 
 def _record() -> torch.cuda.Event:
     return cast(torch.cuda.Event, torch.cuda.current_stream().record_event())
-
-
-@contextmanager
-def _device_errors() -> Iterator[None]:
-    """A device that faulted does not come back; running out of memory fails one step only."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except (_CUDA_ERROR, CudaBuildError) as error:
-        raise DeviceLost(str(error)) from error
-
-
-def can_capture(weights: ModelWeights, page_size: int) -> bool:
-    """Whether a decode step runs on our kernels alone, without a sync with the host in it."""
-    g, projections = weights.geometry, weights.layers[0].projections.values()
-    tiled = all(isinstance(p.weight.repacked, Tiles) for p in projections)
-    even = all(p.weight.shape[1] % 64 == 0 and all(o % 8 == 0 for o in p.offsets) for p in projections)
-    heads = g.head in (64, 128, 256) and g.heads // g.kv_heads <= 8
-    return weights.dtype == torch.bfloat16 and tiled and even and heads and page_size & (page_size - 1) == 0
-
-
-def build_cuda_runner(
-    base: Any, config: RunnerConfig, *, cache_dir: Path | None = None, identity: BaseIdentity | None = None
-) -> TorchRunner:
-    """`base` is a `onebase.base_model.LoadedBase` on CUDA; compiled kernels are kept in `cache_dir`. Where our kernels
-    can't be built or don't fit the model, a runner that does without what is missing."""
-    if not available():
-        return build_runner(base, TorchKernels(), config, identity=identity)
-    kernels = CudaKernels(cache_dir)
-    weights = read_weights(base.model, kernels, config.max_context)
-    fits = can_capture(weights, config.page_size)
-    if not fits:
-        logger.warning("%s: decode steps run without CUDA graphs: its sizes are not the kernels'", base.spec.id)
-    runner = (CudaRunner if fits else TorchRunner)(
-        weights,
-        kernels,
-        config,
-        eos_token_ids=base.tokenizer.eos_ids,
-        identity=identity if identity is not None else base.spec.identity,
-    )
-    log_memory(runner)
-    return runner
-
-
-def log_memory(runner: TorchRunner) -> None:
-    """What the device's memory went to, in words for the operator."""
-    tiles = [p.weight.repacked for layer in runner.weights.layers for p in layer.projections.values()]
-    weights = sum(t.data.numel() for t in tiles if isinstance(t, Tiles))
-    dense = sum(t.numel() * t.element_size() for t in (runner.weights.embed, runner.weights.lm_head))
-    pages = 2 * runner.cache.k.numel() * runner.cache.k.element_size()
-    free, total = torch.cuda.mem_get_info(runner.device)
-    logger.info(
-        "device memory in GB: NF4 weights %.2f, embeddings %.2f, KV pages %.2f, adapter slots %.2f; %.2f of %.2f free",
-        *(v / 1e9 for v in (weights, dense, pages, runner.slots.nbytes, free, total)),
-    )

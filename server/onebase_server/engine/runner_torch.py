@@ -16,9 +16,11 @@ from torch import Tensor
 from onebase.adapter import BaseIdentity
 from onebase_server.engine.cpu_choose import cpu_chooser
 from onebase_server.engine.cpu_forward import CpuForward, covers
+from onebase_server.engine.device_guard import DeviceGuard
 from onebase_server.engine.host_adapter import PackedAdapter, TorchHostAdapter, layout_of
 from onebase_server.engine.lora_slots import LoraSlots
 from onebase_server.engine.model_forward import KVCache, ModelForward
+from onebase_server.engine.put import put
 from onebase_server.engine.runner import HostAdapter, RunnerLimits, StepBatch, StepResult
 from onebase_server.engine.sampler import Sampler, score
 from onebase_server.engine.slot_loader import make_loader
@@ -63,6 +65,7 @@ class TorchRunner:
         self.config = config
         self.identity = identity
         self.device = weights.device
+        self.guard = DeviceGuard(weights.device)
         self.cache = KVCache(weights, config.num_pages, config.page_size)
         rows = config.lora_rows or config.num_slots * config.max_lora_rank
         self.slots = LoraSlots(weights, rows)
@@ -93,23 +96,28 @@ class TorchRunner:
 
     def load_slot(self, slot: int, adapter: HostAdapter) -> None:
         """CUDA: on a stream of its own, so that decoding goes on; CPU: at once."""
-        self._loader.load(slot, adapter)
+        with self.guard.loading():
+            self._loader.load(slot, adapter)
 
     def slot_ready(self, slot: int) -> bool:
-        return self._loader.is_ready(slot)
+        with self.guard.loading():
+            return self._loader.is_ready(slot)
 
     def clear_slot(self, slot: int) -> None:
-        self._loader.clear(slot)
+        with self.guard.loading():
+            self._loader.clear(slot)
 
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
-        self.cache.copy_pages(pairs)
+        with self.guard.step():
+            self.cache.copy_pages(pairs)
 
     @torch.inference_mode()
     def run(self, batch: StepBatch) -> StepResult:
-        meta, active = self.step_meta(batch)
-        token_ids = self._put(batch.token_ids)
-        logits = self.forward(token_ids, meta, active, self._put(self.logit_places(batch)))
-        return self.choose(logits, batch)
+        with self.guard.step():
+            meta, active = self.step_meta(batch)
+            token_ids = self._put(batch.token_ids)
+            logits = self.forward(token_ids, meta, active, self._put(self.logit_places(batch)))
+            return self.choose(logits, batch)
 
     @staticmethod
     def logit_places(batch: StepBatch) -> NDArray[np.int64]:
@@ -149,6 +157,7 @@ class TorchRunner:
             max_rank=int(ranks.max(initial=0)),
             max_query=int(queries.max(initial=0)),
             max_context=int(batch.context_lens.max(initial=0)),
+            total_context=int(batch.context_lens.sum()),
         )
         return meta, active
 
@@ -164,9 +173,7 @@ class TorchRunner:
 
     def _put(self, array: NDArray[Any]) -> Tensor:
         """int32 as the kernels want it; only what is int64 already stays so."""
-        wide = array.dtype == np.int64
-        tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64 if wide else np.int32))
-        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+        return put(array if array.dtype == np.int64 else np.asarray(array, dtype=np.int32), self.device)
 
 
 def _forward(weights: ModelWeights, kernels: Kernels, cache: KVCache, slots: LoraSlots) -> Forward:

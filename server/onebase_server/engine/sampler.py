@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from onebase_server.engine.logit_edits import EditState, apply_edits
+from onebase_server.engine.put import put
 from onebase_server.engine.runner import SampleRow, Scores, StepResult
 from onebase_server.engine.types import SamplingParams
 
@@ -56,7 +57,7 @@ class Sampler:
         top_ids: list[NDArray[np.int32] | None] = [None] * count
         top_logprobs: list[NDArray[np.float32] | None] = [None] * count
         wanted = [i for i, row in enumerate(rows) if row.sampling.top_logprobs is not None]
-        raw = logits[wanted].clone() if wanted else None
+        raw = logits[put(np.array(wanted), self.device)] if wanted else None
         apply_edits(logits, rows, self._states, self.eos_token_ids)
         tokens = self._choose(logits, rows).astype(np.int32)
         if raw is not None:
@@ -82,12 +83,10 @@ def choose_in_torch(logits: Tensor, rows: list[SampleRow]) -> NDArray[np.int64]:
     if len(greedy) == len(rows):
         return logits.argmax(-1).cpu().numpy()
     tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-    if greedy:
-        tokens[greedy] = logits[greedy].argmax(-1)
-    for chosen, draw in ((plain, _draw_plain), (cut, _draw_truncated)):
+    for chosen, draw in ((greedy, _likeliest), (plain, _draw_plain), (cut, _draw_truncated)):
         if chosen:
-            own = [rows[i] for i in chosen]
-            tokens[chosen] = draw(logits[chosen] if len(chosen) < len(rows) else logits, own)
+            places = put(np.array(chosen), logits.device)
+            tokens[places] = draw(logits[places], [rows[i] for i in chosen])
     return tokens.cpu().numpy()
 
 
@@ -116,6 +115,10 @@ def _splitmix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
+def _likeliest(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+    return logits.argmax(-1)
+
+
 def _draw_plain(logits: Tensor, rows: list[SampleRow]) -> Tensor:
     """No truncation: inverse CDF over the vocabulary in id order."""
     weights = _weights(logits, rows)
@@ -128,7 +131,8 @@ def _draw_truncated(logits: Tensor, rows: list[SampleRow]) -> Tensor:
     wide = min(_CANDIDATES, weights.shape[-1])
     values, ids = weights.topk(wide, dim=-1)
     cdf, settled = _kept_cdf(values, weights, rows)
-    if wide < weights.shape[-1] and not settled:
+    is_closed = all(0 < row.sampling.top_k <= wide for row in rows)  # told without asking the device
+    if wide < weights.shape[-1] and not is_closed and not settled:
         values, ids = weights.sort(dim=-1, descending=True, stable=True)
         cdf, _ = _kept_cdf(values, weights, rows)
     return ids.gather(-1, _invert(cdf, rows)[:, None])[:, 0]
@@ -141,7 +145,7 @@ def _weights(logits: Tensor, rows: list[SampleRow]) -> Tensor:
     return ((wide - wide.amax(-1, keepdim=True)) / temperature).exp()
 
 
-def _kept_cdf(values: Tensor, weights: Tensor, rows: list[SampleRow]) -> tuple[Tensor, bool]:
+def _kept_cdf(values: Tensor, weights: Tensor, rows: list[SampleRow]) -> tuple[Tensor, Tensor]:
     """Running sums over the sorted candidates, flat from where each row's kept set ends; and whether every row's
     kept set ends inside the candidates. top_p is of the mass that min_p and top_k left, as in vLLM."""
     count, vocab = values.shape[-1], weights.shape[-1]
@@ -156,21 +160,21 @@ def _kept_cdf(values: Tensor, weights: Tensor, rows: list[SampleRow]) -> tuple[T
     # Rows that neither min_p nor top_k closes have their mass in the tail too. Sorted whole, the sum is exact.
     total = torch.where(closed, running[:, -1:], weights.sum(-1, keepdim=True))
     kept = inside & ((running - mass < top_p * total) | (rank == 0))
-    settled = bool((closed | (running[:, -1:] >= top_p * total)).all())
+    settled = (closed | (running[:, -1:] >= top_p * total)).all()
     return torch.where(kept, values, 0.0).cumsum(-1), settled
 
 
 def _invert(cdf: Tensor, rows: list[SampleRow]) -> Tensor:
     """First index whose running sum exceeds u * total; never one of weight 0."""
     total = cdf[:, -1:].contiguous()
-    u = torch.from_numpy(uniforms(rows)).to(cdf.device)[:, None]
+    u = put(uniforms(rows), cdf.device)[:, None]
     found = torch.searchsorted(cdf, u * total, right=True)
     last = torch.searchsorted(cdf, total)
     return torch.minimum(found, last)[:, 0].clamp(max=cdf.shape[-1] - 1)
 
 
 def _column(like: Tensor, values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
+    return put(np.array(values, dtype=np.float64), like.device)[:, None]
 
 
 def _most(samplings: list[SamplingParams]) -> int:
@@ -182,7 +186,7 @@ def _logprobs(
 ) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]:
     """Chosen token's logprob [r], and the k likeliest ids and logprobs [r, k]."""
     normaliser = raw.logsumexp(-1)
-    index = torch.from_numpy(tokens.astype(np.int64)).to(raw.device)[:, None]
+    index = put(tokens.astype(np.int64), raw.device)[:, None]
     chosen = raw.gather(-1, index)[:, 0] - normaliser
     values, ids = raw.topk(k, dim=-1) if k else (raw[:, :0], torch.empty(len(raw), 0, dtype=torch.int64))
     values = values - normaliser[:, None]

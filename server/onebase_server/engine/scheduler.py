@@ -68,6 +68,7 @@ class Scheduler:
 
     def start(self, sequence: Sequence, cached_pages: list[int]) -> None:
         """A waiting (or following) sequence joins the batch; `cached_pages` hold the start of its tokens."""
+        self.waiting.started(sequence)
         self.pages.share(cached_pages)
         sequence.pages = list(cached_pages)
         sequence.num_computed = len(cached_pages) * self.page_size

@@ -56,7 +56,7 @@ class Sequence:
     """Prompt tokens found in the prefix cache at first admission."""
     matcher: GrammarMatcher | None = None
     mask: Mask | None = None
-    """The matcher's, used again for each token; `row.mask` is it, or None where all is allowed."""
+    """The matcher's, filled anew for each token; `row.mask` is it, or None where all is allowed."""
     finish: FinishReason | None = None
     """Set when the last token is known; the last event follows when it is emitted."""
     has_told_prompt: bool = False
@@ -79,14 +79,19 @@ class Sequence:
         """Only what the grammar allows may be sampled from now on."""
         self.matcher = matcher
         self.mask = np.zeros(-(-vocab_size // 32), dtype=np.int32)
-        self.row.mask = self.mask if matcher.fill_mask(self.mask) else None
+        self.row.mask = self.mask if matcher.rules else None
 
     def follow_grammar(self) -> None:
-        """The last token of `ids` was sampled: set the mask for the next."""
+        """The last token of `ids` was sampled: whether the next has a mask is known from here on."""
         assert self.matcher is not None
-        assert self.mask is not None
         self.matcher.accept(self.ids[-1])
-        self.row.mask = self.mask if self.matcher.fill_mask(self.mask) else None
+        self.row.mask = self.mask if self.matcher.rules else None
+
+    def fill_mask(self) -> None:
+        """Before the next token is sampled."""
+        if self.row.mask is not None:
+            assert self.matcher is not None
+            self.matcher.fill_mask(self.row.mask)
 
     def needed_keys(self, page_size: int) -> list[PageKey]:
         """Keys of all full pages of `ids`."""

@@ -9,7 +9,7 @@ from collections import OrderedDict
 
 from onebase.errors import AdapterInvalid, EngineError
 from onebase_server.engine.residence import Residence
-from onebase_server.engine.runner import HostAdapter, Runner
+from onebase_server.engine.runner import DeviceLost, HostAdapter, Runner
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,8 @@ class DeviceSlots:
     def place(self, entry: Residence) -> bool:
         """Start the copy to a slot, evicting who may leave; False if there is no room now.
 
-        Raises EngineError if there never will be, or the copy fails; AdapterInvalid if its values are bad."""
+        Raises EngineError if there never will be, or the copy fails; AdapterInvalid if its values are bad;
+        DeviceLost if the device is to blame."""
         assert entry.host is not None
         slot = self._take(entry, entry.host)
         if slot is None:
@@ -104,6 +105,8 @@ class DeviceSlots:
     def _copy(self, slot: int, entry: Residence, host: HostAdapter) -> None:
         try:
             self._runner.load_slot(slot, host)
+        except DeviceLost:  # not the adapter's fault, and nobody can be served any more
+            raise
         except Exception as error:  # one adapter's copy failed; the others' slots are whole
             self._runner.clear_slot(slot)
             self._free.append(slot)

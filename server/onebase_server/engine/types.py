@@ -87,9 +87,11 @@ class GenerationRequest:
     adapter: AdapterRef | None = None
     n: int = 1
     priority: int = 0
-    """Lower runs first; equal priorities are FIFO with fairness between adapters."""
+    """Lower runs first; equal priorities are FIFO with fairness between owners, then between adapters."""
     deadline: float | None = None
     """time.monotonic() seconds."""
+    owner: str | None = None
+    """Whose it is: owners take turns, and one's prompts are no other's cached prefixes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,8 +76,12 @@ class ModelWeights:
         return self.embed.device
 
 
-def read_weights(model: Any, kernels: Kernels, max_context: int | None = None) -> ModelWeights:
+def read_weights(
+    model: Any, kernels: Kernels, max_context: int | None = None, *, release: bool = False
+) -> ModelWeights:
     """Take a transformers Llama, Mistral, Qwen2 or Qwen3 whose linears are Linear4bit, and prepare it for `kernels`.
+
+    `release`: its linears are emptied as they are read, so that memory never holds all of them twice.
 
     The model must not have run on a CPU before: bitsandbytes then repacks its weights with a rounded absmax.
     Raises BaseModelError for what the lean forward does not cover.
@@ -85,7 +89,7 @@ def read_weights(model: Any, kernels: Kernels, max_context: int | None = None) -
     config = model.config
     _refuse_unknown(config)
     geometry = _geometry(model, max_context)
-    layers = [_read_layer(layer, kernels) for layer in model.model.layers]
+    layers = [_read_layer(layer, kernels, release=release) for layer in model.model.layers]
     cos, sin = _rotary_tables(model, geometry)
     return ModelWeights(
         geometry=geometry,
@@ -178,7 +182,7 @@ def _rotary_tables(model: Any, geometry: Geometry) -> tuple[Tensor, Tensor]:
     return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
 
-def _read_layer(layer: Any, kernels: Kernels) -> LayerWeights:
+def _read_layer(layer: Any, kernels: Kernels, *, release: bool) -> LayerWeights:
     attention = layer.self_attn
     q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
     return LayerWeights(
@@ -187,13 +191,13 @@ def _read_layer(layer: Any, kernels: Kernels) -> LayerWeights:
         q_norm=None if q_norm is None else q_norm.weight.detach(),
         k_norm=None if k_norm is None else k_norm.weight.detach(),
         projections={
-            name: _read_projection([(path, layer.get_submodule(path)) for path in paths], kernels)
+            name: _read_projection([(path, layer.get_submodule(path)) for path in paths], kernels, release=release)
             for name, paths in PROJECTIONS.items()
         },
     )
 
 
-def _read_projection(modules: list[tuple[str, Any]], kernels: Kernels) -> Projection:
+def _read_projection(modules: list[tuple[str, Any]], kernels: Kernels, *, release: bool) -> Projection:
     parts = [read_nf4(module, path) for path, module in modules]
     offsets = [0]
     for part in parts:
@@ -205,4 +209,7 @@ def _read_projection(modules: list[tuple[str, Any]], kernels: Kernels) -> Projec
             for part, (_, module) in zip(parts, modules, strict=True)
         ]
         bias = torch.cat(pieces)
+    if release:
+        for _, module in modules:
+            module.weight = None
     return Projection(weight=kernels.prepare(fuse(parts)), bias=bias, offsets=tuple(offsets))

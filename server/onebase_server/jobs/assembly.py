@@ -1,19 +1,22 @@
 """The parts that keep files, jobs and chats, put together once for a server: nothing is opened before `start`."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from onebase.home import Home
 from onebase.store import AdapterStore
 from onebase_server.jobs.checkpoints import FindBase
 from onebase_server.jobs.files import FileService
+from onebase_server.jobs.job_limits import JobLimits
 from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.process import RunCommand
 from onebase_server.jobs.schedules import Scheduler
-from onebase_server.jobs.service import JobLimits, JobService
+from onebase_server.jobs.service import JobService
 from onebase_server.jobs.supervisor import Supervisor, SupervisorConfig
 from onebase_server.records.chats import ChatRecords
 from onebase_server.records.database import Database
 from onebase_server.records.files import FileRecords
+from onebase_server.records.homes import claim
 from onebase_server.records.jobs import JobRecords
 from onebase_server.records.keys import KeyRecords
 from onebase_server.records.schedules import ScheduleRecords
@@ -41,10 +44,14 @@ class Durable:
     jobs: JobService
     scheduler: Scheduler
     supervisor: Supervisor
+    shared_root: Path | None
+    """The home folder, if the database lies elsewhere: then it could be another home's."""
 
     async def start(self) -> None:
-        """Migrate the tables and begin to supervise."""
+        """Migrate the tables and begin to supervise. Raises InvalidInput for another home folder's database."""
         await self.database.migrate()
+        if self.shared_root is not None:
+            await claim(self.database, self.shared_root)
         await self.supervisor.start()
 
     async def stop(self) -> None:
@@ -78,4 +85,5 @@ def assemble(
         jobs=jobs,
         scheduler=scheduler,
         supervisor=Supervisor(home, ledger, files, store, command, config.supervisor, find_base, scheduler.tick),
+        shared_root=home.root if config.database else None,
     )

@@ -1,6 +1,7 @@
 """The trainer's checkpoints as models: each whole one is published as a version that clients can name, three are kept.
 
-Done again after a crash it changes nothing: a checkpoint is known by its alias in the store. Knows no record.
+The order is publish, record, and only once the record has forgotten an old one, remove: what is listed can be called.
+Done again after a crash it changes nothing: a checkpoint is known by its alias in the store. Writes no record.
 """
 
 import asyncio
@@ -39,10 +40,13 @@ class Checkpoints:
         self._served = dict(known)
         self._done: set[int] = set()
         """Steps not to look at again: too old, or can't be served."""
+        self._clean = False
+        """Whether the store holds none but those that are served: a crash may have left more."""
 
-    async def new(self, metrics: Mapping[int, Mapping[str, float]]) -> list[NewCheckpoint]:
-        """Publish those that the trainer has finished since the last call."""
-        found = []
+    async def publish_new(
+        self, metrics: Mapping[int, Mapping[str, float]], published: Callable[[NewCheckpoint], None]
+    ) -> None:
+        """Publish those that the trainer has finished since the last call, and tell of each."""
         for step, path in finished_checkpoints(self._work):
             if step in self._served or step in self._done:
                 continue
@@ -56,19 +60,33 @@ class Checkpoints:
                 self._done.add(step)
                 continue
             self._served[step] = version.id
-            found.append(NewCheckpoint(step, alias, version.id, {"step": float(step), **metrics.get(step, {})}))
-        return found
+            published(NewCheckpoint(step, alias, version.id, {"step": float(step), **metrics.get(step, {})}))
 
-    async def outdated(self) -> list[int]:
-        """Take all but the newest out of the store; their steps."""
-        old = sorted(self._served)[:-KEPT]
-        for step in old:
+    @property
+    def outdated(self) -> list[int]:
+        """Steps that no record may name any more, before `remove_outdated`."""
+        return sorted(self._served)[:-KEPT]
+
+    async def remove_outdated(self) -> None:
+        """Take all but the newest out of the store, and what a crash has left there between record and removal."""
+        for step in self.outdated:
             self._done.add(step)
-            try:
-                await asyncio.to_thread(self._store.remove, self._served.pop(step))
-            except (ModelNotFound, Conflict):  # removed by hand, or somebody serves it: then it stays
-                continue
-        return old
+            del self._served[step]
+            self._clean = False
+        if not self._clean:
+            await asyncio.to_thread(self._remove_all_but, set(self._served))
+            self._clean = True
+
+    def _remove_all_but(self, steps: set[int]) -> None:
+        entry = self._store.get(self._job.adapter)
+        kept = {checkpoint_name(self._job.fine_tuned_model or "", step) for step in steps}
+        all_of_them = checkpoint_name(self._job.fine_tuned_model or "", "")
+        for alias in entry.aliases if entry is not None else ():
+            if alias.startswith(all_of_them) and alias not in kept:
+                try:
+                    self._store.remove(alias)
+                except (ModelNotFound, Conflict):  # removed by hand, or somebody serves it: then it stays
+                    continue
 
     def _publish(self, path: Path, alias: str) -> Version:
         try:

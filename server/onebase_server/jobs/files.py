@@ -136,7 +136,7 @@ class FileService:
 
     async def get(self, file_id: str, owner: str | None) -> FileRow:
         """Raises NotFound."""
-        row = await self._records.get(file_id, owner)
+        row = None if "\x00" in file_id else await self._records.get(file_id, owner)
         if row is None or (row.expires_at is not None and row.expires_at <= self._now()):
             raise NotFound(f"No such File object: {file_id}", param="id")
         return row
@@ -186,7 +186,7 @@ class FileService:
         paths = list(self._folder.iterdir())
         known = await self._records.ids()
         for path in paths:
-            if path.name not in known and is_abandoned(path, self._now()):
+            if path.name not in known and path.is_file() and is_abandoned(path, self._now()):
                 logger.info("removing %s: no record names it", path)
                 path.unlink(missing_ok=True)
 

@@ -36,17 +36,20 @@ class Verdict:
     def report(self) -> dict[str, Any]:
         """As the job shows it. JSON has no word for a loss that is not finite."""
         values = asdict(self)
-        if not math.isfinite(self.candidate.loss):
-            values["candidate"]["loss"] = None
+        for each in (values["candidate"], values["current"] or {}):
+            each |= {name: None for name in ("loss", "stop_rate") if not is_number(each.get(name))}
         return values
 
 
 def judge(gate: Gate, candidate: Measured, current: Measured | None) -> Verdict:
-    """A first version has nothing to be worse than, but must have been measurable."""
+    """A first version has nothing to be worse than, nor has one after a version that has no figures; but it must have
+    been measurable itself."""
     problems = []
-    if not math.isfinite(candidate.loss):
+    if not is_number(candidate.loss):
         problems.append(f"its response loss is {candidate.loss}")
-    if current is not None:
+    if candidate.stop_rate is not None and not is_number(candidate.stop_rate):
+        problems.append(f"the share of its answers that end by themselves is {candidate.stop_rate}")
+    if current is not None and not problems:
         if candidate.loss > current.loss + gate.max_loss_increase + ROUNDING:
             problems.append(
                 f"its response loss {candidate.loss:.4f} is more than {gate.max_loss_increase} above the current "
@@ -64,6 +67,11 @@ def judge(gate: Gate, candidate: Measured, current: Measured | None) -> Verdict:
     return Verdict(
         False, f"{candidate.version} was not published: {' and '.join(problems)}; {kept}", candidate, current
     )
+
+
+def is_number(value: float | None) -> bool:
+    """Comparisons with NaN are false, whichever way they are put: it would pass any margin."""
+    return value is not None and math.isfinite(value)
 
 
 def read_measured(path: Path) -> dict[str, Measured]:

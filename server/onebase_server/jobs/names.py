@@ -2,6 +2,7 @@
 
 import re
 import secrets
+from typing import Literal
 
 ORGANIZATION = "onebase"
 MAX_ADAPTER_NAME = 64
@@ -27,7 +28,8 @@ def tuned_name(base: str, suffix: str | None, job_id: str) -> str:
     return f"ft:{re.sub(r'[^!-~]', '-', base)}:{ORGANIZATION}:{slug(suffix or '')}:{short(job_id)}"
 
 
-def checkpoint_name(tuned: str, step: int) -> str:
+def checkpoint_name(tuned: str, step: int | Literal[""]) -> str:
+    """Without a step: what the names of all of the job's checkpoints begin with."""
     return f"{tuned}:ckpt-step-{step}"
 
 

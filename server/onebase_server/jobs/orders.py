@@ -7,7 +7,7 @@ up here.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,8 +72,20 @@ class RetrainOrder:
     seed: int | None = None
     gate: Gate | None = None
     priority: int = 0
+    served_before: Mapping[int, float] | None = None
+    """The adapter's versions and shares when this was ordered. None: not known, and the name may be moved."""
 
 
-def digest_of(order: FineTuningOrder | RetrainOrder) -> str:
-    """Equal for equal orders: a reused idempotency key must come with the same one."""
-    return hashlib.sha256(json.dumps(asdict(order), sort_keys=True, default=str).encode()).hexdigest()
+@dataclass(frozen=True, slots=True)
+class Once:
+    """An owner's idempotency key. `digest`: of the request that came with it as it was sent, since what a request means
+    changes: a retry must find its job also when the model to go on from has moved, or the file is gone."""
+
+    key: str
+    digest: str
+
+    @classmethod
+    def of(cls, key: str, door: str, request: Mapping[str, Any]) -> "Once":
+        """`door`: where it was sent to. `request`: as JSON has it."""
+        words = json.dumps([door, request], sort_keys=True)
+        return cls(key, hashlib.sha256(words.encode()).hexdigest())

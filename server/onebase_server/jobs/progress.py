@@ -6,16 +6,17 @@ beginning by whoever takes a run up. Knows nothing of processes and of the job's
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from onebase_server.jobs.checkpoints import Checkpoints
 from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.run_folder import RunFolder, TrainerStatus
-from onebase_server.jobs.states import RUNNING
-from onebase_server.records.jobs import NewEvent
+from onebase_server.jobs.states import CANCELLED, PAUSED, PUBLISHING, QUEUED, RUNNING
+from onebase_server.records.jobs import NewCheckpoint, NewEvent
 from onebase_server.records.tables import JobRow
 
 MEASURED = (
@@ -106,31 +107,47 @@ class Reporter:
         self._checkpoints = checkpoints
         self._tail = EventsTail(folder.events)
         self._metrics: dict[int, Mapping[str, float]] = {}
+        self._events: list[NewEvent] = []
+        """Not kept yet, as `_points`: a tick that fails loses none of them."""
+        self._points: list[NewCheckpoint] = []
         self._told: TrainerStatus | None = None
 
     async def tick(self) -> None:
-        """Write down what is new, if the job still runs."""
-        news = self._tail.new()
-        for each in news:
-            if isinstance(each, Notice):
-                continue
-            self._metrics[each.step] = {**self._metrics.get(each.step, {}), **each.values}
+        """Write down what is new. May raise what a disk or a database does, and be called again then."""
+        self._read_events()
         status = self._folder.read_status()
-        points = await self._checkpoints.new(self._metrics) if self._checkpoints else []
-        if not news and not points and status == self._told:
-            return
-        events = [each.event for each in news]
-        for point in points:
-            text = f"Checkpoint created at step {point.step} with Snapshot ID: {point.model}"
-            events.append(NewEvent(f"checkpoint:{point.step}", text, data={"step": point.step}))
-        await self._ledger.change(
-            self._job_id,
-            columns_of(status, self._ledger.now()),
-            when=(RUNNING,),
-            events=events,
-            checkpoints=points,
-            forget_steps=await self._checkpoints.outdated() if self._checkpoints else (),
+        if self._checkpoints is not None:
+            await self._checkpoints.publish_new(self._metrics, self._note_checkpoint)
+        forget = self._checkpoints.outdated if self._checkpoints is not None else ()
+        if self._events or self._points or forget or status != self._told:
+            await self._keep(status, forget)
+        if self._checkpoints is not None:
+            await self._checkpoints.remove_outdated()
+
+    def _read_events(self) -> None:
+        for each in self._tail.new():
+            if isinstance(each, Notice):
+                each = Notice(self._folder.told(each.message))
+            self._events.append(each.event)
+            if isinstance(each, StepMetrics):
+                self._metrics[each.step] = {**self._metrics.get(each.step, {}), **each.values}
+
+    def _note_checkpoint(self, point: NewCheckpoint) -> None:
+        text = f"Checkpoint created at step {point.step} with Snapshot ID: {point.model}"
+        self._events.append(NewEvent(f"checkpoint:{point.step}", text, data={"step": point.step}))
+        self._points.append(point)
+
+    async def _keep(self, status: TrainerStatus, forget: Sequence[int]) -> None:
+        events, points = list(self._events), list(self._points)
+        values = columns_of(status, self._ledger.now())
+        kept = await self._ledger.change(
+            self._job_id, values, when=(RUNNING,), events=events, checkpoints=points, forget_steps=forget
         )
+        if kept is None:  # paused or cancelled meanwhile: what is in the store is to be in the table all the same
+            change = partial(self._ledger.change, self._job_id, checkpoints=points, forget_steps=forget)
+            if await change(when=(PAUSED, QUEUED, PUBLISHING), events=events) is None:
+                await change(when=(CANCELLED,))
+        del self._events[: len(events)], self._points[: len(points)]
         self._told = status
 
 

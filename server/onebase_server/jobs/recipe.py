@@ -1,4 +1,4 @@
-"""A job -> the recipe that its training process reads, and the command lines of its processes. Pure data.
+"""A job -> the recipe that its training process reads, and the command lines of its processes.
 
 Training is another package behind a process border: this writes its documented file format and imports nothing of it.
 What does not depend on the number of examples is fixed when the job is made (`fixed_part`), and kept in its row.
@@ -15,6 +15,7 @@ from onebase_server.jobs.checkpoints import KEPT
 from onebase_server.jobs.hyperparameters import to_recipe
 from onebase_server.jobs.names import adapter_name
 from onebase_server.jobs.orders import FineTuningOrder, RetrainOrder
+from onebase_server.jobs.run_data import freeze_dataset
 from onebase_server.jobs.run_folder import RunFolder
 from onebase_server.jobs.states import FINE_TUNING
 from onebase_server.records.tables import JobRow
@@ -41,7 +42,6 @@ KNOBS: Final[Mapping[str, tuple[str, str]]] = {
     "threads": ("compute", "threads"),
 }
 HELD_OUT: Final = 0.1
-DATA_FILES: Final = (".jsonl", ".json")
 
 
 def fixed_part(order: FineTuningOrder | RetrainOrder, job_id: str, seed: int) -> dict[str, Any]:
@@ -70,21 +70,14 @@ def fixed_part(order: FineTuningOrder | RetrainOrder, job_id: str, seed: int) ->
 def whole_recipe(job: JobRow, folder: RunFolder) -> dict[str, Any]:
     """With the run's files and the decided hyperparameters."""
     recipe = {key: dict(value) if isinstance(value, dict) else value for key, value in job.recipe.items()}
-    recipe["data"]["train"] = [str(folder.training)] if job.dataset is None else files_of(Path(job.dataset))
+    recipe["data"]["train"] = (
+        [str(folder.training)] if job.dataset is None else freeze_dataset(Path(job.dataset), folder)
+    )
     if job.validation_file is not None:
         recipe["data"]["eval"] = [str(folder.validation)]
     if job.kind == FINE_TUNING:
         recipe["train"] |= to_recipe(job.hyperparameters)
     return recipe
-
-
-def files_of(dataset: Path) -> list[str]:
-    """The dataset itself, or the data files that its folder holds now, by name. A link that leads out is none of it."""
-    if not dataset.is_dir():
-        return [str(dataset)]
-    found = [path for path in sorted(dataset.iterdir()) if path.suffix.lower() in DATA_FILES and path.is_file()]
-    inside = [str(path) for path in found if path.resolve().is_relative_to(dataset.resolve())]
-    return inside or [str(dataset / "*.jsonl")]  # the trainer says that there is none
 
 
 def write_recipe(job: JobRow, folder: RunFolder) -> None:

@@ -9,11 +9,14 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from onebase.durable import fsync_folder
+from onebase_server.jobs.words import without_paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,7 @@ class RunFolder:
         self.recipe = self.path / "recipe.yaml"
         self.training = self.path / "training.jsonl"
         self.validation = self.path / "validation.jsonl"
+        self.dataset = self.path / "dataset"
         self.status = self.path / "status.json"
         self.events = self.path / "status.json.events.jsonl"
         self.work = self.path / "work"
@@ -50,6 +54,15 @@ class RunFolder:
     def create(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
 
+    def sync(self) -> None:
+        """Make what was put in durable, before a row tells of it."""
+        for path in (self.training, self.validation):
+            if path.exists():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        for folder in (self.path, self.path.parent):
+            fsync_folder(folder)
+
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 
@@ -58,9 +71,15 @@ class RunFolder:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def remove_data(self) -> None:
-        """The job's own names for its files' bytes: after its end a deleted file is to be gone."""
+        """The job's own names for its files' bytes, and copies: after its end a deleted file is to be gone."""
+        shutil.rmtree(self.dataset, ignore_errors=True)
         self.training.unlink(missing_ok=True)
         self.validation.unlink(missing_ok=True)
+
+    @property
+    def has_leftovers(self) -> bool:
+        """Whether anything is there that goes at the job's end."""
+        return any(path.exists() for path in (self.work, self.training, self.validation, self.dataset))
 
     @contextmanager
     def locked(self) -> Iterator[int | None]:
@@ -83,12 +102,16 @@ class RunFolder:
         with self.locked() as fd:
             return fd is None
 
+    def told(self, text: str) -> str:
+        """What a process of the run said, as its owner may read it."""
+        return without_paths(text, self.path)
+
     def read_status(self) -> TrainerStatus:
         try:
             values = json.loads(self.status.read_text("utf-8"))
         except (OSError, ValueError):
             return TrainerStatus()
-        return to_status(values) if isinstance(values, dict) else TrainerStatus()
+        return to_status(values, self.told) if isinstance(values, dict) else TrainerStatus()
 
     def last_sign_of_life(self) -> float:
         """Unix seconds at which a process last wrote anything; 0 if none ever did."""
@@ -104,8 +127,8 @@ class RunFolder:
             return ""
 
 
-def to_status(values: dict[str, Any]) -> TrainerStatus:
-    """Another process wrote it: a value of a wrong type is as good as none."""
+def to_status(values: dict[str, Any], told: Callable[[str], str] = str) -> TrainerStatus:
+    """Another process wrote it: a value of a wrong type is as good as none. `told` makes its words fit to be shown."""
 
     def number(name: str) -> float | None:
         value = values.get(name)
@@ -115,7 +138,9 @@ def to_status(values: dict[str, Any]) -> TrainerStatus:
         value = values.get(name)
         return value if isinstance(value, str) else None
 
-    tokens, error = number("trained_tokens"), values.get("error")
+    tokens, error, message = number("trained_tokens"), values.get("error"), text("message")
+    if isinstance(error, dict) and isinstance(error.get("message"), str):
+        error = {**error, "message": told(error["message"])}
     return TrainerStatus(
         state=text("state") or "",
         step=int(number("step") or 0),
@@ -124,7 +149,7 @@ def to_status(values: dict[str, Any]) -> TrainerStatus:
         tokens_per_s=number("tokens_per_s"),
         eta_s=number("eta_s"),
         trained_tokens=None if tokens is None else int(tokens),
-        message=text("message"),
+        message=None if message is None else told(message),
         version=text("version"),
         error=error if isinstance(error, dict) else None,
     )

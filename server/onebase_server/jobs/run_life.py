@@ -7,9 +7,7 @@ takes a run up in the middle walks the same path as the one that began it.
 import asyncio
 import logging
 import signal
-import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
 from onebase.errors import OnebaseError
 from onebase.home import Home
@@ -19,35 +17,16 @@ from onebase_server.jobs.checkpoints import Checkpoints, FindBase, finished_chec
 from onebase_server.jobs.gate import Verdict, judge, read_measured
 from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.orders import Gate
-from onebase_server.jobs.process import RunCommand, RunProcess, Silence
+from onebase_server.jobs.process import RunCommand, RunProcess
 from onebase_server.jobs.progress import Reporter
 from onebase_server.jobs.recipe import evaluate_command, train_command, write_recipe
 from onebase_server.jobs.run_folder import RunFolder
 from onebase_server.jobs.settle import LESS_MEMORY, Settler, job_error
-from onebase_server.jobs.states import CANCELLED, FINE_TUNING, PAUSED, PUBLISHING, RUNNING
+from onebase_server.jobs.states import CANCELLED, FINAL, FINE_TUNING, PUBLISHING, RUNNING
+from onebase_server.jobs.watch import RunTimes, Watch
 from onebase_server.records.tables import JobRow
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class RunTimes:
-    """Seconds, and how often a process may be lost: one that was killed or is gone is started again, one that ended
-    by itself with an error is not."""
-
-    poll_s: float = 0.25
-    cancel_grace_s: float = 3.0
-    """What a cancelled process gets to end cleanly before it is killed."""
-    pause_grace_s: float = 60.0
-    """What a paused one gets for its step and its checkpoint."""
-    stall_s: float = 900.0
-    """Silence after which a process counts as stuck."""
-    max_losses: int = 5
-    """In a row, without a new checkpoint between them: such a job would never end."""
-
-
-class ServerStopsError(Exception):
-    """The server stops; the run goes on without it."""
 
 
 class RunLife:
@@ -81,6 +60,7 @@ class RunLife:
         self._process: RunProcess | None = None
         self._stalled = False
         self._evaluations = 0
+        self._errors = 0
 
     async def carry_out(self, job: JobRow, *, taken_up: bool) -> None:
         """Until the run is settled. `taken_up`: another server began it, and its process may still live.
@@ -114,15 +94,31 @@ class RunLife:
             if not await self._evaluate(job, verdict):
                 return None
 
+    def is_hopeless(self) -> bool:
+        """Asked after an error that nobody foresaw: whether there were as many of them as processes may be lost."""
+        self._errors += 1
+        return self._errors >= self._times.max_losses
+
+    async def give_up(self) -> None:
+        """End the process and the job, whatever state they are in."""
+        (self._process or RunProcess(self._folder)).kill()
+        job = await self._ledger.get(self._id)
+        if job.state in FINAL:
+            await self._settler.let_go(job)
+        else:
+            error = job_error("internal_error", "The server could not carry the job out; its log says why")
+            await self._settler.fail(job, self._folder, error)
+
     async def _publish(self, job: JobRow, version: Version) -> None:
         try:
             await self._bring_near(version)
         except OnebaseError as error:
             await self._settler.take_back(job)
-            reason = f"{version.id} can't be served, so it was not published: {error.message}"
+            logger.warning("job %s: %s can't be served: %s", self._id, version.id, error.message)
+            reason = f"{version.id} can't be served, so it was not published: {self._folder.told(error.message)}"
             return await self._settler.fail(job, self._folder, job_error("version_unservable", reason))
         if await self._settler.publish(job, self._folder, version):
-            await self._settler.succeed(job, self._folder, version)
+            await self._settler.succeed(job, self._folder)
         else:
             await self._settle_unwatched(await self._ledger.get(self._id))
         return None
@@ -130,9 +126,7 @@ class RunLife:
     async def _settle_unwatched(self, job: JobRow) -> None:
         """Cancelled, paused, or left in the middle of publishing by a crash."""
         if job.state == PUBLISHING:
-            version = self._settler.published(job)
-            assert version is not None, "publishing begins only once the version is in the store"
-            await self._settler.succeed(job, self._folder, version)
+            await self._settler.succeed(job, self._folder)
         elif job.state == CANCELLED:
             await self._settler.discard(job, self._folder)
         else:
@@ -141,6 +135,8 @@ class RunLife:
     async def _settle_untrained(self, job: JobRow) -> None:
         """No version came of it: the trainer said why, or it was lost."""
         status = self._folder.read_status()
+        if job.version is not None or status.state == "succeeded":
+            return await self._settler.fail_removed(job, self._folder)
         if status.state == "failed":
             given = status.error or {}
             error = job_error(
@@ -151,17 +147,23 @@ class RunLife:
             return await self._settler.fail(job, self._folder, error)
         reason = self._cause_of_death()
         exit_code = (self._process.exit_code if self._process is not None else None) or 0
-        gave_up_itself = exit_code > 0 and exit_code != RESUME_EXIT
+        told_to_stop = status.state == "cancelled"  # by a signal, and not of ours: such as the machine's shutting down
+        gave_up_itself = exit_code > 0 and exit_code != RESUME_EXIT and not told_to_stop
         saved_step = max((step for step, _ in finished_checkpoints(self._folder.work)), default=0)
         losses = 1 if saved_step > job.saved_step else job.losses + 1
         if losses < self._times.max_losses and not gave_up_itself:
             return await self._settler.requeue(job, reason, saved_step=saved_step, losses=losses)
         code = "trainer_stalled" if self._stalled else "trainer_died"
-        last = self._folder.log_tail(400).splitlines()[-1:] or ["nothing"]
-        message = f"{reason} (attempt {job.attempt}); its log {self._folder.log} ends: {last[0]}"
+        message = f"{reason} (attempt {job.attempt}); its log ends: {self._last_words()}"
         if exit_code == -signal.SIGKILL and not self._stalled:
             message += f". {LESS_MEMORY}"
         return await self._settler.fail(job, self._folder, job_error(code, message))
+
+    def _last_words(self) -> str:
+        """The log's last line, as the job's owner may read it; the server's log gets more of it, as it is."""
+        tail = self._folder.log_tail()
+        logger.warning("job %s: the log of its process, %s, ends:\n%s", self._id, self._folder.log, tail)
+        return self._folder.told((tail.splitlines() or ["nothing"])[-1][-400:])
 
     def _cause_of_death(self) -> str:
         if self._stalled:
@@ -188,27 +190,9 @@ class RunLife:
 
     async def _watch(self) -> None:
         """Until the process has ended, telling what it does; stops it if the job is cancelled or paused, or stalls."""
-        reporter = await self._reporter()
-        process = self._process
-        kill_at: float | None = None
-        silence = Silence()
-        while process is not None and process.is_alive():
-            await self._ledger.news.wait(self._times.poll_s)
-            if self._stopping():
-                process.let_go()
-                raise ServerStopsError
-            await reporter.tick()
-            job = await self._ledger.get(self._id)
-            if job.state != RUNNING and kill_at is None:
-                process.interrupt()
-                grace_s = self._times.pause_grace_s if job.state == PAUSED else self._times.cancel_grace_s
-                kill_at = time.monotonic() + grace_s
-            elif kill_at is not None and time.monotonic() > kill_at:
-                process.kill()
-            elif silence.seconds(self._folder.last_sign_of_life()) > self._times.stall_s:
-                self._stalled = True
-                process.kill()
-        await reporter.tick()
+        watch = Watch(self._id, self._folder, self._process, self._ledger, self._times, self._stopping)
+        await watch.until_ended(await self._reporter())
+        self._stalled = self._stalled or watch.stalled
 
     async def _reporter(self) -> Reporter:
         job = await self._ledger.get(self._id)
@@ -238,12 +222,12 @@ class RunLife:
         """Measure them. False if it can't be done, and the job has failed for it."""
         ids = [version.id for version in versions]
         if self._evaluations >= self._times.max_losses:
-            last = self._folder.log_tail(400).splitlines()[-1:] or ["nothing"]
-            message = f"{ids[0]} could not be evaluated, so it was not published; the log ends: {last[0]}"
+            message = f"{ids[0]} could not be evaluated, so it was not published; the log ends: {self._last_words()}"
             await self._settler.fail(job, self._folder, job_error("gate_not_measured", message), version=ids[0])
             return False
         self._evaluations += 1
-        await self._ledger.change(self._id, {"message": f"evaluating {' and '.join(ids)}"}, when=(RUNNING,))
+        values = {"message": f"evaluating {' and '.join(ids)}", "version": ids[0]}
+        await self._ledger.change(self._id, values, when=(RUNNING,))
         gate = Gate(**(job.gate or {}))
         await self._start(evaluate_command(self._folder, self._home.root, ids, gate.max_examples))
         await self._watch()

@@ -11,7 +11,7 @@ from typing import Any
 from onebase.errors import NotReady, OnebaseError, Overloaded
 from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.names import new_id
-from onebase_server.jobs.orders import RetrainOrder
+from onebase_server.jobs.orders import Once, RetrainOrder
 from onebase_server.jobs.schedule_times import Timing
 from onebase_server.jobs.service import JobService
 from onebase_server.jobs.states import UNFINISHED
@@ -58,7 +58,8 @@ class Scheduler:
             else:
                 order = order_of(row)
                 # Known again after a crash between the two writes: one time makes one job.
-                job = await self._jobs.retrain(order, None, f"{row.id}:{row.next_at}")
+                once = Once.of(f"{row.id}:{row.next_at}", "schedule", row.request)
+                job = await self._jobs.retrain(order, None, once)
                 values = {"note": None, "last_at": now, "last_run": job.id}
                 logger.info("schedule %s ordered %s for '%s'", row.id, job.id, row.adapter)
         except (NotReady, Overloaded):  # the base is still loading, or the queue is full: it stays due

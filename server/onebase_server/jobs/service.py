@@ -6,15 +6,16 @@ Everything is a row and a folder; a job exists once its row does. `owner=None` i
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
-from onebase.errors import InvalidInput, NotFound, Overloaded
+from onebase.errors import InvalidInput, NotFound, OnebaseError
 from onebase.home import Home
 from onebase_server.jobs.files import TRAINING, FileService
 from onebase_server.jobs.hyperparameters import AUTO
+from onebase_server.jobs.job_limits import JobLimits
 from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.names import new_id, tuned_name
-from onebase_server.jobs.orders import FineTuningOrder, RetrainOrder, digest_of
+from onebase_server.jobs.orders import FineTuningOrder, Once, RetrainOrder
 from onebase_server.jobs.recipe import fixed_part
 from onebase_server.jobs.run_folder import RunFolder
 from onebase_server.jobs.states import (
@@ -27,7 +28,6 @@ from onebase_server.jobs.states import (
     RUNNING,
     STOPPABLE,
     VALIDATING,
-    WAITING,
 )
 from onebase_server.jobs.stored_chats import write_training_lines
 from onebase_server.records.chats import ChatRecords
@@ -37,13 +37,6 @@ from onebase_server.records.tables import CheckpointRow, EventRow, FileRow, JobR
 
 MAX_SEED = 2**31 - 1
 LOOK_AGAIN_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class JobLimits:
-    """`waiting`: jobs that may wait for their turn, over all owners."""
-
-    waiting: int = 16
 
 
 class JobService:
@@ -62,13 +55,20 @@ class JobService:
 
     # Making
 
-    async def fine_tune(self, order: FineTuningOrder, owner: str | None, idempotency_key: str | None = None) -> JobRow:
+    async def made_before(self, owner: str, once: Once | None) -> JobRow | None:
+        """The job that the owner's key has made already. Raises InvalidInput if it was another request's."""
+        return None if once is None else await self._records.made_before(owner, once.key, once.digest)
+
+    async def fine_tune(self, order: FineTuningOrder, owner: str | None, once: Once | None = None) -> JobRow:
         """Raises InvalidInput for a file that the owner does not have, Overloaded when too many jobs wait."""
+        before = await self.made_before(order.owner, once)
+        if before is not None:
+            return before
         training = await self._file(order.training_file, owner, "training_file")
         validation = None
         if order.validation_file is not None:
             validation = await self._file(order.validation_file, owner, "validation_file")
-        row = self._row(order, FINE_TUNING, new_id("ftjob-"), idempotency_key)
+        row = self._row(order, FINE_TUNING, new_id("ftjob-"), once)
         row.model = order.model
         row.suffix = order.suffix
         row.training_file, row.validation_file = order.training_file, order.validation_file
@@ -81,20 +81,25 @@ class JobService:
             row, folder, {"training": training, "validation": validation}, _first_events(order, row)
         )
 
-    async def retrain(self, order: RetrainOrder, owner: str | None, idempotency_key: str | None = None) -> JobRow:
+    async def retrain(self, order: RetrainOrder, owner: str | None, once: Once | None = None) -> JobRow:
         """Raises InvalidInput for a missing file or for no stored chats to learn from, Overloaded."""
+        before = await self.made_before(order.owner, once)
+        if before is not None:
+            return before
         sources = [order.dataset is not None, order.training_file is not None, order.stored_chats]
         if sum(sources) != 1:
             raise InvalidInput("Give exactly one of 'dataset', 'training_file' and 'stored_chats'.", param="dataset")
         training = None
         if order.training_file is not None:
             training = await self._file(order.training_file, owner, "training_file")
-        row = self._row(order, RETRAIN, new_id("run-"), idempotency_key)
+        row = self._row(order, RETRAIN, new_id("run-"), once)
         row.model = order.base.id
         row.dataset = None if order.dataset is None else str(order.dataset)
         row.training_file = order.training_file
         row.hyperparameters = dict(order.hyperparameters)
         row.fine_tuned_model = tuned_name(order.base.id, order.adapter, row.id)
+        if order.served_before is not None:
+            row.served_before = {str(version): share for version, share in order.served_before.items()}
         folder = RunFolder(self._home.runs, row.id)
         if order.stored_chats:
             folder.create()
@@ -103,14 +108,10 @@ class JobService:
             except InvalidInput:
                 folder.remove()
                 raise
-        elif order.dataset is not None:
-            row.state = QUEUED  # its format is the trainer's to judge
         events = [NewEvent("created", f"Created retrain job: {row.id}")]
         return await self._keep(row, folder, {"training": training}, events)
 
-    def _row(
-        self, order: FineTuningOrder | RetrainOrder, kind: str, job_id: str, idempotency_key: str | None
-    ) -> JobRow:
+    def _row(self, order: FineTuningOrder | RetrainOrder, kind: str, job_id: str, once: Once | None) -> JobRow:
         seed = secrets.randbelow(MAX_SEED + 1) if order.seed is None else order.seed
         recipe = fixed_part(order, job_id, seed)
         gate = order.gate if isinstance(order, RetrainOrder) else None
@@ -121,8 +122,8 @@ class JobService:
             state=VALIDATING,
             priority=order.priority,
             created_at=self._ledger.now(),
-            idempotency_key=idempotency_key,
-            request_digest=digest_of(order),
+            idempotency_key=None if once is None else once.key,
+            request_digest="" if once is None else once.digest,
             adapter=recipe["name"],
             seed=seed,
             preset=recipe.get("preset", "default"),
@@ -141,20 +142,20 @@ class JobService:
     async def _keep(
         self, row: JobRow, folder: RunFolder, files: Mapping[str, FileRow | None], events: list[NewEvent]
     ) -> JobRow:
-        waiting = await self._records.count(WAITING)
-        if waiting >= self._limits.waiting and not await self._records.has_key(row.owner, row.idempotency_key):
-            folder.remove()
-            raise Overloaded(f"{waiting} jobs wait already; try again when some have run.", retry_after_s=60)
-        await asyncio.to_thread(folder.create)
-        kept, is_new = row, False
         try:
+            await self._limits.check_room(self._records, row.owner)
+            await asyncio.to_thread(folder.create)
             for name, file in files.items():
                 if file is not None:
                     await asyncio.to_thread(self._files.link, file, getattr(folder, name))
+            await asyncio.to_thread(folder.sync)
             kept, is_new = await self._ledger.add(row, events)
-        finally:
-            if not is_new:
-                await asyncio.to_thread(folder.remove)
+        except (OnebaseError, OSError):
+            await asyncio.to_thread(folder.remove)
+            raise
+        # Any other error may have come after the commit: then the folder is needed, and else it is swept.
+        if not is_new:
+            await asyncio.to_thread(folder.remove)
         return kept
 
     async def _file(self, file_id: str, owner: str | None, param: str) -> FileRow:
@@ -216,7 +217,8 @@ class JobService:
     async def cancel(self, job_id: str, owner: str | None) -> JobRow:
         """The cancelled job; its process is gone, or has a few seconds left. Raises InvalidInput once it has ended."""
         await self._ledger.get(job_id, owner)
-        values = {"state": CANCELLED, "finished_at": self._ledger.now(), "eta_s": None}
+        # Also one that waits or is paused has a folder: an open run is what the supervisor sees to the end of.
+        values = {"state": CANCELLED, "finished_at": self._ledger.now(), "eta_s": None, "run_open": True}
         event = NewEvent("cancelled", "The job has been cancelled")
         job = await self._ledger.change(job_id, values, when=STOPPABLE, events=[event])
         return job or self._refuse(await self._ledger.get(job_id), "cancelled")

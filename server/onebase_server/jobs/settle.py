@@ -8,16 +8,17 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from onebase.errors import Conflict, ModelNotFound
-from onebase.store import AdapterStore, Version
+from onebase.errors import Conflict, InvalidInput, ModelNotFound
+from onebase.store import AdapterStore, Entry, Version
 from onebase_server.jobs.files import RESULTS, FileService
 from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.progress import EventsTail, StepMetrics
 from onebase_server.jobs.results import results_csv
 from onebase_server.jobs.run_folder import RunFolder
-from onebase_server.jobs.states import FAILED, FINE_TUNING, PUBLISHING, QUEUED, RUNNING, SUCCEEDED
+from onebase_server.jobs.states import FAILED, FINE_TUNING, PUBLISHING, QUEUED, RUNNING, SUCCEEDED, UNFINISHED
 from onebase_server.records.jobs import NewEvent
 from onebase_server.records.tables import JobRow
 
@@ -64,9 +65,22 @@ class Settler:
         }
         return await self._ledger.change(job.id, values, when=(RUNNING,)) is not None
 
-    async def succeed(self, job: JobRow, folder: RunFolder, version: Version) -> None:
-        """Serve the version under the adapter's name, then say so."""
-        await asyncio.to_thread(self._store.set_current, version.name, version.version)
+    async def succeed(self, job: JobRow, folder: RunFolder) -> None:
+        """Serve the version under the adapter's name, then say so.
+
+        The job fails if its version was removed meanwhile, or the name was moved by hand: a hand goes before a job.
+        """
+        version = self.published(job)
+        entry = self._store.get(job.adapter)
+        if version is None or entry is None:
+            return await self.fail_removed(job, folder)
+        if await self._was_moved_by_hand(job, version, entry):
+            return await self._fail_moved(job, folder, version, entry)
+        move = partial(self._store.set_current, version.name, version.version, expected=entry.weights)
+        try:
+            await asyncio.to_thread(move)
+        except (ModelNotFound, InvalidInput, Conflict):  # somebody was faster: look again
+            return await self.succeed(job, folder)
         await asyncio.to_thread(folder.remove_checkpoints)
         model = job.fine_tuned_model if job.kind == FINE_TUNING else version.id
         await self._ledger.change(
@@ -80,6 +94,7 @@ class Settler:
         )
         await asyncio.to_thread(folder.remove_data)
         logger.info("job %s succeeded: %s", job.id, version.id)
+        return None
 
     async def fail(self, job: JobRow, folder: RunFolder, error: JobError, **values: Any) -> None:
         """What was served before stays served."""
@@ -90,17 +105,40 @@ class Settler:
                 "state": FAILED, "finished_at": self._ledger.now(), "run_open": False, "eta_s": None,
                 "error": dict(error), **values,
             },
-            when=(RUNNING, "validating_files"),
+            when=UNFINISHED,
             events=[NewEvent("failed", f"The job failed: {error['message']}", level="error")],
         )  # fmt: skip
         await asyncio.to_thread(folder.remove_data)
         logger.warning("job %s failed: %s", job.id, error["message"])
 
+    async def _was_moved_by_hand(self, job: JobRow, version: Version, entry: Entry) -> bool:
+        """Since the run was ordered, by anybody but the adapter's other runs."""
+        if job.served_before is None or entry.weights == {version.version: 1.0}:
+            return False
+        expected = {int(number): share for number, share in job.served_before.items()}
+        other = await self._ledger.records.last_version(job.adapter, SUCCEEDED, job.created_at)
+        if other is not None:
+            expected = {int(other.partition("@")[2]): 1.0}
+        return entry.weights != expected
+
+    async def _fail_moved(self, job: JobRow, folder: RunFolder, version: Version, entry: Entry) -> None:
+        now = " and ".join(f"{entry.name}@{number}" for number in entry.weights) or "nothing"
+        message = (
+            f"{version.id} was not published: {entry.name} was moved by hand since the run was ordered ({now}). "
+            f'To serve it all the same: POST /admin/adapters/{entry.name}/publish with {{"version": {version.version}}}'
+        )
+        await self.fail(job, folder, job_error("name_moved", message))
+
+    async def fail_removed(self, job: JobRow, folder: RunFolder) -> None:
+        """What it trained is no more in the store: somebody has deleted the version, or the whole adapter."""
+        message = f"{job.version or job.adapter} was removed before it could be published: train it again"
+        await self.fail(job, folder, job_error("version_removed", message), version=None)
+
     async def discard(self, job: JobRow, folder: RunFolder) -> None:
         """A cancelled job's run is over: what it published at the last moment is taken back."""
         await self.take_back(job)
         await asyncio.to_thread(folder.remove_checkpoints)
-        await self._ledger.change(job.id, {"run_open": False}, when=(job.state,))
+        await self._ledger.change(job.id, {"run_open": False, "version": None}, when=(job.state,))
         await asyncio.to_thread(folder.remove_data)
 
     async def take_back(self, job: JobRow) -> None:

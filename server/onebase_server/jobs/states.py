@@ -2,7 +2,8 @@
 
     validating_files -> queued -> running -> publishing -> succeeded
                           ^        |   |
-                          |        |   +-> failed | cancelled         (cancelled: from any state before publishing)
+                          |        |   +-> failed | cancelled         (cancelled: from any state before publishing;
+                          |        |                                   failed: also from validating and publishing)
                           +--------+-> paused
 
 A lost process sends `running` back to `queued`; so does resuming a paused job. `publishing` is ours: on the wire it

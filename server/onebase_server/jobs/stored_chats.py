@@ -34,9 +34,9 @@ async def write_training_lines(path: Path, chats: ChatRecords, adapter: str, own
 
 
 def training_line(chat: ChatRow) -> dict[str, Any] | None:
-    """None for a chat without an answer to learn."""
+    """None for a chat without an answer to learn, or one whose row is damaged."""
     answer = _answer(chat)
-    if answer is None:
+    if answer is None or not chat.request.get("messages"):
         return None
     before = [_context(message) for message in chat.request.get("messages", [])]
     line: dict[str, Any] = {"messages": [*before, answer]}

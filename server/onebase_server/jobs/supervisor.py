@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from onebase.bases import resolve_base
 from onebase.home import Home
 from onebase.store import AdapterStore, Version
@@ -23,11 +25,12 @@ from onebase_server.jobs.files import FileService, is_abandoned
 from onebase_server.jobs.hyperparameters import decided
 from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.process import RunCommand
+from onebase_server.jobs.run_data import check_files
 from onebase_server.jobs.run_folder import RunFolder
-from onebase_server.jobs.run_life import RunLife, RunTimes, ServerStopsError
-from onebase_server.jobs.settle import JobError, Settler, job_error
+from onebase_server.jobs.run_life import RunLife
+from onebase_server.jobs.settle import Settler
 from onebase_server.jobs.states import FINAL, FINE_TUNING, QUEUED, RUNNING, VALIDATING
-from onebase_server.jobs.training_lines import FileProblem, check_training_file
+from onebase_server.jobs.watch import RunTimes, ServerStopsError
 from onebase_server.records.jobs import NewEvent
 from onebase_server.records.tables import JobRow
 
@@ -130,9 +133,10 @@ class Supervisor:
         known = await self._records.ids()
         for path in paths:
             folder = RunFolder(self._home.runs, path.name)
-            if path.name in known and folder.training.exists():
+            if path.name in known and folder.has_leftovers:
                 job = await self._ledger.get(path.name)
                 if job.state in FINAL and not job.run_open:
+                    await asyncio.to_thread(folder.remove_checkpoints)
                     await asyncio.to_thread(folder.remove_data)
             elif path.name.startswith(JOB_PREFIXES) and path.name not in known and is_abandoned(path, time.time()):
                 await asyncio.to_thread(folder.remove)
@@ -173,7 +177,7 @@ class Supervisor:
 
     async def _validate(self, job: JobRow) -> None:
         folder = RunFolder(self._home.runs, job.id)
-        checked = await asyncio.to_thread(_check_files, job, folder)
+        checked = await asyncio.to_thread(check_files, job, folder)
         if not isinstance(checked, int):
             await self._settler.fail(job, folder, checked)
             return
@@ -199,9 +203,18 @@ class Supervisor:
         await self._live(job, taken_up=True)
 
     async def _live(self, job: JobRow, *, taken_up: bool) -> None:
-        """Kept over an error, so that the next try still has the process as its child."""
+        """Kept over an error, so that the next try still has the process as its child. A disk or a database may work
+        again, whatever else goes wrong again and again is a fault of ours: it ends the job, and not the queue."""
         life = self._lives.setdefault(job.id, self._new_life(job))
-        await life.carry_out(job, taken_up=taken_up)
+        try:
+            await life.carry_out(job, taken_up=taken_up)
+        except (OSError, SQLAlchemyError, ServerStopsError):
+            raise
+        except Exception:
+            if not life.is_hopeless():
+                raise
+            logger.exception("job %s can't be carried on", job.id)
+            await life.give_up()
         del self._lives[job.id]
 
     def _new_life(self, job: JobRow) -> RunLife:
@@ -221,22 +234,3 @@ class Supervisor:
     async def _near(self, version: Version) -> None:
         if self.bring_near is not None:
             await self.bring_near(version)
-
-
-def _check_files(job: JobRow, folder: RunFolder) -> int | JobError:
-    """The number of training examples, or why the job can't be trained."""
-    try:
-        return _judge_files(job, folder)
-    except OSError as error:
-        return job_error("internal_error", f"The job's files in {folder.path} can't be read: {error.strerror}")
-
-
-def _judge_files(job: JobRow, folder: RunFolder) -> int | JobError:
-    found = check_training_file(folder.training)
-    if isinstance(found, FileProblem):
-        return job_error(found.code, found.message, "training_file")
-    if job.validation_file is not None:
-        validation = check_training_file(folder.validation, kind="validation", minimum=1)
-        if isinstance(validation, FileProblem):
-            return job_error(validation.code, validation.message, "validation_file")
-    return found.examples

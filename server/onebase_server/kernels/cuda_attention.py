@@ -104,10 +104,11 @@ class VarlenAttention:
         return result
 
     def _plan(self, meta: StepMeta, page: int) -> None:
-        """Cache rows of every sequence's context, one after the other: shared by all layers. One sync with the host."""
+        """Cache rows of every sequence's context, one after the other: shared by all layers."""
         lengths = meta.context_lens.long()
         ends = lengths.cumsum(0)
-        seqs = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        numbers = torch.arange(len(lengths), device=lengths.device)
+        seqs = torch.repeat_interleave(numbers, lengths, output_size=meta.total_context)
         offset = torch.arange(len(seqs), device=lengths.device) - (ends - lengths)[seqs]
         pages = meta.block_tables[seqs, offset // page].long()
         self._rows = pages * page + offset % page

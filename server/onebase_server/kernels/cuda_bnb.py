@@ -1,11 +1,15 @@
-"""bitsandbytes' own 4-bit matmul, for GPUs whose shared memory is too small for our kernels. Nothing else is here."""
+"""bitsandbytes' own 4-bit matmul: for GPUs whose shared memory is too small for our kernels, and where those can't be
+built. It must not know models, layers or LoRA.
+"""
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from onebase_server.kernels.ops import BLOCK, NF4Weight
+from onebase_server.kernels.torch_ops import TorchKernels
 
 
 class BnbMatmul:
@@ -31,6 +35,18 @@ class BnbMatmul:
 
         out: Tensor = matmul_4bit(x, self._packed.t(), self._state)
         return out
+
+
+class BnbKernels(TorchKernels):
+    """Implements `Kernels` on any GPU that bitsandbytes runs on, without a compiler: its matmul, torch for the rest."""
+
+    def prepare(self, weight: NF4Weight) -> NF4Weight:
+        return replace(weight, repacked=BnbMatmul(weight))
+
+    def nf4_matmul(self, x: Tensor, weight: NF4Weight) -> Tensor:
+        if isinstance(weight.repacked, BnbMatmul) and x.dtype == torch.bfloat16:
+            return weight.repacked(x)
+        return super().nf4_matmul(x, weight)
 
 
 def has_bitsandbytes() -> bool:

@@ -155,8 +155,9 @@ _thread = threading.local()
 
 
 def _use_primary_context(device: int) -> None:
-    """The driver API launches in the thread's current context: make torch's primary context current, once a thread."""
-    if getattr(_thread, "device", None) == device:
+    """The driver API launches in the thread's current context: make torch's primary context of this device current.
+    Once a thread, and again after torch has been told another device."""
+    if getattr(_thread, "device", None) == device and torch._C._cuda_getDevice() == device:
         return
     driver, context = _driver(), ctypes.c_void_p()
     _check(driver.cuInit(0), "cuInit")

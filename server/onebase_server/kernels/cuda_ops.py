@@ -43,6 +43,12 @@ class CudaKernels:
         self._decode: dict[tuple[int, int], DecodeAttention] = {}
         self._varlen = VarlenAttention()
 
+    def compile_attention(self, head: int, group: int) -> None:
+        """For heads of that size, `group` of them a kv head, if the kernel takes them. Raises CudaBuildError now, where
+        there still is a fallback, and not in a step."""
+        if _fits_attention(head, group):
+            self._decoder(head, group)
+
     def prepare(self, weight: NF4Weight) -> NF4Weight:
         """Tiles replace the packed nibbles, so that the weight is held once. What tiles don't suit is bitsandbytes'."""
         if not supports(weight):
@@ -99,6 +105,13 @@ class CudaKernels:
             arguments.append(tokens)
             self._lora.function("lora_expand_tiles").launch(grid, 128, [*arguments, *sizes])
 
+    def lora_prefetch(self, pool: LoraPool, meta: StepMeta) -> None:
+        """Begin to bring what the step's adapters hold in `pool` into the L2 cache (Hopper; else nothing)."""
+        slices, rows, k = pool.a.shape
+        tensors = (pool.a, pool.b, meta.lora_starts, meta.lora_ranks)
+        arguments = [*map(pointer, tensors), slices, rows, k, pool.b.shape[1]]
+        self._lora.function("lora_prefetch").launch((len(meta.lora_ranks), slices + 1, 1), 32, arguments)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if not _vectorised(x):
             return self._twin.rms_norm(x, weight, eps)
@@ -143,7 +156,7 @@ class CudaKernels:
     def paged_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, meta: StepMeta) -> Tensor:
         page, groups, head = k_cache.shape[1:]
         group = q.shape[1] // groups
-        if q.dtype != torch.bfloat16 or head not in (64, 128, 256) or group > 8 or page & (page - 1):
+        if q.dtype != torch.bfloat16 or not _fits_attention(head, group) or page & (page - 1):
             return self._twin.paged_attention(q, k_cache, v_cache, scale, meta)
         if meta.max_query > 1:
             return self._varlen(q, k_cache, v_cache, scale, meta)
@@ -214,6 +227,10 @@ class CudaKernels:
         grid = (-(-inner // 2048), tokens, 1)
         self._elementwise.function("silu_mul").launch(grid, 256, [pointer(gate_up), pointer(out), inner, int(folded)])
         return out
+
+
+def _fits_attention(head: int, group: int) -> bool:
+    return head in (64, 128, 256) and group <= 8
 
 
 def fits_lora(pool: LoraPool) -> bool:

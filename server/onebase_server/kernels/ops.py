@@ -56,6 +56,8 @@ class StepMeta:
     max_rank: int
     max_query: int
     max_context: int
+    total_context: int | None = None
+    """The sum of `context_lens`, where the host knows it: else who needs it has to wait for the device."""
 
 
 class Kernels(Protocol):

@@ -5,6 +5,7 @@ that no transaction fails half-way for having read first. PostgreSQL goes throug
 """
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
@@ -47,16 +48,7 @@ class Database:
     @classmethod
     def at(cls, url: str) -> "Database":
         """`sqlite:///path` or `postgresql://user:password@host/name`. Raises InvalidInput for anything else."""
-        try:
-            parsed = make_url(url)
-        except ArgumentError as error:
-            raise InvalidInput("The database URL does not parse.", param="database") from error
-        if parsed.get_backend_name() not in ("sqlite", "postgresql"):
-            raise InvalidInput(
-                f"Database '{parsed.get_backend_name()}' is not supported: use sqlite:///path or postgresql://...",
-                param="database",
-            )
-        return cls(parsed)
+        return cls(parse_url(url))
 
     @classmethod
     def file(cls, path: Path) -> "Database":
@@ -80,6 +72,7 @@ class Database:
         url = self._url.set(drivername="sqlite" if self._sqlite else "postgresql+psycopg")
         engine = create_engine(url, hide_parameters=True)
         if self._sqlite:
+            _close_to_others(self._url)
             _tune_sqlite(engine)
         try:
             with _one_at_a_time, engine.connect().execution_options(write=True) as connection:
@@ -112,6 +105,26 @@ class Database:
 
     async def close(self) -> None:
         await self._engine.dispose()
+
+
+def parse_url(url: str) -> URL:
+    """Raises InvalidInput for what is no URL of a database that we can use."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise InvalidInput("The database URL does not parse.", param="database") from error
+    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        raise InvalidInput(
+            f"Database '{parsed.get_backend_name()}' is not supported: use sqlite:///path or postgresql://...",
+            param="database",
+        )
+    return parsed
+
+
+def _close_to_others(url: URL) -> None:
+    """A new SQLite file is its owner's alone, and with it the files that SQLite puts beside it: they take its mode."""
+    if url.database and url.database != ":memory:":
+        os.close(os.open(url.database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
 def _tune_sqlite(engine: Engine) -> None:

@@ -58,22 +58,19 @@ class JobRecords:
                     await session.execute(
                         select(func.pg_advisory_xact_lock(func.hashtext(f"{row.owner}/{row.idempotency_key}")))
                     )
-                before = await session.scalar(
-                    select(JobRow).where(JobRow.owner == row.owner, JobRow.idempotency_key == row.idempotency_key)
-                )
+                before = await _made_before(session, row.owner, row.idempotency_key, row.request_digest)
                 if before is not None:
-                    return _same_request(before, row), False
+                    return before, False
             session.add(row)
             await session.flush()
             for event, event_id in zip(events, event_ids, strict=True):
                 session.add(_event_row(row, event, event_id, row.created_at))
         return row, True
 
-    async def has_key(self, owner: str, idempotency_key: str | None) -> bool:
-        """Whether the owner has made a job with this key."""
-        query = select(JobRow.seq).where(JobRow.owner == owner, JobRow.idempotency_key == idempotency_key)
+    async def made_before(self, owner: str, key: str, digest: str) -> JobRow | None:
+        """The job that the owner made with this idempotency key. Raises InvalidInput if its request was another."""
         async with self._database.read() as session:
-            return idempotency_key is not None and await session.scalar(query) is not None
+            return await _made_before(session, owner, key, digest)
 
     async def get(self, job_id: str, owner: str | None = None) -> JobRow | None:
         query = select(JobRow).where(JobRow.id == job_id)
@@ -141,9 +138,22 @@ class JobRecords:
         async with self._database.read() as session:
             return (await session.scalars(query.limit(1))).first()
 
-    async def count(self, states: Collection[str]) -> int:
+    async def last_version(self, adapter: str, state: str, since: int) -> str | None:
+        """The version of the adapter's job that came into a final state last, `since` (Unix seconds) or later."""
+        query = (
+            select(JobRow.version)
+            .where(JobRow.adapter == adapter, JobRow.state == state, JobRow.finished_at >= since)
+            .order_by(JobRow.finished_at.desc(), JobRow.seq.desc())
+        )
         async with self._database.read() as session:
-            return await session.scalar(select(func.count()).where(JobRow.state.in_(states))) or 0
+            return (await session.scalars(query.limit(1))).first()
+
+    async def count(self, states: Collection[str], owner: str | None = None) -> int:
+        query = select(func.count()).where(JobRow.state.in_(states))
+        if owner is not None:
+            query = query.where(JobRow.owner == owner)
+        async with self._database.read() as session:
+            return await session.scalar(query) or 0
 
     async def ids(self) -> set[str]:
         async with self._database.read() as session:
@@ -168,10 +178,11 @@ class JobRecords:
             return await page(session, query, CheckpointRow, after=after, limit=limit, order="desc")
 
 
-def _same_request(before: JobRow, row: JobRow) -> JobRow:
-    if before.request_digest != row.request_digest:
+async def _made_before(session: AsyncSession, owner: str, key: str, digest: str) -> JobRow | None:
+    before = await session.scalar(select(JobRow).where(JobRow.owner == owner, JobRow.idempotency_key == key))
+    if before is not None and before.request_digest != digest:
         raise InvalidInput(
-            f"Idempotency-Key '{row.idempotency_key}' was used for another request (job {before.id}). Use a new key.",
+            f"Idempotency-Key '{key}' was used for another request (job {before.id}). Use a new key.",
             param="Idempotency-Key",
             code="idempotency_key_reused",
         )

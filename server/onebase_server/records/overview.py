@@ -1,6 +1,6 @@
 """What the tables hold, in few numbers: for metrics and quotas. Knows no state's meaning."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import func, select
@@ -40,5 +40,12 @@ async def file_bytes_of(database: Database, owner: str) -> int:
 async def adapters_of(database: Database, owner: str, kind: str) -> Sequence[str]:
     """Names of the adapters that the owner's jobs of one kind have trained, or are to."""
     query = select(JobRow.adapter).where(JobRow.owner == owner, JobRow.kind == kind).distinct()
+    async with database.read() as session:
+        return (await session.scalars(query)).all()
+
+
+async def jobs_on(database: Database, adapter: str, states: Collection[str]) -> Sequence[JobRow]:
+    """Jobs of either kind, in one of the states, that publish into the adapter. At most `MOST`."""
+    query = select(JobRow).where(JobRow.adapter == adapter, JobRow.state.in_(states)).limit(MOST)
     async with database.read() as session:
         return (await session.scalars(query)).all()

@@ -6,8 +6,10 @@ what a state means: that is `jobs/states.py`.
 
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, MetaData, String, Text, UniqueConstraint
+from sqlalchemy import BigInteger, ForeignKey, Index, Integer, MetaData, String, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from onebase_server.records.stored_json import StoredJson
 
 # SQLite counts rows only in a column of exactly this type; PostgreSQL should have the wide one.
 RowNumber = BigInteger().with_variant(Integer, "sqlite")
@@ -27,10 +29,9 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    # A Python None is SQL's NULL, never JSON's null: `IS NULL` has to find it.
     type_annotation_map: ClassVar = {
-        Json: JSON(none_as_null=True),
-        list[str]: JSON(none_as_null=True),
+        Json: StoredJson(dict),
+        list[str]: StoredJson(list),
         str: Text,
         int: BigInteger,
     }
@@ -84,6 +85,7 @@ class JobRow(Base):
     hyperparameters: Mapped[Json]
     recipe: Mapped[Json]
     gate: Mapped[Json | None]
+    served_before: Mapped[Json | None]
 
     attempt: Mapped[int]
     run_open: Mapped[bool] = mapped_column(index=True)
@@ -103,6 +105,13 @@ class JobRow(Base):
     result_files: Mapped[list[str]]
     error: Mapped[Json | None]
     gate_report: Mapped[Json | None]
+
+
+class HomeRow(Base):
+    """The one home folder whose files, runs and adapters these tables are about."""
+
+    __tablename__ = "homes"
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
 
 
 class EventRow(Base):

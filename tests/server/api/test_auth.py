@@ -112,9 +112,45 @@ def test_without_an_admin_key_others_may_not(world: World, client: str) -> None:
     assert far.get("/v1/models").status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
 def test_health_needs_no_key(keyed: World, path: str) -> None:
     assert keyed.get(path).status_code == 200
+
+
+METRICS = "sk-metrics-key"
+
+
+@pytest.mark.parametrize(
+    ("settings", "headers", "status"),
+    [
+        ({}, {}, 200),
+        ({}, {"Host": "evil.example"}, 401),
+        ({"host": "0.0.0.0"}, {}, 401),
+        ({"host": "0.0.0.0"}, bearer(API), 403),
+        ({"host": "0.0.0.0"}, bearer(ADMIN), 200),
+        ({"host": "0.0.0.0"}, bearer(METRICS), 401),
+        ({"metrics_key": METRICS}, {}, 401),
+        ({"metrics_key": METRICS, "host": "0.0.0.0"}, bearer(METRICS), 200),
+        ({"metrics_key": METRICS}, bearer(METRICS + "x"), 401),
+        ({"metrics_key": METRICS}, bearer(API), 403),
+        ({"metrics_key": METRICS}, bearer(ADMIN), 200),
+    ],
+)
+def test_who_may_read_the_metrics(keyed: World, settings: dict[str, str], headers: dict[str, str], status: int) -> None:
+    assert with_settings(keyed, **settings).get("/metrics", headers=headers).status_code == status
+
+
+def test_the_metrics_key_opens_nothing_else(keyed: World) -> None:
+    server = with_settings(keyed, metrics_key=METRICS)
+    for path in ("/v1/models", "/admin/adapters", "/v1/files"):
+        assert server.get(path, headers=bearer(METRICS)).status_code == 401
+
+
+def test_without_any_key_metrics_are_this_machines(world: World) -> None:
+    server = with_settings(world, host="0.0.0.0", allow_no_keys=True)
+    assert server.get("/metrics").status_code == 200
+    server.client = ("203.0.113.9", 1)
+    assert server.get("/metrics").status_code == 403
 
 
 def test_metrics_hold_no_key_and_no_prompt(keyed: World) -> None:

@@ -114,6 +114,23 @@ def test_text_parts_are_joined_and_one_part_is_as_the_string(world: World) -> No
     assert prompts == ["### HUMAN:\nHi you\n\n### RESPONSE:\n"] * 3
 
 
+def test_a_call_in_the_older_form_is_the_same_call(world: World) -> None:
+    function = {"name": "look", "arguments": '{"q": "tea"}'}
+    ask = {"role": "user", "content": "Tea?"}
+    prompts = [
+        prompt_of(world, messages=[ask, {"role": "assistant", "content": "Let me see.", **call}, result])
+        for call, result in (
+            (
+                {"tool_calls": [{"id": "c", "type": "function", "function": function}]},
+                {"role": "tool", "tool_call_id": "c", "content": "4 pounds"},
+            ),
+            ({"function_call": function}, {"role": "function", "name": "look", "content": "4 pounds"}),
+        )
+    ]
+    assert prompts[0] == prompts[1]
+    assert '{"name": "look", "arguments": {"q": "tea"}}' in prompts[0]
+
+
 def test_developer_is_system(world: World) -> None:
     said = [
         prompt_of(world, messages=[{"role": role, "content": "Be brief."}, {"role": "user", "content": "Hi"}])
@@ -333,6 +350,36 @@ def test_a_stream_carries_the_same_entries_with_their_text(world: World) -> None
             b"".join(bytes(entry["bytes"]) for entry in choice["logprobs"]["content"]).decode()
             == choice["delta"]["content"]
         )
+
+
+@pytest.mark.parametrize(
+    ("says", "fields"),
+    [
+        ("Köln", {"max_tokens": 2}),
+        ("öl", {"max_tokens": 1}),
+        ("Hello th", {"stop": "there"}),
+        ("Hello \n\n### HU", {}),
+        ("Hello \n\n### CA", {"tools": [{"type": "function", "function": {"name": "look"}}]}),
+        ("", {"ignore_eos": True, "max_tokens": 3}),
+    ],
+    ids=[
+        "half a character",
+        "nothing but half a character",
+        "half a stop string",
+        "half a header",
+        "half a call",
+        "tokens without text",
+    ],
+)
+def test_a_stream_keeps_no_entry_back_at_its_end(world: World, says: str, fields: dict[str, Any]) -> None:
+    world.says = says
+    whole = chat(world, logprobs=True, **fields)
+    chunks = world.chunks(logprobs=True, **fields)
+    entries = whole["choices"][0]["logprobs"]["content"]
+    assert logprobs_of(chunks) == entries
+    assert len(entries) == whole["usage"]["completion_tokens"] - (whole["choices"][0]["finish_reason"] == "stop")
+    assert text_of(chunks) == whole["choices"][0]["message"]["content"]
+    assert chunks[-1]["choices"][0]["logprobs"] is None
 
 
 def test_entries_of_a_cut_stop_sequence_are_cut_too(world: World) -> None:

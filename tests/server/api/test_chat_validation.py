@@ -9,6 +9,7 @@ from api_world import World, chat_body, error_of
 HI = {"role": "user", "content": "Hi"}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+OLD_CALL = {"name": "look", "arguments": "{}"}
 
 
 def said(*messages: dict[str, Any]) -> dict[str, Any]:
@@ -147,7 +148,80 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
     # unknown
     ({"temprature": 0.5}, "temprature", "unknown_parameter"),
-    ({"reasoning_effort": "high"}, "reasoning_effort", "unknown_parameter"),
+    ({"functions": [{"name": "look"}]}, "functions", "unknown_parameter"),
+    ({"function_call": "auto"}, "function_call", "unknown_parameter"),
+    # unknown in an object of the request
+    (said({**HI, "contnt": "Hi"}), "messages[0].contnt", "unknown_parameter"),
+    (said(HI, {**HI, "cache": {}}), "messages[1].cache", "unknown_parameter"),
+    (
+        said({"role": "user", "content": [{"type": "text", "text": "Hi", "bold": True}]}),
+        "messages[0].content[0].bold",
+        "unknown_parameter",
+    ),
+    (
+        said(HI, {"role": "assistant", "tool_calls": [{**CALL, "when": "now"}]}),
+        "messages[1].tool_calls[0].when",
+        "unknown_parameter",
+    ),
+    (
+        {"stream": True, "stream_options": {"include_usge": True}},
+        "stream_options.include_usge",
+        "unknown_parameter",
+    ),
+    ({"response_format": {"type": "text", "schema": {}}}, "response_format.schema", "unknown_parameter"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}, "strct": True}}},
+        "response_format.json_schema.strct",
+        "unknown_parameter",
+    ),
+    ({"tools": [{**TOOL, "strict": True}]}, "tools[0].strict", "unknown_parameter"),
+    (
+        {"tools": [{"type": "function", "function": {"name": "x", "args": {}}}]},
+        "tools[0].function.args",
+        "unknown_parameter",
+    ),
+    (
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "look"}, "mode": "x"}},
+        "tool_choice.mode",
+        "unknown_parameter",
+    ),
+    # the only value that there is
+    ({"reasoning_effort": "high"}, "reasoning_effort", "invalid_value"),
+    ({"verbosity": "low"}, "verbosity", "invalid_value"),
+    ({"web_search_options": {}}, "web_search_options", "unknown_parameter"),
+    ({"audio": {"voice": "x", "format": "mp3"}}, "audio", "unknown_parameter"),
+    # calls as they were
+    (said({**HI, "function_call": OLD_CALL}), "messages[0].function_call", "invalid_value"),
+    (
+        said(HI, {"role": "assistant", "tool_calls": [CALL], "function_call": OLD_CALL}),
+        "messages[1].function_call",
+        "invalid_value",
+    ),
+    (
+        said(HI, {"role": "assistant", "function_call": {}}),
+        "messages[1].function_call.name",
+        "missing_required_parameter",
+    ),
+    # metadata
+    ({"metadata": {str(i): "x" for i in range(17)}}, "metadata", "object_above_max_properties"),
+    ({"metadata": {"k" * 65: "x"}}, f"metadata.{'k' * 65}", "string_above_max_length"),
+    ({"metadata": {"a": "x" * 513}}, "metadata.a", "string_above_max_length"),
+    ({"metadata": {"a": "x\x00"}}, "metadata.a", "invalid_value"),
+    ({"metadata": {"a\x00": "x"}}, "metadata.a\x00", "invalid_value"),
+    # a form that says itself where it ends
+    ({"response_format": {"type": "json_object"}, "min_tokens": 5}, "min_tokens", "invalid_value"),
+    ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos", "invalid_value"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}, "min_tokens": 1},
+        "min_tokens",
+        "invalid_value",
+    ),
+    ({"tools": [TOOL], "tool_choice": "required", "min_tokens": 5}, "min_tokens", "invalid_value"),
+    ({"tools": [TOOL], "tool_choice": "required", "ignore_eos": True}, "ignore_eos", "invalid_value"),
+    ({"tools": [TOOL], "ignore_eos": True}, "ignore_eos", "invalid_value"),
+    # messages
+    ({"messages": [HI] * 4097}, "messages", "array_above_max_length"),
+    ({"messages": [HI] * 4096}, "messages", "context_length_exceeded"),
 ]
 
 
@@ -202,6 +276,34 @@ ACCEPTED: list[dict[str, Any]] = [
     said(HI, {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, HI),
     said(HI, {"role": "assistant", "content": None, "refusal": "I won't."}, HI),
     said({"role": "function", "name": "look", "content": "4"}),
+    said(
+        HI,
+        {"role": "assistant", "content": None, "function_call": OLD_CALL},
+        {"role": "function", "name": "look", "content": "4"},
+    ),
+    said(HI, {"role": "assistant", "content": "Hm.", "function_call": OLD_CALL, "tool_calls": None}, HI),
+    # as clients send a reply back
+    said(HI, {"role": "assistant", "content": "{}", "annotations": [], "audio": None, "parsed": {}}, HI),
+    said(
+        HI,
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{**CALL, "index": 0, "function": {**CALL["function"], "parsed_arguments": {}}}],
+        },
+        {"role": "tool", "tool_call_id": "call_1", "content": "4"},
+    ),
+    # values that ask for nothing
+    {"top_logprobs": 0},
+    {"reasoning_effort": "none", "verbosity": "medium"},
+    {"prompt_cache_retention": "24h", "prediction": {"type": "content", "content": "Hello"}},
+    {"metadata": {}, "stop": None, "logit_bias": {}, "tools": [], "tool_choice": "none"},
+    {"metadata": {"k" * 64: "x" * 512, **{str(i): "x" for i in range(15)}}},
+    {"min_tokens": 0, "ignore_eos": False, "tools": [TOOL]},
+    {"min_tokens": 2, "response_format": {"type": "text"}},
+    {"min_tokens": 2, "tools": [TOOL], "tool_choice": "none"},
+    {"audio": None, "prediction": None, "web_search_options": None, "moderation": None, "prompt_cache_options": None},
+    {"stream": True, "stream_options": {"include_usage": False, "include_obfuscation": None}},
     # documented, without effect
     {"user": "ann", "safety_identifier": "a", "prompt_cache_key": "k", "metadata": {"a": "b"}, "store": True},
     {"service_tier": "auto", "modalities": ["text"], "parallel_tool_calls": False, "store": False},

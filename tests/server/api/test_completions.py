@@ -1,6 +1,6 @@
 """`/v1/completions`: every form of prompt, choices by prompt, the older logprobs, and streams of it."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -105,6 +105,10 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"best_of": 21}, "best_of", "integer_above_max_value"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
     ({"messages": []}, "messages", "unknown_parameter"),
+    ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "unknown_parameter"),
+    ({"prompt": ["a"] * 65, "n": 2}, "n", "integer_above_max_value"),
+    ({"prompt": [[5]] * 43, "n": 2, "best_of": 3}, "best_of", "integer_above_max_value"),
+    ({"prompt": ["a"] * 128, "n": 128, "stream": True}, "n", "integer_above_max_value"),
 ]
 
 
@@ -126,6 +130,10 @@ def test_a_wrong_field_is_named(world: World, fields: dict[str, Any], param: str
         {"best_of": 2, "n": 2},
         {"user": "ann"},
         {"echo": None, "logprobs": None},
+        {"echo": False, "n": None, "stop": None, "max_tokens": None, "seed": None, "logit_bias": {}},
+        {"best_of": 1, "n": 1, "stream": False},
+        {"prompt": ["a"] * 64, "n": 2, "max_tokens": 1},
+        {"prompt": [5] * 65, "n": 2, "max_tokens": 1},
     ],
     ids=str,
 )
@@ -209,6 +217,44 @@ def test_logprobs_have_the_older_form_with_equal_lengths(world: World) -> None:
     )
     assert logprobs["text_offset"] == list(range(12))
     assert all(len(top) <= 2 for top in logprobs["top_logprobs"])
+
+
+def offsets_of(bodies: list[dict[str, Any]]) -> list[int]:
+    parts = [choice["logprobs"] for body in bodies for choice in body["choices"] if choice["logprobs"]]
+    return [offset for part in parts for offset in part["text_offset"]]
+
+
+@pytest.mark.parametrize(
+    ("says", "fields", "offsets"),
+    [
+        ("aöb", {}, [0, 1, 1, 2]),
+        ("漢a", {}, [0, 0, 0, 1]),
+        ("a漢", {"max_tokens": 3}, [0, 1, 1]),
+        ("a", {"ignore_eos": True, "max_tokens": 3}, [0, 1, 1]),
+        ("b漢", {"echo": True, "prompt": "ö"}, [0, 0, 1, 2, 2, 2]),
+        ("b", {"echo": True, "prompt": [97, 0xC3]}, [0, 1, 2]),
+    ],
+    ids=["two bytes", "three bytes", "half a character", "no text", "echo", "half a character echoed"],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_are_places_in_the_text_whatever_tokens_are_made_of(
+    world: World, says: str, fields: dict[str, Any], offsets: list[int], stream: bool
+) -> None:
+    world.says = says
+    reply = world.complete(logprobs=0, stream=stream, **fields)
+    assert offsets_of(events_of(reply) if stream else [reply.json()]) == offsets
+
+
+def test_a_space_that_the_tokenizer_puts_in_front_is_not_in_the_echoed_text() -> None:
+    from fakes import FakeTokenizer
+    from onebase.tokenizer import TextTokenizer
+    from onebase_server.api.logprobs import echo_logprobs
+    from onebase_server.engine.types import TokenLogprob
+
+    ids = list(b" Once")
+    scores = [TokenLogprob(token, -0.5) for token in ids[1:]]
+    shown = echo_logprobs(ids, scores, "Once", cast(TextTokenizer, FakeTokenizer()))
+    assert shown.text_offset == [0, 0, 1, 2, 3]
 
 
 def test_a_stream_says_what_the_whole_reply_says(world: World) -> None:

@@ -15,25 +15,7 @@ import pytest
 from api_world import BASE, chat_body
 from fakes import EOS, FakeRunner
 from live_server import Live, live_server
-from onebase_server.engine.runner import StepBatch, StepResult
-
-
-class SteppingRunner(FakeRunner):
-    """Says "x" for ever, one token whenever the test lets a step through."""
-
-    def __init__(self) -> None:
-        super().__init__(reply=lambda digest, prompt: [ord("x")] * 400)
-        self.steps = threading.Semaphore(0)
-        self.free = threading.Event()
-
-    def run(self, batch: StepBatch) -> StepResult:
-        if not self.free.is_set():
-            self.steps.acquire()
-        return super().run(batch)
-
-    def let_go(self) -> None:
-        self.free.set()
-        self.steps.release(10)
+from stepping import SteppingRunner, wait_until
 
 
 @pytest.fixture
@@ -55,11 +37,6 @@ def connect(live: Live, body: dict[str, Any], buffer: int | None = None) -> sock
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(payload)}\r\n\r\n"
     conn.sendall(head.encode() + payload)
     return conn
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    while not holds():
-        time.sleep(0.002)
 
 
 def running(live: Live) -> int:

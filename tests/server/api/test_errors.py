@@ -45,10 +45,111 @@ def test_a_body_that_is_no_object_has_neither_code_nor_param(world: World, body:
     assert (error["code"], error["param"]) == (None, None)
 
 
-@pytest.mark.parametrize("content_type", ["application/json", "text/plain", "application/octet-stream", ""])
-def test_json_is_read_whatever_its_content_type_says(world: World, content_type: str) -> None:
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"content-type": "application/json"},
+        {"content-type": "Application/JSON; charset=utf-8"},
+        {"content-type": "application/vnd.api+json"},
+        {"content-type": ""},
+        {},
+        {"content-encoding": "identity"},
+    ],
+    ids=str,
+)
+def test_json_is_read_by_any_of_its_names(world: World, headers: dict[str, str]) -> None:
     body = json.dumps(chat_body()).encode()
-    assert world.post("/v1/chat/completions", content=body, headers={"content-type": content_type}).status_code == 200
+    assert world.post("/v1/chat/completions", content=body, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "words"),
+    [
+        ({"content-type": "text/plain"}, "'Content-Type: application/json'"),
+        ({"content-type": "application/x-www-form-urlencoded"}, "'Content-Type: application/json'"),
+        ({"content-type": "multipart/form-data; boundary=x"}, "'Content-Type: application/json'"),
+        ({"content-type": "application/json", "content-encoding": "gzip"}, "'Content-Encoding'"),
+        ({"content-encoding": "br, gzip"}, "'Content-Encoding'"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/admin/keys"])
+def test_what_is_no_json_or_compressed_is_415(world: World, path: str, headers: dict[str, str], words: str) -> None:
+    reply = world.post(path, content=json.dumps(chat_body()).encode(), headers=headers)
+    assert reply.status_code == 415
+    error = error_of(reply)
+    assert error["code"] == "unsupported_media_type"
+    assert words in error["message"]
+    assert reply.headers["accept-encoding"] == "identity"
+
+
+def test_a_compressed_upload_is_415(world: World) -> None:
+    upload = {"files": {"file": ("a.jsonl", b"x")}, "data": {"purpose": "fine-tune"}}
+    reply = world.request("POST", "/v1/files", headers={"content-encoding": "gzip"}, **upload)
+    assert (reply.status_code, error_of(reply)["code"]) == (415, "unsupported_media_type")
+
+
+def test_of_two_fields_of_one_name_the_last_counts(world: World) -> None:
+    body = json.dumps(chat_body()).encode()[:-1] + b', "model": "nobody"}'
+    assert world.post("/v1/chat/completions", content=body).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/v1/models/", "/v1//models", "/v1/models//"])
+def test_a_slash_too_many_does_no_harm(world: World, path: str) -> None:
+    assert world.get(path).json()["object"] == "list"
+    refused = world.request("PATCH", path)
+    assert (refused.status_code, refused.headers["allow"]) == (405, "GET, HEAD, OPTIONS")
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/pirate", "/healthz", "/readyz"])
+def test_head_is_get_without_its_body(world: World, path: str) -> None:
+    asked, got = world.request("HEAD", path), world.get(path)
+    assert (asked.status_code, asked.content) == (200, b"")
+    assert asked.headers["content-length"] == got.headers["content-length"]
+    assert world.request("HEAD", "/v1/nothing").status_code == 404
+    assert world.request("HEAD", "/v1/completions").status_code == 405
+
+
+def test_a_client_may_name_its_request(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "onebase_server.generations"):
+        reply = world.post("/v1/chat/completions", chat_body(), headers={"X-Client-Request-Id": "mine-1"})
+    [record] = [record for record in caplog.records if record.name == "onebase_server.generations"]
+    assert vars(record)["client_request_id"] == "mine-1"
+    assert vars(record)["request_id"] == reply.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("name", ["x" * 513, "caf\xe9", "a\tb"], ids=["long", "no ASCII", "a tab"])
+def test_a_client_s_name_that_can_not_be_logged_is_400(world: World, name: str) -> None:
+    reply = world.get("/v1/models", headers={"X-Client-Request-Id": name.encode("latin-1")})
+    assert (reply.status_code, error_of(reply)["param"]) == (400, "X-Client-Request-Id")
+
+
+@pytest.mark.parametrize(
+    ("path", "param"),
+    [
+        ("/v1/files/file-%00", "id"),
+        ("/v1/fine_tuning/jobs/ftjob-%00/events", "id"),
+        ("/v1/chat/completions/%00", "id"),
+        ("/v1/models/a%00b", "id"),
+        ("/admin/retrain/%00", "id"),
+        ("/v1/files?after=%00", "after"),
+        ("/v1/files?purpose=fine-tune%00", "purpose"),
+        ("/v1/fine_tuning/jobs?metadata[a%00]=b", "metadata[a]"),
+    ],
+)
+def test_a_nul_character_in_a_path_or_a_query_is_400_by_name(world: World, path: str, param: str) -> None:
+    """PostgreSQL takes none, and would answer as a database that is away."""
+    reply = world.get(path)
+    assert (reply.status_code, error_of(reply)["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("field", ["training_file", "validation_file", "suffix"])
+def test_a_nul_character_in_an_order_is_400_by_field(world: World, field: str) -> None:
+    files = {"file": ("train.jsonl", b'{"messages": [{"role": "assistant", "content": "x"}]}\n')}
+    file_id = world.post("/v1/files", files=files, data={"purpose": "fine-tune"}).json()["id"]
+    body = {"model": "tiny/base", "training_file": file_id, field: "a\x00b"}
+    reply = world.post("/v1/fine_tuning/jobs", body)
+    assert (reply.status_code, error_of(reply)["param"]) == (400, field)
 
 
 @pytest.mark.parametrize("path", ["/", "/v1", "/v1/nothing", "/v1/chat", "/v2/models", "/admin/nothing"])
@@ -62,13 +163,13 @@ def test_an_unknown_path_is_404(world: World, path: str) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "allowed"),
     [
-        ("PUT", "/v1/chat/completions", "GET, OPTIONS, POST"),
-        ("DELETE", "/v1/chat/completions", "GET, OPTIONS, POST"),
+        ("PUT", "/v1/chat/completions", "GET, HEAD, OPTIONS, POST"),
+        ("DELETE", "/v1/chat/completions", "GET, HEAD, OPTIONS, POST"),
         ("PUT", "/v1/completions", "OPTIONS, POST"),
-        ("POST", "/v1/models", "GET, OPTIONS"),
-        ("POST", "/healthz", "GET, OPTIONS"),
-        ("PATCH", "/v1/models/pirate", "DELETE, GET, OPTIONS"),
-        ("PATCH", "/v1/models/ours/pirate", "DELETE, GET, OPTIONS"),
+        ("POST", "/v1/models", "GET, HEAD, OPTIONS"),
+        ("POST", "/healthz", "GET, HEAD, OPTIONS"),
+        ("PATCH", "/v1/models/pirate", "DELETE, GET, HEAD, OPTIONS"),
+        ("PATCH", "/v1/models/ours/pirate", "DELETE, GET, HEAD, OPTIONS"),
     ],
 )
 def test_a_wrong_method_is_405_and_told_the_right_ones(world: World, method: str, path: str, allowed: str) -> None:

@@ -21,6 +21,7 @@ from scripted_base import IDENTITY
 
 OPEN = "needs no key, holds nobody's data"
 ADMIN = "needs the admin scope"
+TRAINED = "needs the key whose job trained it, or the admin scope: test_delete_models.py"
 LIST = "shows the caller's own only"
 OWN = "names one thing of the caller's by its id"
 MODEL = "names a model in its path"
@@ -40,7 +41,7 @@ DECISIONS = {
     "listInputItems": OWN,
     "listModels": LIST,
     "retrieveModel": MODEL,
-    "deleteModel": ADMIN,
+    "deleteModel": TRAINED,
     "createFile": MAKES,
     "listFiles": LIST,
     "retrieveFile": OWN,
@@ -166,7 +167,7 @@ def ask(world: World, route: Route, who: dict[str, str], ids: dict[str, str], **
     return world.request(route.method, path, headers=who, **options)
 
 
-@routes_with(ADMIN)
+@routes_with(ADMIN, TRAINED)
 def test_admin_routes_are_closed_to_other_keys(world: World, tenants: list[Tenant], route: Route) -> None:
     ids = {"name": "everyones", "model_id": "everyones", "run_id": "run-1", "key_id": "key_1", "version": "1"}
     ids["schedule_id"] = "sched-1"
@@ -269,6 +270,19 @@ def test_afterwards_everything_of_both_is_still_theirs(world: World, tenants: li
         chat = ok(world.get(f"/v1/chat/completions/{tenant.ids['chat_id']}", headers=tenant.headers))
         assert "changed" not in chat["metadata"]
         assert ok(world.get(f"/v1/responses/{tenant.ids['response_id']}", headers=tenant.headers))
+
+
+def test_what_was_computed_of_anothers_prompt_is_not_counted_as_cached(world: World, pair: Any) -> None:
+    me, other = pair
+    said = [{"role": "user", "content": me.secret[::-1] * 10}]  # its first page is nobody else's
+
+    def cached(tenant: Tenant) -> int:
+        reply = ok(world.post("/v1/chat/completions", chat_body(messages=said), headers=tenant.headers))
+        return int(reply["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    cached(me)
+    assert cached(me) > 0
+    assert cached(other) == 0
 
 
 def test_two_keys_of_one_owner_share_everything(world: World, tenants: list[Tenant]) -> None:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from sqlalchemy.exc import OperationalError
 
 from api_world import World, chat_body, error_of, open_world, with_settings
 from onebase.errors import NotReady, Unauthenticated
-from onebase_server.api.caller import Caller
+from onebase_server.api.audit import AuditLog
+from onebase_server.api.caller import LOCAL, STATE_KEY, Caller
 from onebase_server.api.keys import FRESH_S, STALE_S, KeyOrder, KeyRing, new_key
 from onebase_server.records.keys import KeyRecords
 from onebase_server.records.tables import KeyRow
@@ -134,11 +136,45 @@ def test_every_admin_call_is_in_the_audit_log_refused_ones_too(keyed: World) -> 
     assert admin.startswith("key-")
     assert told == [
         (admin, "POST", "/admin/keys", 200),
-        (None, "GET", "/admin/adapters", 403),
+        (made["id"], "GET", "/admin/adapters", 403),
         (None, "GET", "/admin/adapters", 401),
     ]
+    assert lines[-3]["target"] == f"{made['id']} (inference) of {made['owner']}"
     assert made["key"] not in "".join(map(str, lines))
     assert ADMIN not in "".join(map(str, lines))
+
+
+def test_what_an_admin_chose_is_in_the_audit_log(keyed: World) -> None:
+    for _ in range(2):
+        keyed.publish("audited")
+    for path, body in (("publish", {"weights": {"1": 0.25, "2": 0.75}}), ("publish", {"version": 1}), ("rollback", {})):
+        assert keyed.post(f"/admin/adapters/audited/{path}", body, headers=bearer(ADMIN)).status_code == 200
+    lines = [
+        json.loads(line) for path in (keyed.home.root / "audit").iterdir() for line in path.read_text().splitlines()
+    ]
+    assert [line["target"] for line in lines[-3:]] == ["@1 25%, @2 75%", "@1 100%", "@1, @2"]
+
+
+def test_refusals_are_counted_in_the_audit_log_and_do_not_fill_it(tmp_path: Path, loop: Any) -> None:
+    clock = Clock()
+    log = AuditLog(tmp_path / "audit", clock=clock)
+    handler = SimpleNamespace(opt={"scope": "admin"})
+
+    def call(caller: Caller | None, status: int = 401) -> None:
+        state = {} if caller is None else {STATE_KEY: caller}
+        scope: Any = {"state": state, "route_handler": handler, "method": "GET", "path": "/admin/keys"}
+        loop.run_until_complete(log.note({"type": "http.response.start", "status": status, "headers": []}, scope))
+
+    for _ in range(1000):
+        call(None)
+    call(LOCAL, 200)
+    clock.now += 61
+    call(None)
+    [path] = (tmp_path / "audit").iterdir()
+    told = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(told) == 60 + 1 + 1 + 1
+    assert told[60]["key"] == "local", "who may is always written down"
+    assert (told[61]["action"], told[61]["count"]) == ("more calls refused", 940)
 
 
 # The ring alone, with its own clock and a table that can be away

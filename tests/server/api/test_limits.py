@@ -8,13 +8,14 @@ from typing import Any
 import httpx
 import pytest
 
-from api_world import World, chat_body, error_of, with_settings
+from api_world import BASE, World, chat_body, error_of, with_settings
 from fakes import FakeRunner
 from live_server import live_server
-from onebase.errors import RateLimited
+from onebase.errors import Overloaded, RateLimited
 from onebase_server.api.caller import Caller, KeyLimits
 from onebase_server.api.limits import LIMIT_HEADERS, Limiter, spoken
 from onebase_server.engine.runner import StepBatch, StepResult
+from stepping import wait_until
 
 API, OTHER = "sk-inference-1", "sk-inference-2"
 
@@ -97,13 +98,78 @@ def test_a_server_without_limits_sends_no_limit_headers(world: World) -> None:
 def test_a_long_answer_leaves_a_debt_and_a_prompt_over_the_limit_runs_when_the_bucket_is_full() -> None:
     clock = Clock()
     limiter, caller = Limiter(clock), Caller("ann", "ann", "ann", limits=KeyLimits(tpm=60))
-    limiter.begin(caller, 100)
-    limiter.end(caller, 20)
+    limiter.begin(caller, 1, 100)
+    limiter.end(caller, 1, generated=20)
     with pytest.raises(RateLimited) as refused:
-        limiter.begin(caller, 1)
+        limiter.begin(caller, 1, 1)
     assert refused.value.retry_after_s == pytest.approx(61)
     clock.now = 61
-    limiter.begin(caller, 1)
+    limiter.begin(caller, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/chat/completions", chat_body(n=3), "n"),
+        ("/v1/completions", {"model": BASE, "prompt": ["a", "b", "c"]}, "prompt"),
+        ("/v1/completions", {"model": BASE, "prompt": ["a", "b"], "n": 2}, "prompt"),
+        ("/v1/completions", {"model": BASE, "prompt": "a", "best_of": 3}, "n"),
+    ],
+    ids=str,
+)
+def test_more_sequences_than_a_key_may_ever_have_is_no_429(world: World, path: str, body: Any, param: str) -> None:
+    server, _ = limited(world, key_parallel=2)
+    refused = server.post(path, body, headers=bearer(API))
+    assert refused.status_code == 400
+    assert (error_of(refused)["param"], error_of(refused)["code"]) == (param, "parallel_limit_exceeded")
+    assert server.post(path, {**body, "max_tokens": 2}, headers=bearer(API)).status_code == 400
+    assert server.post("/v1/chat/completions", chat_body(n=2), headers=bearer(API)).status_code == 200
+    two = {"model": BASE, "prompt": ["a", "b"]}
+    assert server.post("/v1/completions", two, headers=bearer(API)).status_code == 200
+    assert server.deps.limiter._running == {}
+
+
+def left(reply: httpx.Response) -> int:
+    return int(reply.headers["x-ratelimit-remaining-tokens"])
+
+
+def test_a_call_of_several_prompts_is_let_in_as_a_whole_and_prompts_count_once(world: World) -> None:
+    server, clock = limited(world, key_tpm=100)
+    body = {"model": BASE, "prompt": [[65] * 30, [66] * 30], "max_tokens": 1, "n": 2}
+    assert left(server.post("/v1/completions", body, headers=bearer(API))) == 40 - 4
+    refused = server.post("/v1/completions", body, headers=bearer(API))
+    assert refused.status_code == 429
+    assert left(refused) == 36, "nothing of a refused call is taken"
+    assert server.deps.limiter._running == {}
+    clock.now = 60.0
+    body["prompt"] = [[65] * 60, [66] * 60]
+    assert server.post("/v1/completions", body, headers=bearer(API)).status_code == 200, "as one large prompt would"
+
+
+def test_what_the_engine_refuses_costs_no_tokens(own_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, _ = limited(own_world, key_tpm=100)
+    engine = server.deps.backend.get().engine
+    submit, calls = engine.submit, iter([True, False])
+
+    def full(request: Any) -> Any:
+        if next(calls):
+            return submit(request)
+        raise Overloaded("full")
+
+    monkeypatch.setattr(engine, "submit", full)
+    body = {"model": BASE, "prompt": [[65] * 10, [66] * 30], "max_tokens": 1}
+    refused = server.post("/v1/completions", body, headers=bearer(API))
+    assert refused.status_code == 429
+    assert left(refused) >= 90, "only the first prompt may have been computed meanwhile"
+    assert server.deps.limiter._running == {}
+
+
+def test_a_request_that_fails_before_it_runs_costs_no_tokens(own_world: World) -> None:
+    server, _ = limited(own_world, key_tpm=100)
+    own_world.runner.broken.add(own_world.publish("broken").digest)
+    failed = server.post("/v1/chat/completions", chat_body(model="broken"), headers=bearer(API))
+    assert failed.status_code >= 400
+    assert left(server.get("/v1/models", headers=bearer(API))) == 100
 
 
 def test_a_limit_that_is_lowered_or_raised_holds_at_once() -> None:
@@ -155,11 +221,12 @@ def test_generations_at_a_time_are_bounded_and_given_back_however_they_end(tmp_p
             refused = http.post("/v1/chat/completions", json=chat_body())
             assert refused.status_code == 429
             assert int(refused.headers["retry-after"]) >= 1
+            assert http.post("/v1/completions", json={"model": BASE, "prompt": ["a", "b"]}).status_code == 400
             assert http.post("/v1/chat/completions", json=chat_body(model="nobody")).status_code == 404
         runner.free.set()
         while http.post("/v1/chat/completions", json=chat_body()).status_code == 429:
             pass  # until the server has seen that the first one has left
-        for body in (chat_body(), chat_body(n=2), chat_body(stream=True)):
+        for body in (chat_body(), chat_body(), chat_body(stream=True)):
             assert http.post("/v1/chat/completions", json=body).status_code == 200
         assert json.loads(http.post("/v1/completions", json={"model": "tiny/base", "prompt": "x"}).text)["choices"]
 
@@ -177,3 +244,21 @@ def test_keys_that_have_gone_quiet_leave_no_bucket_behind() -> None:
         limiter.take_request(Caller("o", "o", f"other_{index}", limits=KeyLimits(rpm=60)))
     with pytest.raises(RateLimited):
         limiter.take_request(spent)
+
+
+def test_a_request_cancelled_while_it_waits_gives_its_tokens_back(tmp_path: Any) -> None:
+    runner = HeldRunner()
+    settings = {"api_keys": (API,), "key_tpm": 1000}
+    with (
+        live_server(tmp_path, runner=runner, settings=settings) as live,
+        httpx.Client(base_url=live.url, headers=bearer(API), timeout=None) as http,
+    ):
+        with http.stream("POST", "/v1/chat/completions", json=chat_body(stream=True)) as first:
+            before = left(first)
+            wait_until(lambda: live.backend.engine.stats().num_running == 1)
+            with http.stream(
+                "POST", "/v1/completions", json={"model": BASE, "prompt": "x" * 200, "stream": True}
+            ) as it:
+                assert left(it) < before - 190
+            wait_until(lambda: left(http.get("/v1/models")) >= before - 5)
+        runner.free.set()

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from api_world import BASE, World, chat_body, with_settings
 from onebase_server.api.caller import LOCAL, KeyLimits
 from onebase_server.api.metrics import IDLE_S, OTHER, Metrics
-from onebase_server.api.running import Generation
+from onebase_server.api.running import Generation, Names
 from onebase_server.api.running import logger as generations
 from onebase_server.api.tracing import OtelTracer, Trace, steps_of
 from onebase_server.engine.handle import RequestHandle
@@ -20,6 +20,7 @@ from onebase_server.engine.types import AdapterRef, FinishReason, GenerationRequ
 from onebase_server.logs import JsonFormatter, LineFormatter
 
 SECRET = "the treasure is under the palm"
+NAMES = Names("req_1", None, None)
 
 
 def samples(world: World) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -67,7 +68,7 @@ def test_a_generation_is_counted_by_its_version(world: World) -> None:
 def test_the_time_between_tokens_is_that_between_what_the_reader_gets(world: World) -> None:
     server = fresh(world)
     handle = RequestHandle(GenerationRequest("chatcmpl-1", (1, 2), SamplingParams(max_tokens=9)), lambda _: None)
-    generation = Generation(handle, LOCAL, server.deps, "req_1", None)
+    generation = Generation(handle, LOCAL, server.deps, NAMES)
 
     async def read() -> None:
         events = generation.events()
@@ -89,9 +90,9 @@ def test_the_time_between_tokens_is_that_between_what_the_reader_gets(world: Wor
 def test_a_generation_that_is_left_is_counted_as_cancelled_and_gives_its_place_back(world: World) -> None:
     server = fresh(world)
     caller = replace(LOCAL, limits=KeyLimits(parallel=1))
-    server.deps.limiter.begin(caller, 2)
+    server.deps.limiter.begin(caller, 1, 2)
     handle = RequestHandle(GenerationRequest("chatcmpl-1", (1, 2), SamplingParams(max_tokens=9), n=2), lambda _: None)
-    generation = Generation(handle, caller, server.deps, "req_1", None)
+    generation = Generation(handle, caller, server.deps, NAMES)
     for _ in range(2):
         generation.cancel()
     assert server.deps.limiter.running(caller) == 0

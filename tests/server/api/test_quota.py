@@ -1,9 +1,12 @@
 """What one key may fill and hold: files, adapters, and a generation's time."""
 
+import asyncio
 import json
 import time
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import Any, cast
 
+import httpx
 import pytest
 
 from api_world import World, chat_body, error_of, lora_folder, open_world, with_settings
@@ -47,6 +50,44 @@ def test_files_of_a_key_fit_into_its_quota_and_deleting_makes_room(shared: World
     headers = {"Authorization": f"Bearer {KEYS[0]}"}
     world.request("DELETE", f"/v1/files/{first.json()['id']}", headers=headers)
     assert upload(world, 600_000).status_code == 200
+
+
+def test_uploads_at_the_same_time_do_not_both_get_what_is_left(shared: World) -> None:
+    world = keyed(shared, file_quota_mb=2)
+    headers = {"Authorization": f"Bearer {KEYS[1]}"}
+    for card in world.get("/v1/files", headers=headers).json()["data"]:
+        world.request("DELETE", f"/v1/files/{card['id']}", headers=headers)
+    content = LINES.encode() + b"\n" * 1_400_000
+
+    async def both() -> list[int]:
+        transport = httpx.ASGITransport(cast(Any, world.app), client=world.client)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=headers) as http:
+            files = {"file": ("t.jsonl", content)}
+            sent = [http.post("/v1/files", files=files, data={"purpose": "fine-tune"}) for _ in range(3)]
+            return sorted([reply.status_code for reply in await asyncio.gather(*sent)])
+
+    before = set(world.home.files.iterdir())
+    assert world.loop.run_until_complete(both()) == [200, 403, 403]
+    assert len(set(world.home.files.iterdir()) - before) == 1
+    assert world.deps.uploads._owners == {}
+    assert upload(world, 500_000, KEYS[1]).status_code == 200, "what was refused takes no room"
+
+
+def test_an_upload_is_refused_as_soon_as_it_is_too_much(shared: World) -> None:
+    world = keyed(shared, file_quota_mb=3)
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
+        while sent < 100_000_000:
+            sent += 500_000
+            yield b"x" * 500_000
+
+    headers = {"Authorization": f"Bearer {KEYS[0]}", "Content-Type": "multipart/form-data; boundary=b"}
+    reply = world.request("POST", "/v1/files", content=endless(), headers=headers)
+    assert (reply.status_code, error_of(reply)["code"]) == (403, "storage_quota_exceeded")
+    assert not list(world.home.files.glob("*.part"))
 
 
 def test_a_key_whose_adapters_fill_its_quota_makes_no_further_job(shared: World) -> None:

@@ -1,12 +1,14 @@
 """`/v1/responses`: the object, its events in order, going on from an earlier one, and errors in its own words."""
 
 import json
+from itertools import groupby
 from typing import Any
 
 import pytest
 
 from api_world import BASE, World, error_of, with_settings
 from onebase.errors import NotFound
+from onebase_server.api.response_plan import LOGPROBS
 from onebase_server.api.response_store import KEEP_S, ResponseStore
 from onebase_server.api.schemas_chat import ChatMessage
 from onebase_server.api.schemas_responses import ResponseBody, ResponseEvent
@@ -143,11 +145,21 @@ def test_a_call_is_an_item_of_its_own(world: World) -> None:
     assert item["id"].startswith("fc_")
 
 
+def test_the_format_is_told_back_as_it_was_asked_for(obedient_world: World) -> None:
+    obedient_world.says = '{"a": 1}'
+    shape = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    asked = {"type": "json_schema", "name": "n", "schema": shape, "strict": True}
+    body = respond(obedient_world, text={"format": asked})
+    assert body["text"]["format"] == asked
+    assert obedient_world.get(f"/v1/responses/{body['id']}").json()["text"]["format"] == asked
+    assert events(obedient_world, text={"format": asked})[-1]["response"]["text"]["format"] == asked
+
+
 def test_a_call_is_streamed_in_its_events(world: World) -> None:
     world.says = "Let me see.\n\n" + CALL
     found = events(world, tools=[TOOL])
     kinds = [event["type"] for event in found if "function_call" in event["type"] or "output_item" in event["type"]]
-    assert kinds == [
+    assert [kind for kind, _ in groupby(kinds)] == [
         "response.output_item.added",
         "response.output_item.done",
         "response.output_item.added",
@@ -157,7 +169,24 @@ def test_a_call_is_streamed_in_its_events(world: World) -> None:
     ]
     message, call = found[-1]["response"]["output"]
     assert message["content"][0]["text"] == "Let me see."
-    assert call["name"] == "look"
+    assert (call["name"], call["arguments"]) == ("look", '{"q": "tea"}')
+    pieces = [event["delta"] for event in found if event["type"] == "response.function_call_arguments.delta"]
+    assert "".join(pieces) == call["arguments"]
+
+
+@pytest.mark.parametrize("limit", [16, 40, 56, 62, 65])
+def test_a_cut_call_is_the_same_whole_and_streamed(world: World, limit: int) -> None:
+    world.says = "Let me see.\n\n" + CALL
+    fields: dict[str, Any] = {"tools": [TOOL], "max_output_tokens": limit, "include": [LOGPROBS], "top_logprobs": 0}
+    whole, final = respond(world, **fields), events(world, **fields)[-1]["response"]
+    for item in (*whole["output"], *final["output"]):
+        item.pop("id")
+        item.pop("call_id", None)
+    assert final["output"] == whole["output"]
+    assert (final["status"], whole["status"]) == ("incomplete", "incomplete")
+    if limit == 62:
+        message, call = whole["output"]
+        assert (message["status"], call["status"], call["arguments"]) == ("completed", "incomplete", '{"q": "te')
 
 
 def test_a_call_and_its_output_go_back_into_the_prompt(world: World) -> None:
@@ -195,6 +224,54 @@ def test_a_response_can_be_read_and_forgotten(world: World) -> None:
     assert [item["content"][0]["text"] for item in items["data"]] == ["B", "A"]
     assert world.request("DELETE", f"/v1/responses/{body['id']}").json()["deleted"] is True
     assert world.get(f"/v1/responses/{body['id']}").status_code == 404
+
+
+def test_input_items_are_paged(world: World) -> None:
+    body = respond(world, input=[{"role": "user", "content": text} for text in "ABCDE"])
+    path = f"/v1/responses/{body['id']}/input_items"
+
+    def page(**query: Any) -> tuple[str, bool, Any]:
+        reply = world.get(path, params=query).json()
+        ids = [item["id"] for item in reply["data"]]
+        assert (reply["first_id"], reply["last_id"]) == ((ids[0], ids[-1]) if ids else (None, None))
+        return "".join(item["content"][0]["text"] for item in reply["data"]), reply["has_more"], reply["last_id"]
+
+    assert page()[:2] == ("EDCBA", False)
+    first = page(order="asc", limit=2)
+    second = page(order="asc", limit=2, after=first[2])
+    third = page(order="asc", limit=2, after=second[2])
+    assert (first[:2], second[:2], third[:2]) == (("AB", True), ("CD", True), ("E", False))
+    assert page(order="asc", after=third[2])[:2] == ("", False)
+    assert page(limit=2, after=third[2])[:2] == ("DC", True)
+    for query in ({"limit": 0}, {"limit": 101}, {"order": "up"}, {"after": "msg_none"}):
+        refused = world.get(path, params=query)
+        assert refused.status_code == 400
+        assert error_of(refused)["param"] in query
+
+
+def test_a_kept_response_is_not_streamed_again(world: World) -> None:
+    body = respond(world)
+    refused = world.get(f"/v1/responses/{body['id']}?stream=true")
+    assert (refused.status_code, error_of(refused)["param"]) == (400, "stream")
+
+
+def test_an_error_after_the_first_byte_is_an_event_of_this_api(own_world: World) -> None:
+    own_world.runner.fail_next = RuntimeError("the device fell over")
+    found = events(own_world)
+    assert [event["type"] for event in found] == [
+        "response.created",
+        "response.in_progress",
+        "error",
+        "response.failed",
+    ]
+    error, failed = found[-2:]
+    assert "fell over" not in json.dumps(found)
+    assert error["message"].startswith("The server had an error")
+    assert (error["code"], error["param"]) == ("server_error", None)
+    assert failed["response"]["status"] == "failed"
+    assert failed["response"]["error"] == {"code": "server_error", "message": error["message"]}
+    path = f"/v1/responses/{failed['response']['id']}"
+    assert own_world.get(path).status_code == 404
 
 
 def test_a_response_that_is_not_to_be_stored_is_not(world: World) -> None:
@@ -266,7 +343,7 @@ def test_a_message_counts_once_in_a_conversation_that_goes_on_and_until_the_last
 
 def test_the_memory_for_responses_is_a_setting(world: World) -> None:
     small = with_settings(world, response_memory_mb=1)
-    ids = [respond(small, metadata={"a": "b" * 400_000})["id"] for _ in range(3)]
+    ids = [respond(small, user="b" * 400_000)["id"] for _ in range(3)]
     assert [small.get(f"/v1/responses/{each}").status_code for each in ids] == [404, 200, 200]
 
 
@@ -280,7 +357,7 @@ def test_logprobs_come_when_they_are_included(world: World) -> None:
     assert len(shown) == 12
 
 
-REFUSED: list[tuple[dict[str, Any], str, str]] = [
+REFUSED: list[tuple[dict[str, Any], str, str | None]] = [
     ({"input": None}, "input", "invalid_type"),
     ({"input": []}, "input", "empty_array"),
     ({"input": [{"content": "x"}]}, "input[0].role", "missing_required_parameter"),
@@ -312,7 +389,32 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"background": True}, "background", "invalid_value"),
     ({"background": 0}, "background", "invalid_type"),
     ({"truncation": "auto"}, "truncation", "invalid_value"),
-    ({"reasoning": {"effort": "high"}}, "reasoning", "unknown_parameter"),
+    ({"reasoning": {"effort": "high"}}, "reasoning.effort", "invalid_value"),
+    ({"input": [{"role": "user", "content": "Hi", "nmae": "x"}]}, "input[0].nmae", "unknown_parameter"),
+    (
+        {"input": [{"role": "user", "content": [{"type": "input_text", "text": "Hi", "x": 1}]}]},
+        "input[0].content[0].x",
+        "unknown_parameter",
+    ),
+    (
+        {"input": [{"role": "user", "content": [{"type": "refusal"}]}]},
+        "input[0].content[0].refusal",
+        "missing_required_parameter",
+    ),
+    (
+        {"input": [{"role": "user", "content": [{"type": "reasoning_text", "text": "x"}]}]},
+        "input[0].content[0].type",
+        "invalid_value",
+    ),
+    ({"text": {"format": {"type": "text"}, "tone": "dry"}}, "text.tone", "unknown_parameter"),
+    ({"metadata": {"a": "b" * 513}}, "metadata.a", "string_above_max_length"),
+    ({"reasoning": {"summary": "auto"}}, "reasoning.summary", "invalid_type"),
+    ({"include": ["message.output_text.logprob"]}, "include[0]", "invalid_value"),
+    ({"prompt": {"id": "pmpt_1"}}, "prompt", "unknown_parameter"),
+    ({"tools": [{"type": "custom", "name": "x"}]}, "tools[0].type", "invalid_value"),
+    ({"tools": [TOOL], "tool_choice": {"type": "web_search"}}, "tool_choice.type", "invalid_value"),
+    ({"input": [{"type": "function_call_output", "call_id": "c1", "output": "x"}]}, "input", None),
+    ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0].type", "invalid_value"),
     ({"conversation": "conv_1"}, "conversation", "unknown_parameter"),
 ]
 
@@ -320,12 +422,29 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 @pytest.mark.parametrize(
     ("fields", "param", "code"), REFUSED, ids=[f"{param}-{i}" for i, (_, param, _) in enumerate(REFUSED)]
 )
-def test_a_wrong_field_is_named_in_this_apis_words(world: World, fields: dict[str, Any], param: str, code: str) -> None:
+def test_a_wrong_field_is_named_in_this_apis_words(
+    world: World, fields: dict[str, Any], param: str, code: str | None
+) -> None:
     reply = world.post("/v1/responses", {"model": BASE, "input": "Hi", **fields})
     assert reply.status_code == 400, reply.text
     error = error_of(reply)
     assert (error["param"], error["code"]) == (param, code)
     assert "messages[" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"background": False, "truncation": "disabled", "include": [], "tools": [], "tool_choice": "auto"},
+        {"reasoning": {}, "text": {"format": {"type": "text"}, "verbosity": "medium"}},
+        {"reasoning": {"effort": "none", "summary": None}, "max_tool_calls": 3, "service_tier": "auto"},
+        {"include": ["reasoning.encrypted_content"], "store": False},
+        {"stream_options": {"include_obfuscation": False}, "parallel_tool_calls": True, "conversation": None},
+    ],
+    ids=str,
+)
+def test_what_asks_for_nothing_is_taken(world: World, fields: dict[str, Any]) -> None:
+    respond(world, **fields)
 
 
 def test_an_unknown_model_is_404(world: World) -> None:

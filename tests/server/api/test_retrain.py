@@ -107,7 +107,7 @@ def test_the_recipe_has_what_was_asked(trained: World) -> None:
         "preset": "seed",
         "resume_from": "pirate@1",
         "data": {
-            "train": [str(trained.home.root / "datasets/good")],
+            "train": [str(RunFolder(trained.home.runs, run_id).dataset / "good")],
             "prompt_format": "human_response",
             "max_tokens": 64,
             "eval_fraction": 0.1,
@@ -198,3 +198,26 @@ def test_the_trainer_does_not_get_the_servers_secrets(tmp_path: Path) -> None:
     settings = load_settings({**os.environ, **secrets}, {"home": tmp_path})
     assert not set(secrets) & set(settings.trainer_env)
     assert not set(secrets.values()) & set(settings.trainer_env.values())
+
+
+def test_a_retry_finds_its_run_though_what_it_goes_on_from_has_moved(trained: World) -> None:
+    trained.publish("pirate")
+    body, headers = {"adapter": "pirate", "dataset": "good", "from": "current"}, {"Idempotency-Key": "once"}
+    first = trained.post("/admin/retrain", body, headers=headers).json()
+    assert first["start_from"] == "pirate@1"
+    trained.publish("pirate")
+    assert trained.post("/admin/retrain", body, headers=headers).json()["id"] == first["id"]
+    reply = trained.post("/admin/retrain", {**body, "from": "scratch"}, headers=headers)
+    assert reply.status_code == 400
+    assert error_of(reply)["code"] == "idempotency_key_reused"
+
+
+@pytest.mark.slow
+def test_a_rollback_by_hand_is_not_undone_by_a_run_that_was_ordered_before(trained: World) -> None:
+    for _ in range(2):
+        trained.publish("pirate")
+    run_id = start(trained)
+    trained.post("/admin/adapters/pirate/rollback")
+    run = wait_for(trained, run_id, "failed")
+    assert (run["error"]["code"], run["version"]) == ("name_moved", "pirate@3")
+    assert trained.get("/admin/adapters/pirate").json()["current"] == "pirate@1"

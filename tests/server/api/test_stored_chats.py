@@ -115,3 +115,10 @@ def test_a_chat_that_can_not_be_stored_is_answered_all_the_same(own_world: World
     assert own_world.chunks(store=True)
     assert "could not be stored" in caplog.text
     own_world.loop.run_until_complete(asyncio.sleep(0))
+
+
+def test_a_stored_chat_tells_its_format_as_it_was_asked_for(world: World) -> None:
+    world.says = '{"a": 1}'
+    asked = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}
+    chat_id = world.chat(store=True, response_format=asked).json()["id"]
+    assert world.get(f"/v1/chat/completions/{chat_id}").json()["response_format"] == asked

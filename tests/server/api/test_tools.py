@@ -1,15 +1,24 @@
 """Tools: they reach the prompt, calls come back in OpenAI's form, and a stream shows a call only as a call."""
 
 import json
-from typing import Any
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from api_world import World, error_of, text_of
+from fakes import FakeTokenizer
+from onebase.chat_template import HERMES
 from onebase.messages import Message, ToolCall
 from onebase.prompt import HumanResponseRenderer
-from onebase_server.api.tool_calls import CallWatch
+from onebase.prompt_types import CallLayout
+from onebase.tokenizer import TextTokenizer
+from onebase_server.api.chat_plan import ChatPlan
+from onebase_server.api.chat_reply import ChatStream
+from onebase_server.api.tool_calls import CallReader, Piece
 from onebase_server.engine.runner import SampleRow
+from onebase_server.engine.types import FinishReason, TokenEvent, TokenLogprob
 
 LOOK = {
     "type": "function",
@@ -76,10 +85,66 @@ def test_without_tools_or_with_none_there_are_no_calls(world: World, fields: dic
     assert (message["content"], finish) == (CALL, "stop")
 
 
-def test_a_call_cut_by_the_limit_is_not_a_call(world: World) -> None:
+def test_a_call_cut_before_its_arguments_is_not_a_call(world: World) -> None:
     world.says = CALL
     message, finish = message_of(world, max_tokens=30)
     assert (message["content"], finish) == (CALL[:30], "length")
+    assert "tool_calls" not in message
+
+
+@pytest.mark.parametrize("limit", [5, 30, 42, 48, 53, 54, 60, 85, 90])
+def test_a_cut_answer_is_the_same_whole_and_streamed(world: World, limit: int) -> None:
+    world.says = TWO
+    fields: dict[str, Any] = {"tools": [LOOK, PUT], "max_tokens": limit, "logprobs": True}
+    choice = world.chat(**fields).json()["choices"][0]
+    chunks = world.chunks(**fields)
+    assert text_of(chunks) == (choice["message"]["content"] or "")
+    whole = [call["function"] for call in choice["message"].get("tool_calls", [])]
+    assert [{"name": call["name"], "arguments": call["arguments"]} for call in calls_of(chunks)] == whole
+    assert choice["finish_reason"] == chunks[-1]["choices"][0]["finish_reason"]
+    assert choice["finish_reason"] == ("length" if limit <= len(TWO) else "tool_calls")
+    if limit == 48:
+        assert whole == [{"name": "look", "arguments": '{"q": "t'}]
+    entries = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert [entry for part in entries if part for entry in part["content"]] == choice["logprobs"]["content"]
+
+
+def test_a_streamed_call_comes_as_it_is_made_with_the_logprobs_of_its_text(loop: Any) -> None:
+    model = SimpleNamespace(id="m", renderer=HUMAN)
+    plan = SimpleNamespace(
+        n=1, id="x", created=1, model=model, finds_calls=True, wants_logprobs=True, include_usage=False
+    )
+    stream = ChatStream(cast(ChatPlan, plan), cast(TextTokenizer, FakeTokenizer()), "fp_1")
+    sent: list[str] = []
+
+    async def tokens() -> AsyncIterator[TokenEvent]:
+        for letter in CALL:
+            sent.append(letter)
+            yield TokenEvent(0, letter, (ord(letter),), (TokenLogprob(ord(letter), -0.5),))
+        yield TokenEvent(0, finish_reason=FinishReason.STOP)
+
+    async def watch() -> list[tuple[int, dict[str, Any]]]:
+        return [
+            (len(sent), json.loads(line.removeprefix(b"data: "))["choices"][0])
+            async for event in stream.events(tokens())
+            for line in event.split(b"\n\n")[:-1]
+        ]
+
+    (_, role), (begun, head), *pieces, (_, last), (_, finish) = loop.run_until_complete(watch())
+    assert role["delta"]["role"] == "assistant"
+    [call] = head["delta"]["tool_calls"]
+    assert (call["index"], call["type"], call["function"]) == (0, "function", {"name": "look", "arguments": ""})
+    assert call["id"].startswith("call_")
+    assert begun == len('### CALL:\n{"name": "look", "arguments": ')
+    arguments = [piece["delta"]["tool_calls"] for _, piece in pieces]
+    assert arguments == [[{"index": 0, "function": {"arguments": letter}}] for letter in '{"q": "tea"}']
+    assert [at for at, _ in pieces] == list(range(begun + 1, len(CALL)))
+    assert [piece["logprobs"]["content"][0]["token"] for _, piece in pieces] == list('{"q": "tea"}')
+    assert (last["delta"]["tool_calls"][0]["function"], last["logprobs"]["content"][0]["token"]) == (
+        {"arguments": ""},
+        "}",
+    )
+    assert (finish["delta"], finish["finish_reason"]) == ({}, "tool_calls")
 
 
 def test_tools_calls_and_results_reach_the_prompt(world: World) -> None:
@@ -272,27 +337,100 @@ def calls_of(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return calls
 
 
+HUMAN = HumanResponseRenderer(cast(TextTokenizer, FakeTokenizer()))
+
+
+def told(says: str, size: int, layout: CallLayout | None = HUMAN.call_layout) -> list[Piece]:
+    """The pieces of an answer that comes `size` characters at a time."""
+    reader = CallReader(layout, HUMAN.parse_text)
+    pieces = [piece for i in range(0, len(says), size) for piece in reader.feed(says[i : i + size])]
+    return pieces + reader.finish()
+
+
+def content_of(pieces: list[Piece]) -> str:
+    return "".join(piece.text for piece in pieces if piece.call is None)
+
+
+def arguments_of(pieces: list[Piece]) -> list[tuple[str, str]]:
+    heads = [piece for piece in pieces if piece.name is not None]
+    assert [head.call for head in heads] == list(range(len(heads)))
+    return [(str(h.name), "".join(p.text for p in pieces if p.call == h.call)) for h in heads]
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
 @pytest.mark.parametrize("says", SAYINGS.values(), ids=SAYINGS)
-def test_text_is_shown_alike_however_it_is_cut(says: str, size: int) -> None:
-    from fakes import FakeTokenizer
+def test_an_answer_is_read_as_the_renderer_reads_it_however_it_is_cut(says: str, size: int) -> None:
+    pieces, message = told(says, size), HUMAN.parse_text(says)
+    assert content_of(pieces) == message.content
+    assert arguments_of(pieces) == [(call.name, call.arguments) for call in message.tool_calls]
+    ends = [piece.end for piece in pieces]
+    assert ends == sorted(ends)
+    assert not ends or ends[-1] <= len(says)
 
-    parse = HumanResponseRenderer(FakeTokenizer()).parse_text  # type: ignore[arg-type]
-    watch = CallWatch("### CALL:", parse)
-    shown = "".join(watch.feed(says[i : i + size]) for i in range(0, len(says), size))
-    rest, calls = watch.finish()
-    assert shown + rest == parse(says).content
-    assert calls == parse(says).tool_calls
-    assert "### CALL:" not in shown or "#### CALL:" in says
+
+TRICKY = [
+    '{"q": "a } in a string {"}',
+    '{"q": "\\""}',
+    '{"q": "\\\\"}',
+    '{"q": "\\\\\\"}{"}',
+    '{"q": {"r": [{}, {"s": "}"}]}, "t": "ü\\u00fc"}',
+    "{}",
+]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 1000])
+@pytest.mark.parametrize("arguments", TRICKY)
+@pytest.mark.parametrize("layout", [HUMAN.call_layout, HERMES], ids=["human_response", "hermes"])
+def test_arguments_come_letter_for_letter_and_end_where_they_end(layout: CallLayout, arguments: str, size: int) -> None:
+    calls = [f'{{"name": "{name}", "arguments": {arguments}}}' for name in ("look", "put")]
+    says = "Well.\n\n" + layout.before + layout.between.join(calls) + layout.after
+    pieces = told(says, size, layout)
+    assert arguments_of(pieces) == [("look", arguments), ("put", arguments)]
+    assert content_of(pieces) == "Well."
+
+
+def test_arguments_come_as_they_are_made() -> None:
+    pieces = [piece.text for piece in told(CALL, 1) if piece.call is not None]
+    assert pieces == ["", *'{"q": "tea"}']
+
+
+@pytest.mark.parametrize("layout", [HUMAN.call_layout, HERMES], ids=["human_response", "hermes"])
+@pytest.mark.parametrize("size", [1, 1000])
+def test_a_cut_answer_is_a_call_from_its_arguments_on_and_no_letter_is_told_twice(
+    layout: CallLayout, size: int
+) -> None:
+    head = layout.before + '{"name": "look", "arguments": '
+    block = head + '{"q": "tea"}}' + layout.between + '{"name": "put", "arguments": {"a": 1}}' + layout.after
+    for end in range(len(block) + 1):
+        pieces = told(block[:end], size, layout)
+        calls = arguments_of(pieces)
+        if end < len(head):
+            assert (content_of(pieces), calls) == (block[:end], [])
+        else:
+            assert content_of(pieces) == ""
+            assert calls[0] == ("look", block[len(head) : end][: len('{"q": "tea"}')])
+            assert len(calls) == 1 or calls[1][0] == "put"
+
+
+@pytest.mark.parametrize("layout", [HUMAN.call_layout, HERMES], ids=["human_response", "hermes"])
+@pytest.mark.parametrize("fill", [" ", "\n", "#", " \n#"])
+def test_what_may_stand_before_a_call_is_looked_at_once_however_long_it_is(layout: CallLayout, fill: str) -> None:
+    """A regular expression looked through it from every place in it: 12 s for 20,000 characters."""
+    says = "x" + fill * 100_000 + "y"
+    assert content_of(told(says, 1_000, layout)) == says
+    call = layout.before + '{"name": "look", "arguments": {}}' + layout.after
+    pieces = told(says + "\n\n" + call, 1_000, layout)
+    assert (content_of(pieces), arguments_of(pieces)) == (says, [("look", "{}")])
 
 
 def test_text_that_cannot_be_a_call_is_not_held_back() -> None:
-    watch = CallWatch("### CALL:", lambda text: Message("assistant", text))
-    assert watch.feed("Hello") == "Hello"
-    assert watch.feed(" there\n") == " there"
-    assert watch.feed("you") == "\nyou"
+    reader = CallReader(HUMAN.call_layout, lambda text: Message("assistant", text))
+    assert content_of(reader.feed("Hello")) == "Hello"
+    assert content_of(reader.feed(" there\n")) == " there"
+    assert content_of(reader.feed("you")) == "\nyou"
 
 
 def test_a_format_without_calls_holds_nothing_back() -> None:
-    watch = CallWatch("", lambda text: Message("assistant", text, tool_calls=(ToolCall("c", "f", "{}"),)))
-    assert watch.feed("### CALL:") == "### CALL:"
+    reader = CallReader(None, lambda text: Message("assistant", text, tool_calls=(ToolCall("c", "f", "{}"),)))
+    assert content_of(reader.feed("### CALL:")) == "### CALL:"
+    assert reader.finish() == []

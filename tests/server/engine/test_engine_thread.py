@@ -191,6 +191,30 @@ def test_a_lost_device_ends_the_engine_and_every_request_is_told() -> None:
             engine.preload(fake_adapter("b"))
 
 
+@pytest.mark.parametrize("method", ["load_slot", "slot_ready", "clear_slot"])
+def test_a_device_lost_while_an_adapter_is_loaded_ends_the_engine_and_marks_no_adapter(method: str) -> None:
+    runner = FakeRunner(num_slots=1)
+    with running(runner) as engine:
+        engine.submit(request(adapter=fake_adapter("first"))).complete_blocking()  # its slot is cleared for the next
+        runner.lost_in = method
+        with pytest.raises(EngineError, match=r"the engine has stopped.*illegal address"):
+            engine.submit(request(adapter=fake_adapter("a"))).complete_blocking()
+        while engine.is_healthy:
+            time.sleep(0.001)
+        assert isinstance(engine.error, DeviceLost)
+        assert [line.error for line in engine.core.residency.status()] == [None, None]
+
+
+def test_a_device_lost_in_a_preload_fails_the_preload() -> None:
+    runner = FakeRunner()
+    runner.lost_in = "load_slot"
+    with running(runner) as engine:
+        with pytest.raises(EngineError, match="illegal address"):
+            engine.preload(fake_adapter("a")).result()
+        while engine.is_healthy:
+            time.sleep(0.001)
+
+
 def test_steps_that_fail_again_and_again_end_the_engine() -> None:
     class Broken(FakeRunner):
         def run(self, batch: StepBatch) -> StepResult:

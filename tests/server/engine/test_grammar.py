@@ -1,9 +1,10 @@
 """Constrained decoding through the engine: masks before every token, one matcher a choice, errors to the request."""
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
-from fakes import EOS, FakeRunner, FakeTokenizer, ManualClock, ManualExecutor
+from fakes import EOS, FakeRunner, FakeTokenizer, ManualClock, ManualExecutor, OverlappingFakeRunner
 from onebase.errors import EngineError, InvalidInput
 from onebase_server.engine.engine import Engine
 from onebase_server.engine.handle import RequestHandle, gather_choices
@@ -14,6 +15,7 @@ class WordMatcher:
     """Accepts one word, or any of several that share a beginning."""
 
     heeds_stops = True
+    rules = True
 
     def __init__(self, words: list[bytes], said: bytes = b"") -> None:
         self.words = words
@@ -22,11 +24,10 @@ class WordMatcher:
     def fork(self) -> "WordMatcher":
         return WordMatcher(self.words, self.said)
 
-    def fill_mask(self, mask: NDArray[np.int32]) -> bool:
+    def fill_mask(self, mask: NDArray[np.int32]) -> None:
         mask[:] = 0
         for token in self._allowed():
             mask[token // 32] |= np.array(1 << token % 32, dtype=np.uint32).astype(np.int32)
-        return True
 
     def accept(self, token_id: int) -> None:
         if token_id not in self._allowed():
@@ -120,6 +121,52 @@ def test_a_request_cancelled_while_its_grammar_is_compiled_stays_ended() -> None
     bench.engine.core.step()
     assert [event.finish_reason for event in handle.take()] == [FinishReason.CANCELLED]
     assert not bench.engine.core.constrained.sequences
+
+
+class FailingMatcher(WordMatcher):
+    """Its second mask can't be made."""
+
+    def fork(self) -> "FailingMatcher":
+        return FailingMatcher(self.words, self.said)
+
+    def fill_mask(self, mask: NDArray[np.int32]) -> None:
+        if self.said:
+            raise EngineError("the grammar failed")
+        super().fill_mask(mask)
+
+
+@pytest.mark.parametrize("kind", [FakeRunner, OverlappingFakeRunner])
+def test_a_mask_that_cannot_be_made_ends_its_request_only(
+    kind: type[FakeRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = kind()
+    bench = Bench(runner)
+    handle = bench.ask("word")
+    other = bench.ask("other")
+    core = bench.engine.core
+    core.serve()
+    monkeypatch.setattr(WordBackend, "compile", lambda self, grammar, trigger: FailingMatcher([b"word"]))
+    bench.executor.run_one()
+    monkeypatch.undo()
+    assert bench.run(other) == ["other"]
+    assert isinstance(handle.take()[-1].error, EngineError)
+    assert not core.has_requests
+    assert core.scheduler.pages.num_held == 0
+    assert not runner.live_states
+
+
+def test_masks_are_filled_while_the_device_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = OverlappingFakeRunner()
+    bench = Bench(runner)
+    fill, filled = WordMatcher.fill_mask, []
+
+    def watch(self: WordMatcher, mask: NDArray[np.int32]) -> None:
+        filled.append(runner.in_flight)
+        fill(self, mask)
+
+    monkeypatch.setattr(WordMatcher, "fill_mask", watch)
+    assert bench.run(bench.ask("word")) == ["word"]
+    assert filled == [True] * 5, "four letters and the end"
 
 
 def test_a_token_outside_the_grammar_ends_its_request_only() -> None:

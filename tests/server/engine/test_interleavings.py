@@ -25,6 +25,7 @@ asks = st.fixed_dictionaries(
         "temperature": st.sampled_from([0.0, 1.0]),
         "seed": st.integers(0, 3),
         "stop": st.sampled_from([(), (), ("a",), ("\n", "ab"), ("x\n", "\t "), ("1", "2", "3", "4")]),
+        "owner": st.sampled_from([None, "ann", "bob"]),
         "patience_s": st.sampled_from([None, None, None, 0.3, 3.0]),
         "min_tokens": st.sampled_from([0, 0, 3]),
     }

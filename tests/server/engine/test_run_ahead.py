@@ -90,3 +90,31 @@ def test_it_does_not_go_on_from_a_step_that_lost_a_sequence() -> None:
     for _ in range(5):
         allowed = ahead.may_start(batch, True, taken)
     assert not allowed
+
+
+def test_a_new_sequence_under_an_ended_ones_number_is_not_taken_for_it() -> None:
+    """The number comes back at once, and with one page, one length and one token it would look the same."""
+    ahead = started([3, 4], 20, [7, 8])
+    ahead.release(3)
+    assert ahead.take(step([3, 4], 21, [7, 8])) is None
+    ahead = started([3, 4], 20, [7, 8])
+    ahead.release(3)
+    taken = ahead.take(step([4], 21, [8]))
+    assert taken is not None
+    assert taken.places is not None
+    assert taken.places.tolist() == [1]
+
+
+def test_nothing_of_ended_sequences_is_kept_when_all_have_ended() -> None:
+    ahead = started([3, 4], 20, [7, 8])
+    ahead.release(3)
+    assert ahead._started is not None
+    ahead.release(4)
+    assert ahead._started is None
+
+
+def test_steadiness_is_counted_anew_after_an_end() -> None:
+    ahead = RunAhead(PAGE, 512)
+    assert may_start_after(ahead, range(16, 20), [1, 2]) == [False, False, False, True]
+    ahead.release(2)
+    assert may_start_after(ahead, range(20, 24), [1, 2]) == [False, False, False, True]

@@ -8,7 +8,7 @@ from fakes import EOS, FakeRunner, fake_adapter
 from fakes_world import Asked, World
 from onebase.errors import ContextLengthExceeded, DeadlineExceeded, InvalidInput, Overloaded
 from onebase_server.engine.config import EngineConfig
-from onebase_server.engine.sequence import Sequence, resolve_seed
+from onebase_server.engine.sequence import Sequence, SequenceStatus, resolve_seed
 from onebase_server.engine.types import AdapterRef, FinishReason
 
 
@@ -75,6 +75,70 @@ def test_a_newcomer_does_not_wait_behind_a_hot_adapter_s_queue() -> None:
         world.tick()
     assert newcomer.handle.is_finished
     assert sum(one.handle.is_finished for one in crowd) < 10
+
+
+def places(world: World, count: int) -> list[str]:
+    """Whose requests get a place in the batch, one after the other, one at a time."""
+    owners: list[str] = []
+    while len(owners) < count:
+        world.core.serve()
+        waiting = list(world.core.scheduler.waiting)
+        world.tick()
+        owners += [s.group.request.owner or "" for s in waiting if s.status is not SequenceStatus.WAITING]
+    return owners
+
+
+def test_a_newcomer_s_request_does_not_wait_behind_another_owner_s_crowd_of_adapters() -> None:
+    bots = [fake_adapter(f"bot{index}") for index in range(3)]
+    world = make_world(max_batch_sequences=1)
+    warm(world, *bots)
+    for index in range(60):
+        world.ask([index], bots[index % 3], max_tokens=1, ignore_eos=True, owner="crowd")
+    assert places(world, 5) == ["crowd"] * 5
+    for index in range(3):
+        world.ask([index], bots[0], max_tokens=1, ignore_eos=True, owner="ann")
+    assert places(world, 6).count("ann") == 3, "they take turns"
+    world.settle()
+    world.check_end()
+
+
+def test_who_was_away_has_saved_up_no_turns() -> None:
+    world = make_world(max_batch_sequences=1)
+    for index in range(30):
+        world.ask([index], max_tokens=1, ignore_eos=True, owner="bob")
+        world.ask([index], max_tokens=1, ignore_eos=True, owner="cat")
+    places(world, 20)
+    for index in range(30):
+        world.ask([index], max_tokens=1, ignore_eos=True, owner="ann")
+    turns = places(world, 12)
+    assert all(turns.count(owner) == 4 for owner in ("ann", "bob", "cat")), turns
+
+
+def test_a_request_for_many_answers_takes_as_many_turns() -> None:
+    world = make_world(max_batch_sequences=4)
+    for index in range(6):
+        world.ask([index], n=4, max_tokens=1, ignore_eos=True, owner="crowd")
+        world.ask([index], n=4, max_tokens=1, ignore_eos=True, owner="crowd2")
+    world.tick()
+    small = [world.ask([index], max_tokens=1, ignore_eos=True, owner="ann") for index in range(8)]
+    for _ in range(6):
+        world.tick()
+    assert sum(one.handle.is_finished for one in small) >= 7
+    world.settle()
+    world.check_end()
+
+
+def test_owners_come_and_go_and_leave_nothing_in_the_queue() -> None:
+    world = make_world(max_batch_sequences=1)
+    world.checks_ticks = world.runner.keep_batches = False
+    waiting = world.core.scheduler.waiting
+    for index in range(600):
+        world.asked = [world.ask([1], max_tokens=1, owner=f"owner{index}") for _ in range(2)]
+        world.tick()
+        while len(waiting) > 2:
+            world.tick()
+        assert len(waiting) > 0, "or this says nothing"
+    assert len(waiting._lines) < 270
 
 
 def test_lower_priority_numbers_run_first() -> None:
@@ -294,6 +358,28 @@ def test_another_version_shares_nothing() -> None:
     world.check_end()
 
 
+@pytest.mark.parametrize("shares", [False, True])
+def test_what_one_owner_asked_is_cached_for_another_only_if_they_share(shares: bool) -> None:
+    world = make_world(EngineConfig(share_prefixes=shares), page_size=4)
+    cached = []
+    for owner in ("ann", "bob", "ann", None):
+        asked = world.ask(list(range(40)), max_tokens=1, owner=owner)
+        world.settle()
+        usage = asked.events[-1].usage
+        assert usage is not None
+        cached.append(usage.cached_tokens)
+    assert cached == ([0, 36, 36, 36] if shares else [0, 0, 36, 0])
+    world.check_end()
+
+
+def test_two_owners_who_ask_the_same_at_once_do_not_wait_for_each_other() -> None:
+    world = make_world(page_size=16, max_batch_tokens=64)
+    for owner in ("ann", "bob"):
+        world.ask(list(range(161)), max_tokens=1, owner=owner)
+    world.settle()
+    assert computed_tokens(world) == 2 * 161
+
+
 def test_a_prefix_that_several_ask_for_at_once_is_computed_once() -> None:
     world = make_world(page_size=16, max_batch_tokens=64)
     for index in range(8):
@@ -373,6 +459,23 @@ def test_a_full_queue_refuses_with_a_time_to_retry_and_takes_requests_again_late
     world.check_end()
 
 
+def test_who_fills_the_queue_shuts_out_only_himself() -> None:
+    world = make_world(EngineConfig(max_queued=32))
+    for index in range(32):
+        world.ask([index], owner="crowd")
+    with pytest.raises(Overloaded):
+        world.ask([1], owner="crowd")
+    world.ask([1], owner="ann")
+    with pytest.raises(Overloaded):
+        world.ask([1], owner="ann")
+    world.ask([1], owner="bob")
+    with pytest.raises(Overloaded):
+        world.ask([1], owner="cat")  # what was kept is taken
+    world.settle()
+    world.check_end()
+    assert world.engine._queued_of == {}
+
+
 def test_a_deadline_ends_waiting_and_running_requests_with_its_own_error() -> None:
     world = make_world(max_batch_sequences=1)
     running = world.ask([1], max_tokens=400, ignore_eos=True, deadline=world.clock.now + 1)
@@ -438,7 +541,7 @@ def test_a_queue_that_is_never_empty_forgets_the_adapters_that_are_through() -> 
             world.clock.now += 0.02
             world.tick()
         assert len(waiting) > 0, "or this says nothing"
-    assert len(waiting._next_tag) < 270
+    assert len(waiting._lines[None]._next_tag) < 270
 
 
 def test_a_request_that_has_ended_is_freed_without_the_garbage_collector() -> None:

@@ -132,9 +132,10 @@ async def test_a_sweep_removes_what_a_crash_left_and_spares_what_is_on_its_way(
     left, coming = files.begin(), files.begin()
     left.sync()
     (folder / "file-without-row").write_bytes(b"x")
+    (folder / "lost+found").mkdir()  # a file system's own, where the folder is its root
     clock.now = time.time()
-    for old in (left.part, folder / "file-without-row", folder / row.id):
+    for old in (left.part, folder / "file-without-row", folder / row.id, folder / "lost+found"):
         os.utime(old, (clock.now - 4000, clock.now - 4000))
     await files.sweep()
-    assert {path.name for path in folder.iterdir()} == {row.id, coming.part.name}
+    assert {path.name for path in folder.iterdir()} == {row.id, coming.part.name, "lost+found"}
     coming.discard()

@@ -1,8 +1,12 @@
 """A fine-tuning job from its file to a served version, over real processes that follow a script."""
 
+import asyncio
+import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from jobs_world import JobsWorld, jobs_world
 from onebase.errors import InvalidInput, Overloaded
@@ -102,6 +106,30 @@ async def test_a_job_whose_files_are_gone_fails_and_holds_nobody_up(tmp_path: Pa
         assert (job.state, job.error["code"]) == ("failed", "internal_error")
 
 
+async def test_a_job_has_its_files_also_when_the_answer_to_its_commit_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with jobs_world(tmp_path, start=False) as world:
+        add = world.ledger.add
+
+        async def lost(*given: Any) -> None:
+            await add(*given)
+            raise OperationalError("COMMIT", None, Exception("the connection was lost"))
+
+        def no_room(*_: Any) -> None:
+            raise OSError(errno.ENOSPC, "no space left")
+
+        monkeypatch.setattr(world.ledger, "add", lost)
+        with pytest.raises(OperationalError):
+            await world.fine_tune()
+        monkeypatch.setattr(world.files, "link", no_room)
+        with pytest.raises(OSError, match="no space left"):
+            await world.fine_tune()
+        [job] = (await world.jobs.list(None, kind=None, metadata=None, after=None, limit=10)).rows
+        assert list(world.home.runs.iterdir()) == [world.folder(job).path]
+        assert world.folder(job).training.stat().st_size > 0
+
+
 @pytest.mark.slow
 async def test_after_its_end_a_job_keeps_no_data_of_its_file_and_everything_else(world: JobsWorld) -> None:
     job = await world.ended(await world.fine_tune())
@@ -139,6 +167,19 @@ async def test_an_idempotency_key_makes_one_job(world: JobsWorld) -> None:
         await world.fine_tune(training_file=file.id, key="k", suffix="other")
 
 
+async def test_a_key_that_comes_again_finds_its_job_whatever_has_changed_and_two_at_once_make_one(
+    tmp_path: Path,
+) -> None:
+    async with jobs_world(tmp_path, start=False) as world:
+        file = await world.upload()
+        jobs = await asyncio.gather(*(world.fine_tune(training_file=file.id, key="k") for _ in range(4)))
+        assert len({job.id for job in jobs}) == 1
+        await world.files.delete(file.id, "ann")
+    async with jobs_world(tmp_path, start=False) as world:
+        assert (await world.fine_tune(training_file=file.id, key="k")).id == jobs[0].id
+        assert [path.name for path in world.home.runs.iterdir()] == [jobs[0].id]
+
+
 async def test_more_jobs_than_may_wait_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     async with jobs_world(tmp_path, start=False, waiting=2) as world:
         jobs = [await world.fine_tune(key=str(number)) for number in range(2)]
@@ -147,6 +188,17 @@ async def test_more_jobs_than_may_wait_are_refused_and_leave_nothing(tmp_path: P
         again = await world.fine_tune(training_file=jobs[0].training_file, key="0")
         assert again.id == jobs[0].id
         assert {path.name for path in world.home.runs.iterdir()} == {job.id for job in jobs}
+
+
+async def test_one_owner_can_not_fill_the_queue_nor_by_pausing(tmp_path: Path) -> None:
+    async with jobs_world(tmp_path, start=False, waiting_of_owner=2) as world:
+        first, _ = [await world.fine_tune(lines=10, suffix=str(number)) for number in range(2)]
+        await world.ledger.change(first.id, {"state": "paused"}, when=("validating_files",))
+        with pytest.raises(Overloaded, match="2 jobs of yours wait or are paused"):
+            await world.fine_tune()
+        assert await world.retrain(owner="bob", dataset=tmp_path)
+        await world.jobs.cancel(first.id, "ann")
+        assert await world.fine_tune()
 
 
 @pytest.mark.slow

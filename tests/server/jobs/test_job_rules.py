@@ -51,6 +51,7 @@ NOW = Measured("bot@1", 1.0, 0.9, 10)
         (Measured("bot@2", 0.5, 0.84, 10), False),
         (Measured("bot@2", 0.5, None, 10), True),
         (Measured("bot@2", float("nan"), 0.9, 10), False),
+        (Measured("bot@2", 0.5, float("nan"), 10), False),
     ],
     ids=str,
 )
@@ -64,6 +65,17 @@ def test_the_gate_holds_within_its_margins_only(candidate: Measured, passed: boo
 def test_a_first_version_has_nothing_to_be_worse_than_but_must_be_finite() -> None:
     assert judge(Gate(), Measured("bot@1", 9.0, 0.0, 10), None).passed
     assert not judge(Gate(), Measured("bot@1", float("inf"), 1.0, 10), None).passed
+
+
+def test_the_verdict_says_both_figures_and_a_current_version_without_any_holds_nobody_up() -> None:
+    reason = judge(Gate(), Measured("bot@2", 1.5, 0.5, 10), NOW).reason
+    assert "its response loss 1.5000 is more than 0.02 above the current version's 1.0000" in reason
+    assert "50% of its answers end by themselves, more than 5% below the current version's 90%" in reason
+    broken = Measured("bot@1", float("nan"), float("nan"), 10)
+    verdict = judge(Gate(), Measured("bot@2", 1.5, 0.5, 10), broken)
+    assert verdict.passed
+    json.dumps(verdict.report(), allow_nan=False)
+    assert verdict.report()["current"] == {"version": "bot@1", "loss": None, "stop_rate": None, "examples": 10}
 
 
 def test_measurements_are_read_by_version_and_broken_files_are_none(tmp_path: Path) -> None:
@@ -102,6 +114,25 @@ def test_the_result_table_has_the_last_word_on_each_step() -> None:
 @pytest.mark.parametrize("values", [{}, {"step": "3", "loss": "x", "version": 7, "error": "no", "eta_s": 1e999}])
 def test_a_status_of_wrong_types_is_as_good_as_none(values: dict[str, Any]) -> None:
     assert to_status(values) == to_status({})
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("/srv/home/runs/ftjob-1/training.jsonl line 3: no role", "training.jsonl line 3: no role"),
+        ("/srv/home/runs/ftjob-1/dataset/a.jsonl: empty", "dataset/a.jsonl: empty"),
+        ("No such file: '/home/me/models/base/config.json'", "No such file: 'config.json'"),
+        ("adapter at /srv/home/adapters/bot/versions/2 refused: rank 65", "adapter at 2 refused: rank 65"),
+        ("see https://example.org/a/b for ft:org/base:onebase::1 and/or org/base", None),
+        ("3/4 of /tmp is full", None),
+    ],
+)
+def test_what_is_shown_of_a_processs_words_names_no_folder(said: str, shown: str | None) -> None:
+    folder = RunFolder(Path("/srv/home/runs"), "ftjob-1")
+    assert folder.told(said) == (shown or said)
+    status = to_status({"message": said, "error": {"code": "x", "message": said}}, folder.told)
+    assert status.message == (shown or said)
+    assert status.error == {"code": "x", "message": shown or said}
 
 
 def test_the_lock_says_whether_a_run_is_alive(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 from jobs_world import FAST, JobsWorld, jobs_world
 from onebase.errors import InvalidInput, ModelNotFound
 from onebase_server.jobs.process import Silence, holders
-from onebase_server.jobs.run_life import RunTimes
 from onebase_server.jobs.supervisor import Supervisor
+from onebase_server.jobs.watch import RunTimes
 from onebase_server.records.jobs import JobRecords
 from onebase_server.records.tables import JobRow
 
@@ -67,6 +67,7 @@ async def test_a_trainer_that_always_crashes_fails_its_job_and_the_next_job_runs
     assert (job.state, job.error["code"], job.attempt) == ("failed", "trainer_died", FAST.max_losses)
     assert "killed by signal 9" in job.error["message"]
     assert "lower hyperparameters.tokens_at_once" in job.error["message"]
+    assert str(world.home.root) not in job.error["message"]
     world.script()
     assert (await world.ended(await world.fine_tune())).state == "succeeded"
 

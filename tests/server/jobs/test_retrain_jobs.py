@@ -1,9 +1,11 @@
 """Retraining: the next version takes over only if the gate holds, and stored chats become its data."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from jobs_world import LINE, JobsWorld, jobs_world
 from onebase.errors import AdapterInvalid, InvalidInput
@@ -31,6 +33,30 @@ async def test_each_retraining_is_the_adapters_next_version(world: JobsWorld, da
         job = await world.ended(await world.retrain(dataset=dataset))
         assert (job.state, job.version, current(world)) == ("succeeded", f"bot@{number}", f"bot@{number}")
     assert (await world.told(job))[-2].message == "New fine-tuned model created: bot@2"
+
+
+@pytest.mark.slow
+async def test_a_dataset_is_what_it_was_when_the_run_was_ordered(world: JobsWorld, dataset: Path) -> None:
+    before = dataset.read_bytes()
+    world.script(steps=3, every=1, ends=["crash early", "crash early", "succeed"], evaluate_s=1.0)
+    job = await world.retrain(dataset=dataset, gate=Gate())
+    job = await world.until(job, lambda row: row.attempt == 1)
+    dataset.write_text("another's work\n")
+    job = await world.until(job, lambda row: (row.message or "").startswith("evaluating"))
+    recipe = yaml.safe_load(world.folder(job).recipe.read_text())
+    assert [Path(path).read_bytes() for path in recipe["data"]["train"]] == [before]
+    assert (await world.ended(job)).state == "succeeded"
+    assert not world.folder(job).dataset.exists()
+
+
+async def test_a_dataset_that_can_not_be_read_fails_its_run_in_words(world: JobsWorld, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, words in (("gone.jsonl", "gone.jsonl can't be read"), ("empty", "the folder empty holds no .jsonl")):
+        job = await world.ended(await world.retrain(dataset=tmp_path / name))
+        assert job.error is not None
+        assert (job.state, job.error["code"], job.error["param"]) == ("failed", "invalid_dataset", "dataset")
+        assert job.error["message"].startswith(words)
+        assert str(tmp_path) not in job.error["message"]
 
 
 @pytest.mark.slow
@@ -71,6 +97,60 @@ async def test_a_job_cancelled_at_its_gate_takes_its_version_back(world: JobsWor
     entry = world.store.get("bot")
     assert entry is not None
     assert [version.id for version in entry.versions] == ["bot@1"]
+
+
+def served(world: JobsWorld) -> dict[int, float]:
+    entry = world.store.get("bot")
+    return dict(entry.weights) if entry is not None else {}
+
+
+def roll_back(world: JobsWorld) -> None:
+    world.store.rollback("bot", 1)
+
+
+def publish(world: JobsWorld) -> None:
+    world.store.set_current("bot", 2)
+
+
+def split(world: JobsWorld) -> None:
+    world.store.set_current("bot", {1: 0.9, 2: 0.1})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "by_hand"), [(2, roll_back), (1, publish), (1, split)], ids=["rollback", "publish", "canary"]
+)
+async def test_a_name_that_was_moved_by_hand_stays_where_it_was_put(
+    world: JobsWorld, dataset: Path, before: int, by_hand: Callable[[JobsWorld], None]
+) -> None:
+    for _ in range(2):
+        await world.ended(await world.retrain(dataset=dataset))
+    world.store.set_current("bot", before)
+    job = await world.retrain(dataset=dataset, served_before=served(world))
+    by_hand(world)
+    put = served(world)
+    job = await world.ended(job)
+    assert served(world) == put
+    assert job.error is not None
+    assert (job.state, job.error["code"], job.version) == ("failed", "name_moved", "bot@3")
+    assert "bot was moved by hand" in job.error["message"]
+    assert world.store.resolve("bot@3").version == 3, "it can still be published"
+
+
+@pytest.mark.slow
+async def test_a_name_that_the_adapters_other_runs_moved_moves_on_but_not_over_a_hand(
+    world: JobsWorld, dataset: Path
+) -> None:
+    await world.ended(await world.retrain(dataset=dataset, served_before={}))
+    second, third, fourth = [await world.retrain(dataset=dataset, served_before={1: 1.0}) for _ in range(3)]
+    fourth = await world.until(fourth, lambda row: row.state == "queued")
+    await world.jobs.pause(fourth.id, None)
+    assert [(await world.ended(job)).state for job in (second, third)] == ["succeeded", "succeeded"]
+    roll_back(world)  # to what was served when the fourth was ordered, and by a hand all the same
+    await world.jobs.resume(fourth.id, None)
+    fourth = await world.ended(fourth)
+    assert fourth.error is not None
+    assert (fourth.error["code"], served(world)) == ("name_moved", {1: 1.0})
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from jobs_world import LINE, TINY, JobsWorld, jobs_world
 from onebase.errors import InvalidInput, NotReady
 from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.orders import RetrainOrder
-from onebase_server.jobs.recipe import files_of
+from onebase_server.jobs.run_data import files_of
 from onebase_server.jobs.schedule_times import Timing
 from onebase_server.jobs.schedules import Scheduler
 from onebase_server.records.schedules import ScheduleRecords
@@ -218,5 +218,5 @@ def test_a_folder_is_the_data_files_that_it_holds_now(tmp_path: Path) -> None:
         (folder / name).write_text("{}\n")
     (tmp_path / "secret.jsonl").write_text("{}\n")
     (folder / "out.jsonl").symlink_to(tmp_path / "secret.jsonl")
-    assert files_of(folder) == [str(folder / "a.json"), str(folder / "b.jsonl")]
-    assert files_of(folder / "b.jsonl") == [str(folder / "b.jsonl")]
+    assert files_of(folder) == [folder / "a.json", folder / "b.jsonl"]
+    assert files_of(folder / "b.jsonl") == [folder / "b.jsonl"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,18 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DatabaseError, IntegrityError
 
 from onebase.errors import InvalidInput
+from onebase_server.api.errors import answer_for
+from onebase_server.api.keys import KeyOrder, new_key
 from onebase_server.records.chats import ChatRecords
 from onebase_server.records.database import Database
 from onebase_server.records.files import FileRecords
+from onebase_server.records.homes import claim, home_id
 from onebase_server.records.jobs import LOOKED_UP, JobRecords, NewCheckpoint, NewEvent
+from onebase_server.records.keys import KeyRecords
+from onebase_server.records.standing import standing_at
 from onebase_server.records.tables import Base, ChatRow, FeedbackRow, FileRow, JobRow
 
 pytestmark = pytest.mark.anyio
@@ -72,6 +78,19 @@ async def test_a_database_of_a_newer_onebase_is_refused_and_left_alone(tmp_path:
     await FileRecords(database).add(a_file(1))
     assert await FileRecords(database).ids() == {"file-1"}
     await database.close()
+
+
+async def test_a_database_belongs_to_one_home_folder(database: Database, tmp_path: Path) -> None:
+    roots = [tmp_path / name for name in ("first", "second")]
+    for root in roots:
+        (root / "locks").mkdir(parents=True)
+    for _ in range(2):
+        await claim(database, roots[0])
+    with pytest.raises(InvalidInput, match="belongs to another home folder") as caught:
+        await claim(database, roots[1])
+    shutil.copy(roots[0] / "home-id", roots[1] / "home-id")  # as the message says of a restored one
+    assert home_id(roots[0]) in caught.value.message
+    await claim(database, roots[1])
 
 
 async def test_a_database_of_another_kind_is_refused_by_name() -> None:
@@ -176,6 +195,15 @@ async def test_the_queue_goes_by_priority_and_then_by_age(database: Database) ->
     assert [job.id[-1] for job in await jobs.in_states(["queued"])] == ["1", "3", "0", "2", "4"]
 
 
+async def test_a_nul_in_an_id_is_the_callers_mistake_and_no_outage(database: Database) -> None:
+    """PostgreSQL has no NUL in text; SQLite finds nothing under such an id."""
+    try:
+        status = 200 if await ChatRecords(database).get("chat\x00", None) else 404
+    except DatabaseError as error:
+        status = answer_for(error, request_id="req_1").status
+    assert status == (404 if database._sqlite else 400)
+
+
 async def test_jobs_are_found_by_metadata_whatever_the_key(database: Database) -> None:
     keys = ["team", "we.ird", 'quo"te', "$", "ünï", "a' OR 1=1 --"]
     jobs = JobRecords(database)
@@ -243,3 +271,19 @@ async def test_an_error_of_the_database_does_not_tell_what_was_to_be_written(
     assert "could not be stored" in caplog.text
     assert "IntegrityError" in caplog.text
     assert secret not in caplog.text
+
+
+async def test_how_a_database_stands_is_asked_without_changing_it(database: Database, url: str) -> None:
+    standing = await asyncio.to_thread(standing_at, url)
+    assert (standing.is_current, standing.is_known, standing.has_keys, standing.damage) == (True, True, False, None)
+    row, _ = new_key(KeyOrder("ann"), 1)
+    await KeyRecords(database).add(row)
+    assert (await asyncio.to_thread(standing_at, url)).has_keys
+    async with database.write() as session:
+        await session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    try:
+        newer = await asyncio.to_thread(standing_at, url)
+    finally:
+        async with database.write() as session:
+            await session.execute(text("UPDATE alembic_version SET version_num = :was"), {"was": standing.revision})
+    assert (newer.revision, newer.is_known, newer.is_current) == ("9999", False, False)

@@ -1,0 +1,68 @@
+"""Deleting models: who may, what forbids it, and the files' end once the last request on them is over."""
+
+import threading
+from typing import Any
+
+from litestar import Request
+
+from onebase.errors import Conflict, EngineError, Forbidden, NotReady
+from onebase.store import AdapterStore, Version
+from onebase.store_read import is_alias
+from onebase_server.api.auth import check_admin_place
+from onebase_server.api.caller import LOCAL, caller_of
+from onebase_server.api.deps import AppDeps
+from onebase_server.api.models_lookup import to_ref
+from onebase_server.engine.engine import Engine
+from onebase_server.jobs.states import FINE_TUNING, UNFINISHED
+from onebase_server.records.overview import jobs_on
+
+
+async def check_may_delete(version: Version, request: Request[Any, Any, Any], deps: AppDeps) -> None:
+    """The key whose fine-tuning job made the adapter may, and an admin. Raises Forbidden."""
+    caller = caller_of(request)
+    if await deps.keys.maker_of(version.name, anew=True) == (FINE_TUNING, caller.owner):
+        return
+    if not caller.is_admin:
+        raise Forbidden(f"This key may not delete `{version.name}`: only the key whose job trained it, and an admin's.")
+    if caller is LOCAL:
+        check_admin_place(request)
+
+
+async def check_no_job(model: str, version: Version, deps: AppDeps) -> None:
+    """Raises Conflict while a job is to publish under the name that goes: it would come back, or the job fail."""
+    for job in await jobs_on(deps.durable.database, version.name, UNFINISHED):
+        if model in (version.name, job.fine_tuned_model) or job.version == version.id:
+            raise Conflict(f"The job {job.id} is to publish `{version.name}`: cancel it, or wait for its end.")
+
+
+def remove_when_unused(model: str, version: Version, engine: Engine, store: AdapterStore) -> None:
+    """Take the name away now, slots and files when the last request that holds them has ended. `version`: what `model`
+    means. Raises Conflict for a version that a name serves, unless it is an alias that is deleted."""
+    entry = None if is_alias(model) or "@" in model else store.get(model)
+    readable = {each.version: each for each in (entry.versions if entry else (version,))}
+    try:
+        withdrawn = store.withdraw(model, force=is_alias(model))
+    except Conflict as error:  # the store's own words tell of the command line's way
+        raise Conflict(
+            f"`{version.name}` serves {version.id}: serve another version first (roll back, or publish one), or delete "
+            f"`{version.name}` as a whole."
+        ) from error
+    for name, number in withdrawn:
+        if number in readable:
+            discard_after(readable[number], engine, store)
+        else:  # damaged: nobody can be reading it
+            store.discard(name, number)
+
+
+def discard_after(version: Version, engine: Engine, store: AdapterStore) -> None:
+    try:
+        unloaded = engine.unload(to_ref(version), forget=True)
+    except (EngineError, NotReady):  # it has died or is going down, and its memory with it
+        store.discard(version.name, version.version)
+        return
+
+    def discard(_: object) -> None:
+        # called on the engine's thread, which must not wait for a disk
+        threading.Thread(target=store.discard, args=(version.name, version.version), name="onebase-discard").start()
+
+    unloaded.add_done_callback(discard)
