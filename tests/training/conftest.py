@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,7 @@ from onebase.prompt import get_renderer
 from onebase.tokenizer import TextTokenizer
 from onebase_training.rows import Encoder
 from sample_tokenizers import sentencepiece_folder, smollm2_folder
+from tiny_base import recipe, sharegpt_file
 
 SLOW_FILE = "pytestmark = pytest.mark.slow"
 
@@ -51,3 +53,10 @@ def home(base_home: Home, tmp_path: Path) -> Home:
     copied = Home(tmp_path / "home")
     shutil.copytree(base_home.root, copied.root)
     return copied
+
+
+@pytest.fixture
+def content(tmp_path: Path) -> dict[str, Any]:
+    """A recipe of 40 steps. With dropout: its random stream must go on where it stopped."""
+    settings = {"epochs": 8, "save_every": 3, "eval_every": "never"}
+    return recipe(sharegpt_file(tmp_path / "data.jsonl"), train=settings, lora={"dropout": 0.1})

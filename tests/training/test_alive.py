@@ -14,9 +14,7 @@ from onebase.home import Home
 from onebase_training import beside, trainer
 from onebase_training.alive import while_working
 from onebase_training.config import make_recipe
-from onebase_training.dataset import load_dataset
 from onebase_training.evaluate import evaluate
-from onebase_training.rows import Encoder
 from onebase_training.status import StatusWriter
 from onebase_training.train import Run, carry_out
 from tiny_base import recipe, sharegpt_file
@@ -52,15 +50,6 @@ def test_a_sign_of_life_changes_nothing_but_the_time(tmp_path: Path, monkeypatch
     after = json.loads((tmp_path / "status").read_text())
     assert after.pop("updated_at") > before.pop("updated_at")
     assert after == before
-
-
-def test_reading_a_large_file_gives_a_sign_for_every_row(tmp_path: Path, encoder: Encoder) -> None:
-    signs: list[int] = []
-    file = sharegpt_file(tmp_path / "d.jsonl")
-
-    load_dataset(make_recipe(recipe(file)), encoder, 256, lambda: signs.append(1))
-
-    assert len(signs) == 24
 
 
 @pytest.fixture

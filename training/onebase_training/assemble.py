@@ -19,6 +19,7 @@ from onebase_training.config import Recipe
 from onebase_training.dataset import Dataset, load_dataset
 from onebase_training.fuse import fuse
 from onebase_training.fuse_layers import fuse_layers
+from onebase_training.held_out import eval_batches
 from onebase_training.loftq import start_from_rounding_error
 from onebase_training.objective import Objective
 from onebase_training.plan import Plan
@@ -26,7 +27,7 @@ from onebase_training.progress import RunCallback
 from onebase_training.recompute import Recompute
 from onebase_training.rows import Encoder
 from onebase_training.same_recipe import made_with
-from onebase_training.trainer import PlanTrainer, StepDataset, eval_batches
+from onebase_training.trainer import PlanTrainer, StepDataset
 
 
 def make_renderer(recipe: Recipe, spec: BaseSpec, tokenizer: TextTokenizer) -> PromptRenderer:

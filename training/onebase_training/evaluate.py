@@ -24,10 +24,10 @@ from onebase_training.config import Recipe
 from onebase_training.eval_checks import EXACT
 from onebase_training.eval_reports import Measurement
 from onebase_training.generate import greedy_answers
+from onebase_training.held_out import eval_batches, held_out_metrics
 from onebase_training.objective import Objective
 from onebase_training.rows import Row
 from onebase_training.status import StatusWriter
-from onebase_training.trainer import eval_batches, held_out_metrics
 
 _MISSES: Final = 3
 _MISS_CHARS: Final = 200

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from onebase.durable import replace_file
+from onebase.errors import OnebaseError
 
 logger = logging.getLogger(__name__)
 
@@ -117,3 +118,10 @@ def _not_the_end_of_the_run() -> Iterator[None]:
         yield
     except OSError as error:
         logger.warning("the run's status can't be written: %s", error)
+
+
+def error_content(error: BaseException) -> dict[str, str | None]:
+    """What ended a run, as `Status.error`."""
+    if isinstance(error, OnebaseError):
+        return {"code": error.code or "training_failed", "message": error.message, "param": error.param}
+    return {"code": "internal_error", "message": f"{type(error).__name__}: {error}", "param": None}

@@ -32,14 +32,15 @@ from onebase_training.assemble import (
 from onebase_training.beside import Beside
 from onebase_training.config import Recipe
 from onebase_training.dataset import Dataset
+from onebase_training.held_out import held_out_metrics
 from onebase_training.plan import make_plan
 from onebase_training.progress import RunCallback
 from onebase_training.publish import publish_adapter, write_checked
 from onebase_training.report import Metrics, describe, final_metrics, write_reports
 from onebase_training.smoke import check_speaks
-from onebase_training.status import StatusWriter
+from onebase_training.status import StatusWriter, error_content
 from onebase_training.stop import ServerGone, StopRequest
-from onebase_training.trainer import PlanTrainer, held_out_metrics
+from onebase_training.trainer import PlanTrainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def carry_out(run: Run) -> RunResult:
         with run.stop.installed(run.console), limits.told(run.recipe, run.run_dir):
             return _carry_out(run)
     except OnebaseError as error:
-        run.status.enter("failed", error.message, error=_error(error))
+        run.status.enter("failed", error.message, error=error_content(error))
         raise
     except ServerGone as error:
         run.status.progress(message=str(error))
@@ -100,7 +101,7 @@ def carry_out(run: Run) -> RunResult:
     except KeyboardInterrupt:
         return _cancelled(run, "stopped at once" if run.stop.asked else "stopped")
     except BaseException as error:
-        run.status.enter("failed", f"{type(error).__name__}: {error}", error=_error(error))
+        run.status.enter("failed", f"{type(error).__name__}: {error}", error=error_content(error))
         raise
 
 
@@ -244,9 +245,3 @@ def _say(run: Run, kind: str, notices: Any) -> None:
     for notice in notices:
         run.console.print(f"[yellow]{kind}[/]: {escape(notice)}")
         run.status.event("notice", {"message": notice})
-
-
-def _error(error: BaseException) -> dict[str, str | None]:
-    if isinstance(error, OnebaseError):
-        return {"code": error.code or "training_failed", "message": error.message, "param": error.param}
-    return {"code": "internal_error", "message": f"{type(error).__name__}: {error}", "param": None}

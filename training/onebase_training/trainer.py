@@ -21,6 +21,7 @@ from onebase.errors import TrainingError
 from onebase_training import checkpoint as ck
 from onebase_training.batches import MicroBatch, collate, token_weights
 from onebase_training.config import TrainConfig
+from onebase_training.held_out import held_out_metrics
 from onebase_training.objective import Objective
 from onebase_training.plan import Plan, micro_batches
 from onebase_training.rows import Row
@@ -233,40 +234,6 @@ def _no_pickles(files: str) -> Any:
         yield
     except pickle.UnpicklingError as error:
         raise TrainingError(f"{files} can't be loaded without running code from it, so it was not: {error}") from error
-
-
-def held_out_metrics(
-    objective: Objective,
-    batches: Sequence[MicroBatch],
-    device: torch.device,
-    prefix: str = "eval_",
-    stopped: Callable[[], bool] = lambda: False,
-) -> dict[str, float]:
-    """`loss`, `accuracy` and `tokens` over the learnt tokens of all batches; nothing once `stopped()`."""
-    was_training = objective.training
-    objective.eval()
-    nll = correct = 0.0
-    tokens = 0
-    with torch.no_grad():
-        for batch in batches:
-            if stopped():
-                objective.train(was_training)
-                return {}
-            losses = objective(batch.to(device))
-            nll += losses.nll_sum.item()
-            correct += losses.correct.item()
-            tokens += len(batch.targets)
-    objective.train(was_training)
-    return {
-        f"{prefix}loss": nll / max(1, tokens),
-        f"{prefix}accuracy": correct / max(1, tokens),
-        f"{prefix}tokens": float(tokens),
-    }
-
-
-def eval_batches(rows: Sequence[Row], *, tokens_at_once: int, pad_id: int) -> list[MicroBatch]:
-    groups = micro_batches(rows, tokens_at_once, packing=True)
-    return [collate([rows[i] for i in g], [0.0] * len(g), packing=True, pad_id=pad_id) for g in groups]
 
 
 def _only(items: list[list[MicroBatch]]) -> list[MicroBatch]:
