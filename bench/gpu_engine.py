@@ -2,7 +2,7 @@
 
 Random weights in NF4 (speed does not depend on their values), every token with its own position, pages and adapter;
 greedy choice on the device; median over graph replays. Run with PYTHONPATH=core:server:tests:bench.
-`--profile`: by kernel; `--prefill`, `--lora-prefetch`: only those.
+`--profile`: by kernel; `--prefill`: only that.
 """
 
 import json
@@ -169,32 +169,8 @@ def prefill(model: ModelWeights, kernels: CudaKernels, cache: KVCache, pools: li
     return ours
 
 
-def compare_prefetch(forward: CudaForward) -> None:
-    """Steps of 32 and 64 tokens with one and 32 adapters, their rows brought into L2 a layer ahead or not, in turn."""
-    qkv = frozenset({"qkv"})
-    for batch in (32, 64):
-        for round_ in range(3):
-            for prefetches in (False, True):
-                forward.prefetches_lora = prefetches
-                one, many = (
-                    time_step(forward, decode_meta(batch, adapters, 8, 16, OPENLLAMA), qkv, False)
-                    for adapters in (1, 32)
-                )
-                line = {
-                    **machine(),
-                    "what": "decode step, CUDA graph: adapters prefetched into L2, or not",
-                    "prefetches": prefetches,
-                    "round": round_,
-                    "batch": batch,
-                    "ms_1_adapter": round(one, 3),
-                    "ms_32_adapters": round(many, 3),
-                    "32_over_1": round(one / many, 4),
-                }
-                print(json.dumps(line), flush=True)
-
-
 @torch.inference_mode()
-def main(profile: bool, only_prefill: bool, only_prefetch: bool) -> None:
+def main(profile: bool, only_prefill: bool) -> None:
     kernels = CudaKernels()
     model = random_model(OPENLLAMA, kernels)
     page = 16
@@ -203,9 +179,7 @@ def main(profile: bool, only_prefill: bool, only_prefetch: bool) -> None:
     for pool in (*slots.a.values(), *slots.b.values()):
         pool.normal_(std=0.02)
     forward = prefill(model, kernels, cache, [slots.layer(i) for i in range(OPENLLAMA.layers)])
-    if only_prefetch:
-        compare_prefetch(forward)
-    if only_prefill or only_prefetch:
+    if only_prefill:
         return
     qkv, everything = frozenset({"qkv"}), frozenset(model.layers[0].projections)
     base: dict[int, float] = {}
@@ -235,4 +209,4 @@ def main(profile: bool, only_prefill: bool, only_prefetch: bool) -> None:
 
 
 if __name__ == "__main__":
-    main("--profile" in sys.argv, "--prefill" in sys.argv, "--lora-prefetch" in sys.argv)
+    main("--profile" in sys.argv, "--prefill" in sys.argv)

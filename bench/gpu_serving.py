@@ -18,7 +18,6 @@ from gpu_setup import machine, read_tbps
 
 from cuda_models import random_model
 from onebase_server.device_budget import Needs, plan_memory
-from onebase_server.engine.cuda_forward import CudaForward
 from onebase_server.engine.engine import Engine
 from onebase_server.engine.host_adapter import TorchHostAdapter
 from onebase_server.engine.runner_cuda import CudaRunner
@@ -134,7 +133,6 @@ def main(batches: list[int], temperature: float, sampled: list[int], setups: lis
         "slots": config.num_slots,
         "max_rank": config.max_lora_rank,
         "kv_tokens": config.num_pages * config.page_size,
-        "lora_prefetch": CudaForward.prefetches_lora,
     }
     start = {
         "what": "start",
@@ -190,7 +188,5 @@ if __name__ == "__main__":
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--sampled", nargs="*", type=int, default=[1, 32, 128], help="batches at that temperature")
     parser.add_argument("--setups", nargs="*", default=list(SETUPS), choices=list(SETUPS))
-    parser.add_argument("--lora-prefetch", action="store_true", help="bring adapters into L2 a layer ahead (a trial)")
     options = parser.parse_args()
-    CudaForward.prefetches_lora = options.lora_prefetch
     main(options.batches, options.temperature, options.sampled, options.setups)

@@ -18,7 +18,6 @@ $NF4::test_swiglu_in_the_epilogue_equals_fp64[64-1]
 $NF4::test_swiglu_in_the_epilogue_equals_fp64[64-40]
 $LORA::test_equals_fp64_for_mixed_adapters[576-offsets1-7]
 $LORA::test_equals_fp64_for_mixed_adapters[576-offsets1-150]
-$LORA::test_a_prefetch_of_mixed_adapters_changes_nothing
 $STEP::test_norms_equal_the_twin[576]
 $STEP::test_the_fused_decode_step_equals_its_parts[9-3-64]
 $STEP::test_rope_and_kv_write_equal_the_twin[9-3-64]

@@ -2,6 +2,9 @@
 
     python bench/train_while_serving.py [--seconds 20] [--policy serve-first 0.7 ...] [--device cpu] [--note ...]
 
+Answers are 32 to 96 tokens long, so that the streams do not run in step: else the p99 of the server alone is
+that of steps in which nobody begins, and any disturbance that parts the streams looks like a slow-down.
+
 Trains alone; serves alone (16 streams, then a third of the request rate that they reached); then both at once, in the
 same three loads (idle, 16 streams, a third), for each policy. Appends one JSON line a policy to --out. The job is
 started as the server starts its own: same command, same priority. About six times --seconds on two CPU cores, and four
@@ -104,6 +107,7 @@ class Bench:
             rate=rate,
             prompt_tokens=64,
             output_tokens=64,
+            output_spread=0.5,
         )
         target = Target(f"{url}/v1", extra_body={"ignore_eos": True})
         results, wall_s = asyncio.run(drive(target, workload))
@@ -252,6 +256,7 @@ def main() -> None:
         "trainer_env": options.trainer_env,
         "seconds": options.seconds,
         "warm_steps": options.warm_steps,
+        "output_spread": 0.5,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="onebase-bench-") as scratch:

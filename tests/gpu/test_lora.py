@@ -52,28 +52,3 @@ def test_equals_fp64_for_mixed_adapters(kernels, tokens: int, k: int, offsets: t
         kernels.lora_add_(y, x, pool, _meta(starts, ranks, 1 if tokens <= 128 else tokens, 100))
         assert relative_error(y, expected) < 3e-3
         assert torch.equal(y[ranks == 0], before[ranks == 0])
-
-
-def test_a_prefetch_of_mixed_adapters_changes_nothing(kernels) -> None:
-    import torch
-
-    from onebase_server.kernels.ops import LoraPool
-
-    rows, k, offsets = 200, 4096, (0, 4096, 8192, 12288)
-    pool = LoraPool(
-        torch.randn(3, rows, k, device="cuda", dtype=torch.bfloat16) * 0.02,
-        torch.randn(rows, offsets[-1], device="cuda", dtype=torch.bfloat16) * 0.02,
-        offsets,
-    )
-    adapters = torch.tensor([[0, 0], [0, 8], [8, 1], [9, 64], [100, 100]], device="cuda", dtype=torch.int32)
-    pick = torch.randint(0, len(adapters), (40,), device="cuda")
-    meta = _meta(adapters[pick, 0].contiguous(), adapters[pick, 1].contiguous(), 1, 100)
-    x = torch.randn(40, k, device="cuda", dtype=torch.bfloat16)
-    outputs = []
-    for prefetches in (False, True):
-        y = torch.zeros(40, offsets[-1], device="cuda", dtype=torch.bfloat16)
-        if prefetches:
-            kernels.lora_prefetch(pool, meta)
-        kernels.lora_add_(y, x, pool, meta)
-        outputs.append(y)
-    assert torch.equal(*outputs)

@@ -80,30 +80,6 @@ def test_replays_follow_changes_of_batch_pages_and_adapters(runners, kept: int, 
     assert len(ours._graphs._lora) == kept or 2 < len(ours._graphs._lora) < kept
 
 
-def test_adapters_prefetched_a_layer_ahead_give_the_same_bits(runners, monkeypatch) -> None:
-    import torch
-
-    from onebase.lru import Lru
-
-    ours, _ = runners
-    ours.clear_slot(0)
-    ours.load_slot(0, _adapter(ours, 8, 1))
-    torch.cuda.synchronize()
-    assert ours.slot_ready(0)
-    seen = []
-    for prefetches in (False, True):
-        monkeypatch.setattr(ours.forward, "prefetches_lora", prefetches, raising=False)
-        monkeypatch.setattr(ours._graphs, "_lora", Lru(8))  # captured anew
-        live = [Sequence(i, [(i * 37 + j) % 768 for j in range(20)], i % 2 - 1) for i in range(12)]
-        free = list(range(600))
-        for _ in range(6):
-            for s, token in zip(live, ours.run(make_batch(live, free)).token_ids.tolist(), strict=True):
-                s.ids.append(token)
-        seen.append([s.ids for s in live])
-    ours.clear_slot(0)
-    assert seen[0] == seen[1]
-
-
 def test_the_same_step_gives_the_same_bits_whatever_was_replayed_between(runners) -> None:
     ours, _ = runners
     free = list(range(600))

@@ -102,3 +102,18 @@ def test_the_plot_is_a_png(url: str, tmp_path: Path) -> None:
     results, _ = asyncio.run(drive(Target(url), Workload(models=("a",), requests=2, concurrency=1)))
     plot(results, tmp_path / "plot.png", "title")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_answers_differ_in_length_by_the_spread_and_nothing_else_changes() -> None:
+    even, spread = (
+        list(plan(Workload(("a",), requests=200, concurrency=4, output_tokens=64, output_spread=each)))
+        for each in (0.0, 0.5)
+    )
+    assert {request.output_tokens for request in even} == {64}
+    lengths = [request.output_tokens for request in spread]
+    assert min(lengths) in range(32, 40)
+    assert max(lengths) in range(89, 97)
+    assert len(set(lengths)) > 40
+    assert [request.prompt for request in even] == [request.prompt for request in spread]
+    with pytest.raises(InvalidInput, match="spread"):
+        Workload(("a",), output_spread=1.0)

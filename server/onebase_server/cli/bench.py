@@ -26,6 +26,9 @@ def bench(
     rate: Annotated[float | None, typer.Option(min=0.001, help="Open loop: Poisson arrivals a second.")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     output_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    output_spread: Annotated[
+        float, typer.Option(min=0, max=0.99, help="Answers differ in length by up to this share; 0: streams in step.")
+    ] = 0.0,
     shared_prefix_tokens: Annotated[int, typer.Option(min=0, help="Same first tokens in all prompts.")] = 0,
     zipf: Annotated[float, typer.Option(min=0, help="Popularity of the models; 0: in turn.")] = 0.0,
     extra: Annotated[str, typer.Option(help="JSON fields added to each request.")] = '{"ignore_eos": true}',
@@ -43,6 +46,7 @@ def bench(
         rate=rate,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
+        output_spread=output_spread,
         shared_prefix_tokens=shared_prefix_tokens,
         zipf=zipf,
     )

@@ -27,16 +27,8 @@ def covers(weights: ModelWeights, cache: KVCache, pools: list[Pools]) -> bool:
     return is_hopper() and plain and sizes and tiled and power_of_two and all(map(fits_lora, pools[0].values()))
 
 
-def _reads_many(meta: StepMeta, active: frozenset[str]) -> bool:
-    """A decode step of so many tokens that its adapters' rows may weigh."""
-    return meta.has_lora and "qkv" in active and meta.max_query == 1 and len(meta.lora_ranks) > 8
-
-
 class CudaForward(ModelForward):
     """Takes over the weights: gate_up is folded in place, so only this forward may use them afterwards."""
-
-    prefetches_lora = False
-    """Bring the next layer's adapters into L2 while `down` multiplies. A trial: bench/gpu_engine.py times both ways."""
 
     def __init__(self, weights: ModelWeights, kernels: CudaKernels, cache: KVCache, pools: list[Pools]) -> None:
         super().__init__(weights, kernels, cache, pools)
@@ -60,8 +52,6 @@ class CudaForward(ModelForward):
             attended = self._attend(qkv, index, meta)
             o = self._project("o", attended, index, layer, meta, active)
             inner, residual = self._gate_up(o, total, index, layer, meta, active)
-            if self.prefetches_lora and index + 1 < len(w.layers) and _reads_many(meta, active):
-                self.cuda.lora_prefetch(self.lora[index + 1]["qkv"], meta)
             x = self._project("down", inner, index, layer, meta, active)
         if residual is None:
             return self.cuda.rms_norm(x, w.norm, eps)

@@ -105,13 +105,6 @@ class CudaKernels:
             arguments.append(tokens)
             self._lora.function("lora_expand_tiles").launch(grid, 128, [*arguments, *sizes])
 
-    def lora_prefetch(self, pool: LoraPool, meta: StepMeta) -> None:
-        """Begin to bring what the step's adapters hold in `pool` into the L2 cache (Hopper; else nothing)."""
-        slices, rows, k = pool.a.shape
-        tensors = (pool.a, pool.b, meta.lora_starts, meta.lora_ranks)
-        arguments = [*map(pointer, tensors), slices, rows, k, pool.b.shape[1]]
-        self._lora.function("lora_prefetch").launch((len(meta.lora_ranks), slices + 1, 1), 32, arguments)
-
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if not _vectorised(x):
             return self._twin.rms_norm(x, weight, eps)

@@ -51,7 +51,7 @@ async def drive(
         async def one(request: PlannedRequest) -> Measured:
             await asyncio.sleep(max(0.0, request.at_s - (time.perf_counter() - start)))
             async with gate:
-                measured = await measure(client, target, workload, request, time.perf_counter() - start)
+                measured = await measure(client, target, request, time.perf_counter() - start)
             on_done(measured)
             return measured
 
@@ -59,14 +59,12 @@ async def drive(
         return list(results), time.perf_counter() - start
 
 
-async def measure(
-    client: httpx.AsyncClient, target: Target, workload: Workload, request: PlannedRequest, started_s: float
-) -> Measured:
+async def measure(client: httpx.AsyncClient, target: Target, request: PlannedRequest, started_s: float) -> Measured:
     measured = Measured(request.model, started_s)
     body = {
         "model": request.model,
         "messages": [{"role": "user", "content": request.prompt}],
-        "max_tokens": workload.output_tokens,
+        "max_tokens": request.output_tokens,
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},

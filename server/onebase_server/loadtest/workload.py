@@ -25,6 +25,9 @@ class Workload:
     """Open loop: Poisson arrivals a second."""
     prompt_tokens: int = 128
     output_tokens: int = 128
+    output_spread: float = 0.0
+    """Answers are evenly spread between (1 - this) and (1 + this) times `output_tokens`. At 0 the streams of a closed
+    loop run in step: they all begin anew together, and no prompt is read while another stream speaks."""
     shared_prefix_tokens: int = 0
     """The first so many prompt tokens are the same in all requests (a prefix cache's case)."""
     zipf: float = 0.0
@@ -36,6 +39,8 @@ class Workload:
             raise InvalidInput("name at least one model", param="models")
         if (self.concurrency is None) == (self.rate is None):
             raise InvalidInput("give either a concurrency (closed loop) or a rate (open loop)", param="concurrency")
+        if not 0 <= self.output_spread < 1:
+            raise InvalidInput("the spread of answers is from 0 to below 1", param="output_spread")
         if self.shared_prefix_tokens > self.prompt_tokens:
             raise InvalidInput("the shared prefix is longer than the prompt", param="shared_prefix_tokens")
 
@@ -46,11 +51,12 @@ class PlannedRequest:
     prompt: str
     at_s: float
     """Seconds after the start (open loop); 0 in a closed loop."""
+    output_tokens: int
 
 
 def plan(workload: Workload) -> Iterator[PlannedRequest]:
     """The same requests in the same order for the same workload, whatever server answers them."""
-    rng = random.Random(workload.seed)
+    rng, lengths = random.Random(workload.seed), random.Random(workload.seed + 2)
     prefix = words(random.Random(workload.seed + 1), workload.shared_prefix_tokens)
     models = popularity(workload, rng)
     at = 0.0
@@ -58,7 +64,12 @@ def plan(workload: Workload) -> Iterator[PlannedRequest]:
         if workload.rate is not None:
             at += rng.expovariate(workload.rate)
         own = words(rng, workload.prompt_tokens - workload.shared_prefix_tokens)
-        yield PlannedRequest(next(models), f"{prefix} {own}".strip(), at)
+        yield PlannedRequest(next(models), f"{prefix} {own}".strip(), at, output_tokens(workload, lengths))
+
+
+def output_tokens(workload: Workload, rng: random.Random) -> int:
+    spread = workload.output_spread
+    return max(1, round(workload.output_tokens * rng.uniform(1 - spread, 1 + spread)))
 
 
 def words(rng: random.Random, count: int) -> str:

@@ -99,26 +99,6 @@ extern "C" __global__ void __launch_bounds__(128)
   *to = pack8(sum);
 }
 
-// Ahead of a matmul that leaves memory idle: the rows that a later shrink and expand will read, on their way into L2. grid (T,
-// slices + 1), 32 threads; a CTA of the last y is for b. An adapter's rows are contiguous, and its first token asks for them.
-extern "C" __global__ void __launch_bounds__(32)
-    lora_prefetch(const u16* a, const u16* b, const int* __restrict__ starts, const int* __restrict__ ranks, int slices, int R,
-                  int K, int N) {
-  launch_dependents();
-  const int token = blockIdx.x, slice = blockIdx.y, start = starts[token], rank = ranks[token];
-#if __CUDA_ARCH__ >= 900
-  bool is_asked = rank == 0;
-  for (int i = threadIdx.x; i < token; i += 32) is_asked |= ranks[i] > 0 && starts[i] == start;
-  if (!__any_sync(0xffffffffu, is_asked)) {
-    const u16* from = slice == slices ? b + (u64)start * N : a + ((u64)slice * R + start) * K;
-    const u32 bytes = (u32)rank * (slice == slices ? N : K) * 2, piece = 4096;
-    for (u32 at = threadIdx.x * piece; at < bytes; at += 32 * piece)
-      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"((const char*)from + at), "r"(min(piece, bytes - at)) : "memory");
-  }
-#endif
-  wait_for_previous();
-}
-
 // The tile's adapters: starts, ranks and, for each token, whether it is the first of its adapter.
 struct TileAdapters { int start[16], rank[16], first[16]; };
 
