@@ -27,8 +27,10 @@ POOLS = 16
 """Threads and file handles by which pools may still grow after the warm-up: they have bounds, a leak has none."""
 KEPT = 20
 """Newest versions of the adapter that is trained anew: older ones are deleted, as who retrains all day would."""
-TASKS = 4
+TASKS = 8
 """More than at the start, when nobody asks for anything: a run that is still training has some of its own."""
+RETRAINED = "soak"
+"""The adapter that is trained anew, and asked as the others are. No hand moves its name: a run gives way to one."""
 WARM_UP = 0.25
 """Of the time: what is allocated until then counts as standing."""
 LINE = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
@@ -131,22 +133,24 @@ class Soak:
     async def retrain(self) -> None:
         """Runs one after the other beside everything else, if a dataset was named."""
         while self.dataset is not None and time.monotonic() < self.until:
-            name = next(iter(self.adapters))
-            body = {"adapter": name, "dataset": self.dataset, "hyperparameters": {"max_steps": 5}}
+            body = {"adapter": RETRAINED, "dataset": self.dataset, "hyperparameters": {"max_steps": 5}}
             run = (await self.call("POST", "/admin/retrain", json=body)).json()
             while time.monotonic() < self.until and run.get("state") not in ("succeeded", "failed", "cancelled"):
                 await asyncio.sleep(1)
                 run = (await self.call("GET", f"/admin/retrain/{run['id']}")).json()
             self.done[f"retrain {run.get('state')}"] += 1
-            await self.delete_old(name)
+            if run.get("state") == "succeeded":
+                if RETRAINED not in self.models:
+                    self.models.append(RETRAINED)
+                await self.delete_old(RETRAINED)
 
     async def delete_old(self, name: str) -> None:
-        """What was trained here, and only that; not what another client is having served just now."""
+        """What was trained here; not what is served just now."""
         card = (await self.call("GET", f"/admin/adapters/{name}")).json()
         numbers = [version["version"] for version in card["versions"]]
         served = {each["version"] for each in card["serving"]}
         for number in numbers[:-KEPT]:
-            if number not in self.adapters[name] and number not in served:
+            if number not in served:
                 await self.call("DELETE", f"/v1/models/{name}@{number}")
                 self.done["delete"] += 1
 
