@@ -11,7 +11,8 @@ from typing import Any
 
 from litestar import Request
 
-from onebase.errors import InvalidInput, OnebaseError, Overloaded
+from onebase.errors import InvalidInput, ModelNotFound, OnebaseError, Overloaded
+from onebase.store_hold import Hold
 from onebase_server.api.backend import Backend
 from onebase_server.api.caller import Caller, caller_of
 from onebase_server.api.deps import AppDeps
@@ -33,7 +34,8 @@ def submit_all(
     request: Request[Any, Any, Any], deps: AppDeps, backend: Backend, wanted: Sequence[GenerationRequest]
 ) -> list["Generation"]:
     """Queue all prompts of one call for its caller, or none. Raises RateLimited for the key's own limits, InvalidInput
-    for more than it may ever have at a time, and what `Engine.submit` does."""
+    for more than it may ever have at a time, ModelNotFound for a version that was removed since it was looked up, and
+    what `Engine.submit` does."""
     caller = caller_of(request)
     limit_s = deps.settings.max_request_s
     deadline = time.monotonic() + limit_s if limit_s else None
@@ -47,8 +49,14 @@ def submit_all(
         deps.limiter.begin(caller, sequences_of(wanted), prompt_tokens_of(wanted))
         try:
             for each in wanted:
-                handle = backend.engine.submit(each)
-                started.append(Generation(handle, caller, deps, names))
+                hold = hold_files(each)
+                try:
+                    handle = backend.engine.submit(each)
+                except BaseException:
+                    if hold is not None:
+                        hold.close()
+                    raise
+                started.append(Generation(handle, caller, deps, names, hold))
         except BaseException:
             left = wanted[len(started) :]
             deps.limiter.end(caller, sequences_of(left), unused=prompt_tokens_of(left))
@@ -60,6 +68,16 @@ def submit_all(
         deps.metrics.refused.labels(reason).inc()
         raise
     return started
+
+
+def hold_files(wanted: GenerationRequest) -> Hold | None:
+    """Whoever removes the version from here on, in whatever process, leaves its files until the generation ends."""
+    if wanted.adapter is None:
+        return None
+    try:
+        return Hold(wanted.adapter.path)
+    except FileNotFoundError as error:
+        raise ModelNotFound(wanted.adapter.id) from error
 
 
 def sequences_of(wanted: Sequence[GenerationRequest]) -> int:
@@ -120,8 +138,11 @@ class Tally:
 class Generation:
     """A `Handle` that measures the engine's. However it is left, it closes once."""
 
-    def __init__(self, handle: RequestHandle, caller: Caller, deps: AppDeps, names: Names) -> None:
+    def __init__(
+        self, handle: RequestHandle, caller: Caller, deps: AppDeps, names: Names, hold: Hold | None = None
+    ) -> None:
         self._handle = handle
+        self._hold = hold
         self._caller = caller
         self._deps = deps
         self._names = names
@@ -168,6 +189,8 @@ class Generation:
         if self._is_closed:
             return
         self._is_closed = True
+        if self._hold is not None:
+            self._hold.close()
         tally, request = self._tally, self._handle.request
         if len(tally.ends) < request.n:
             tally.ends.append(FinishReason.CANCELLED)
