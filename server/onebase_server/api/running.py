@@ -11,8 +11,9 @@ from typing import Any
 
 from litestar import Request
 
-from onebase.errors import InvalidInput, ModelNotFound, OnebaseError, Overloaded
+from onebase.errors import ModelNotFound, OnebaseError, Overloaded
 from onebase.store_hold import Hold
+from onebase_server.api.at_once import check_at_once, check_parallel, prompt_tokens_of, sequences_of
 from onebase_server.api.backend import Backend
 from onebase_server.api.caller import Caller, caller_of
 from onebase_server.api.deps import AppDeps
@@ -45,6 +46,7 @@ def submit_all(
         names = Names(
             request_id_of(request.scope), client_request_id(request.headers), request.headers.get("traceparent")
         )
+        check_at_once(wanted, backend.engine.max_at_once)
         check_parallel(caller, wanted)
         deps.limiter.begin(caller, sequences_of(wanted), prompt_tokens_of(wanted))
         try:
@@ -78,27 +80,6 @@ def hold_files(wanted: GenerationRequest) -> Hold | None:
         return Hold(wanted.adapter.path)
     except FileNotFoundError as error:
         raise ModelNotFound(wanted.adapter.id) from error
-
-
-def sequences_of(wanted: Sequence[GenerationRequest]) -> int:
-    return sum(each.n for each in wanted)
-
-
-def prompt_tokens_of(wanted: Sequence[GenerationRequest]) -> int:
-    """Each prompt counts once, however many choices it has."""
-    return sum(len(each.prompt_ids) for each in wanted)
-
-
-def check_parallel(caller: Caller, wanted: Sequence[GenerationRequest]) -> None:
-    """A request for more than the key may ever have is helped by no waiting: no 429, which clients retry."""
-    limit, sequences = caller.limits.parallel, sequences_of(wanted)
-    if limit is not None and sequences > limit:
-        raise InvalidInput(
-            f"This request asks for {sequences} sequences and this key may have {limit} at a time: ask for fewer "
-            "choices ('n', 'best_of') or send fewer prompts in one request.",
-            param="prompt" if len(wanted) > 1 else "n",
-            code="parallel_limit_exceeded",
-        )
 
 
 @dataclass(frozen=True, slots=True)

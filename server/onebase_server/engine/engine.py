@@ -144,6 +144,11 @@ class Engine:
         return self.core.residency.place_of(digest)
 
     @property
+    def max_at_once(self) -> int:
+        """Sequences that may enter the queue together: it takes no more even when it is empty."""
+        return self.config.max_queued + -(-self.config.max_queued // KEPT_FOR_OTHERS)
+
+    @property
     def is_healthy(self) -> bool:
         """False once the engine thread has died: the process should be restarted."""
         return self._error is None
@@ -231,9 +236,7 @@ class Engine:
         self._inbox.put(commands.Cancel(handle))
 
     def _check_room(self, request: GenerationRequest) -> None:
-        most = self.config.max_queued
-        if request.owner not in self._queued_of:
-            most += -(-most // KEPT_FOR_OTHERS)
+        most = self.config.max_queued if request.owner in self._queued_of else self.max_at_once
         if self._num_queued + request.n > most:
             raise Overloaded(
                 f"{self._num_queued} requests are waiting, and this server queues {self.config.max_queued}.",
