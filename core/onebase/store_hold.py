@@ -41,8 +41,10 @@ class Hold:
 @contextmanager
 def unheld(folder: Path, *, wait: bool) -> Iterator[bool]:
     """Whether nobody holds the version, which stays so inside the block. `wait`: until nobody does."""
+    path = folder / MANIFEST
+    mode = os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY  # over NFS only a writer may lock alone
     try:
-        fd = os.open(folder / MANIFEST, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(path, mode | os.O_CLOEXEC)
     except FileNotFoundError:  # damaged, or gone: nobody can hold it
         yield True
         return

@@ -46,7 +46,7 @@ def submit_all(
         names = Names(
             request_id_of(request.scope), client_request_id(request.headers), request.headers.get("traceparent")
         )
-        check_at_once(wanted, backend.engine.max_at_once)
+        check_at_once(wanted, backend.engine.room.max_at_once)
         check_parallel(caller, wanted)
         deps.limiter.begin(caller, sequences_of(wanted), prompt_tokens_of(wanted))
         try:

@@ -130,8 +130,7 @@ def test_more_sequences_than_a_key_may_ever_have_is_no_429(world: World, path: s
 
 
 def test_more_sequences_than_the_queue_ever_takes_is_no_429(own_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = own_world.deps.backend.get().engine
-    monkeypatch.setattr(engine, "config", replace(engine.config, max_queued=2))
+    monkeypatch.setattr(own_world.deps.backend.get().engine.room, "most", 2)
     refused = own_world.post("/v1/chat/completions", chat_body(n=4))
     assert (refused.status_code, error_of(refused)["param"]) == (400, "n")
     prompts = {"model": BASE, "prompt": ["a", "b"], "n": 2}
