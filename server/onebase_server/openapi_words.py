@@ -7,7 +7,7 @@ from onebase_server.api.schemas_chat import ChatChunk, ChatCompletion
 from onebase_server.api.schemas_common import ErrorBody
 from onebase_server.api.schemas_completions import Completion
 from onebase_server.api.schemas_fine_tuning import EventList, JobEvent
-from onebase_server.api.schemas_responses import ResponseBody, ResponseEvent
+from onebase_server.api.schemas_response_reply import ResponseBody, ResponseEvent
 
 ABOUT = """\
 One frozen 4-bit base and many QLoRA adapters behind OpenAI's API. Name the base or an adapter (`name`, `name@3`, a

@@ -2,13 +2,15 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
-from onebase.adapter import BaseIdentity, digest
+from onebase.adapter import AdapterFiles, BaseIdentity, digest
 from onebase.errors import AdapterInvalid, Conflict, InvalidInput, ModelNotFound, OnebaseError
 from onebase.store import AdapterStore, Version
+from onebase.store_hold import Hold, unheld
 from sample_adapters import BASE, SHAPES, config, tensors, write_adapter
 
 FT = "ft:tiny:acme:bot:abcd1234"
@@ -297,3 +299,36 @@ def test_the_settings_of_a_training_are_read_when_they_are_asked_for(store: Adap
     store.remove("bot@1", force=True)
     with pytest.raises(AdapterInvalid, match="manifest can't be read"):
         _ = version.manifest
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_the_files_of_a_removed_version_stay_while_somebody_holds_them(
+    store: AdapterStore, source: Path, wait: bool
+) -> None:
+    version = publish(store, source)
+    hold, other = Hold(version.path), Hold(version.path)
+    AdapterStore(store.root).remove("bot")
+    assert store.get("bot") is None
+    hold.close()
+    store.sweep()
+    AdapterFiles.read(version.path)
+    waiting = threading.Thread(target=store.discard, args=("bot", 1), kwargs={"wait": wait})
+    waiting.start()
+    if not wait:
+        waiting.join()
+    assert version.path.is_dir()
+    other.close()
+    waiting.join()
+    store.sweep()
+    assert not version.path.exists()
+    with pytest.raises(FileNotFoundError):
+        Hold(version.path)
+
+
+def test_files_that_are_being_removed_can_not_be_held(store: AdapterStore, source: Path) -> None:
+    version = publish(store, source)
+    with unheld(version.path, wait=False) as is_free:
+        assert is_free
+        with pytest.raises(FileNotFoundError):
+            Hold(version.path)
+    Hold(version.path).close()

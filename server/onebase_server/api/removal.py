@@ -61,8 +61,11 @@ def discard_after(version: Version, engine: Engine, store: AdapterStore) -> None
         store.discard(version.name, version.version)
         return
 
-    def discard(_: object) -> None:
-        # called on the engine's thread, which must not wait for a disk
-        threading.Thread(target=store.discard, args=(version.name, version.version), name="onebase-discard").start()
+    def discard() -> None:
+        store.discard(version.name, version.version, wait=True)
 
-    unloaded.add_done_callback(discard)
+    def begin(_: object) -> None:
+        # called on the engine's thread, which must wait neither for a disk nor for those who hold the files
+        threading.Thread(target=discard, name="onebase-discard", daemon=True).start()
+
+    unloaded.add_done_callback(begin)

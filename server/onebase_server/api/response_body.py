@@ -8,7 +8,7 @@ from onebase.tokenizer import TextTokenizer
 from onebase_server.api.chat_plan import ChatPlan
 from onebase_server.api.logprobs import WaitingLogprobs
 from onebase_server.api.schemas_chat import LogprobEntry, ToolCallBody
-from onebase_server.api.schemas_responses import (
+from onebase_server.api.schemas_response_reply import (
     IncompleteDetails,
     InputTokensDetails,
     OutputCall,
@@ -16,11 +16,9 @@ from onebase_server.api.schemas_responses import (
     OutputText,
     OutputTokensDetails,
     ResponseBody,
-    ResponseRequest,
     ResponseUsage,
-    TextFormat,
-    TextSettings,
 )
+from onebase_server.api.schemas_responses import ResponseRequest, TextFormat, TextSettings
 from onebase_server.api.tool_calls import CallReader, with_ids
 from onebase_server.engine.handle import Completion
 from onebase_server.engine.types import FinishReason, Usage

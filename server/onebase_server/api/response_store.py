@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from onebase.errors import InvalidInput, NotFound
 from onebase_server.api.schemas_chat import ChatMessage
-from onebase_server.api.schemas_responses import ResponseBody, StoredInputItem
+from onebase_server.api.schemas_response_reply import ResponseBody, StoredInputItem
 
 KEEP_S = 24 * 3600.0
 MAX_KEPT = 10_000

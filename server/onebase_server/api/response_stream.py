@@ -10,7 +10,7 @@ from onebase_server.api.logprobs import WaitingLogprobs
 from onebase_server.api.response_body import call_item, end_response, message_item, new_id, text_part
 from onebase_server.api.schemas_chat import LogprobEntry, ToolCallBody
 from onebase_server.api.schemas_common import ErrorBody
-from onebase_server.api.schemas_responses import ResponseBody, ResponseEvent, ResponseFailure
+from onebase_server.api.schemas_response_reply import ResponseBody, ResponseEvent, ResponseFailure
 from onebase_server.api.sse import named_event
 from onebase_server.api.tool_calls import CallReader, Piece, call_body, new_call_id
 from onebase_server.engine.types import FinishReason, TokenEvent, Usage

@@ -19,16 +19,17 @@ from onebase_server.api.response_store import ResponseStore
 from onebase_server.api.response_stream import Finished, ResponseStream
 from onebase_server.api.running import submit
 from onebase_server.api.schemas_chat import ChatMessage, ToolCallBody
-from onebase_server.api.schemas_responses import (
+from onebase_server.api.schemas_response_reply import (
     InputItemList,
     ResponseBody,
     ResponseDeleted,
-    ResponseRequest,
     StoredInputItem,
 )
+from onebase_server.api.schemas_responses import ResponseRequest
 from onebase_server.api.sse import EventStream
 from onebase_server.api.visible import visible_model
 from onebase_server.api.waiting import unless_client_leaves
+from onebase_server.records.pages import unknown_cursor
 
 Kept = NamedDependency[ResponseStore]
 AnyRequest = Request[Any, Any, Any]
@@ -90,7 +91,7 @@ async def list_input_items(
         items = items[::-1]
     ids = [item.id for item in items]
     if after is not None and after not in ids:
-        raise InvalidInput(f"No item '{after}' in this list to go on after.", param="after")
+        raise unknown_cursor(after)
     start = 0 if after is None else ids.index(after) + 1
     data = items[start : start + limit]
     return InputItemList(

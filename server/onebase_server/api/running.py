@@ -11,7 +11,9 @@ from typing import Any
 
 from litestar import Request
 
-from onebase.errors import InvalidInput, OnebaseError, Overloaded
+from onebase.errors import ModelNotFound, OnebaseError, Overloaded
+from onebase.store_hold import Hold
+from onebase_server.api.at_once import check_at_once, check_parallel, prompt_tokens_of, sequences_of
 from onebase_server.api.backend import Backend
 from onebase_server.api.caller import Caller, caller_of
 from onebase_server.api.deps import AppDeps
@@ -33,7 +35,8 @@ def submit_all(
     request: Request[Any, Any, Any], deps: AppDeps, backend: Backend, wanted: Sequence[GenerationRequest]
 ) -> list["Generation"]:
     """Queue all prompts of one call for its caller, or none. Raises RateLimited for the key's own limits, InvalidInput
-    for more than it may ever have at a time, and what `Engine.submit` does."""
+    for more than it may ever have at a time, ModelNotFound for a version that was removed since it was looked up, and
+    what `Engine.submit` does."""
     caller = caller_of(request)
     limit_s = deps.settings.max_request_s
     deadline = time.monotonic() + limit_s if limit_s else None
@@ -43,12 +46,19 @@ def submit_all(
         names = Names(
             request_id_of(request.scope), client_request_id(request.headers), request.headers.get("traceparent")
         )
+        check_at_once(wanted, backend.engine.room.max_at_once)
         check_parallel(caller, wanted)
         deps.limiter.begin(caller, sequences_of(wanted), prompt_tokens_of(wanted))
         try:
             for each in wanted:
-                handle = backend.engine.submit(each)
-                started.append(Generation(handle, caller, deps, names))
+                hold = hold_files(each)
+                try:
+                    handle = backend.engine.submit(each)
+                except BaseException:
+                    if hold is not None:
+                        hold.close()
+                    raise
+                started.append(Generation(handle, caller, deps, names, hold))
         except BaseException:
             left = wanted[len(started) :]
             deps.limiter.end(caller, sequences_of(left), unused=prompt_tokens_of(left))
@@ -62,25 +72,14 @@ def submit_all(
     return started
 
 
-def sequences_of(wanted: Sequence[GenerationRequest]) -> int:
-    return sum(each.n for each in wanted)
-
-
-def prompt_tokens_of(wanted: Sequence[GenerationRequest]) -> int:
-    """Each prompt counts once, however many choices it has."""
-    return sum(len(each.prompt_ids) for each in wanted)
-
-
-def check_parallel(caller: Caller, wanted: Sequence[GenerationRequest]) -> None:
-    """A request for more than the key may ever have is helped by no waiting: no 429, which clients retry."""
-    limit, sequences = caller.limits.parallel, sequences_of(wanted)
-    if limit is not None and sequences > limit:
-        raise InvalidInput(
-            f"This request asks for {sequences} sequences and this key may have {limit} at a time: ask for fewer "
-            "choices ('n', 'best_of') or send fewer prompts in one request.",
-            param="prompt" if len(wanted) > 1 else "n",
-            code="parallel_limit_exceeded",
-        )
+def hold_files(wanted: GenerationRequest) -> Hold | None:
+    """Whoever removes the version from here on, in whatever process, leaves its files until the generation ends."""
+    if wanted.adapter is None:
+        return None
+    try:
+        return Hold(wanted.adapter.path)
+    except FileNotFoundError as error:
+        raise ModelNotFound(wanted.adapter.id) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +119,11 @@ class Tally:
 class Generation:
     """A `Handle` that measures the engine's. However it is left, it closes once."""
 
-    def __init__(self, handle: RequestHandle, caller: Caller, deps: AppDeps, names: Names) -> None:
+    def __init__(
+        self, handle: RequestHandle, caller: Caller, deps: AppDeps, names: Names, hold: Hold | None = None
+    ) -> None:
         self._handle = handle
+        self._hold = hold
         self._caller = caller
         self._deps = deps
         self._names = names
@@ -168,6 +170,8 @@ class Generation:
         if self._is_closed:
             return
         self._is_closed = True
+        if self._hold is not None:
+            self._hold.close()
         tally, request = self._tally, self._handle.request
         if len(tally.ends) < request.n:
             tally.ends.append(FinishReason.CANCELLED)

@@ -18,6 +18,7 @@ from onebase_server.api.schemas_stored import (
     chat_messages,
     stored_chat,
 )
+from onebase_server.records.pages import unknown_cursor
 from onebase_server.records.tables import ChatRow
 
 AnyRequest = Request[Any, Any, Any]
@@ -91,7 +92,9 @@ async def list_chat_messages(
     if order == "desc":
         messages.reverse()
     ids = [message.id for message in messages]
-    start = ids.index(after) + 1 if after in ids else 0
+    if after is not None and after not in ids:
+        raise unknown_cursor(after)
+    start = 0 if after is None else ids.index(after) + 1
     data = messages[start : start + limit]
     return ChatMessageList(
         object="list",

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from onebase.errors import EngineError, InvalidInput, NotReady, Overloaded
+from onebase.errors import EngineError, InvalidInput, NotReady
 from onebase.serving_note import ServerNote
 from onebase_server.engine import commands
 from onebase_server.engine.config import EngineConfig
@@ -22,6 +22,7 @@ from onebase_server.engine.detokenizer import TokenBytes, TokenTable
 from onebase_server.engine.grammar import GrammarBackend
 from onebase_server.engine.handle import RequestHandle
 from onebase_server.engine.intake import check_request, make_group
+from onebase_server.engine.queue_room import QueueRoom
 from onebase_server.engine.residence import AdapterStatus, Place
 from onebase_server.engine.runner import Runner, RunnerLimits
 from onebase_server.engine.stats import EngineStats
@@ -31,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-KEPT_FOR_OTHERS = 16
-"""One part in so many of the queue's bound is added for owners who have nothing in it."""
 HANDOVER_S = 0.00002
 """An engine that slept needs the interpreter to begin its first step, and whoever submits would keep it: what is left
 of a request's handling (0.4 ms) is done while the step computes. Long enough for a thread to wake up."""
@@ -64,11 +63,9 @@ class Engine:
         self._arrivals = itertools.count()
         self._inbox: queue.SimpleQueue[commands.Command] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        """Guards `_is_accepting`, `_num_queued`, `_queued_of` and, with them, what enters the inbox."""
+        """Guards `_is_accepting`, `room` and, with them, what enters the inbox."""
         self._is_accepting = True
-        self._num_queued = 0
-        self._queued_of: dict[str | None, int] = {}
-        """Of them, each owner's that has any."""
+        self.room = QueueRoom(self.config.max_queued)
         self._error: BaseException | None = None
         self._is_shut = False
         self._own_executor = executor is None
@@ -100,10 +97,9 @@ class Engine:
         )
         with self._lock:
             self._check_accepting()
-            self._check_room(request)
-            was_idle = not self._num_queued and not self.core.has_requests
-            self._num_queued += request.n
-            self._queued_of[request.owner] = self._queued_of.get(request.owner, 0) + request.n
+            self.room.check(request, self._estimate_retry_s)
+            was_idle = not self.room.num_queued and not self.core.has_requests
+            self.room.take(request)
             self._inbox.put(commands.Submit(group))
         if was_idle:
             time.sleep(HANDOVER_S)
@@ -160,7 +156,7 @@ class Engine:
             is_healthy=self.is_healthy,
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            num_queued=self._num_queued,
+            num_queued=self.room.num_queued,
             pages_total=pages.num_pages,
             pages_held=pages.num_held,
             pages_idle=pages.num_idle,
@@ -230,26 +226,11 @@ class Engine:
     def _cancel(self, handle: RequestHandle) -> None:
         self._inbox.put(commands.Cancel(handle))
 
-    def _check_room(self, request: GenerationRequest) -> None:
-        most = self.config.max_queued
-        if request.owner not in self._queued_of:
-            most += -(-most // KEPT_FOR_OTHERS)
-        if self._num_queued + request.n > most:
-            raise Overloaded(
-                f"{self._num_queued} requests are waiting, and this server queues {self.config.max_queued}.",
-                retry_after_s=self._estimate_retry_s(),
-            )
-
     def _on_unqueued(self, request: GenerationRequest) -> None:
         with self._lock:
-            self._num_queued -= request.n
-            left = self._queued_of[request.owner] - request.n
-            if left:
-                self._queued_of[request.owner] = left
-            else:
-                del self._queued_of[request.owner]
+            self.room.give_back(request)
 
     def _estimate_retry_s(self) -> float:
         """Roughly when the queue will have moved on by one batch."""
-        rounds = self._num_queued / self.limits.max_batch_sequences
+        rounds = self.room.num_queued / self.limits.max_batch_sequences
         return min(60.0, max(1.0, rounds * self.core.counters.mean_request_s))

@@ -29,6 +29,7 @@ class Timing:
         """Of a schedule that is made now. Raises InvalidInput for what can't be read or never comes."""
         if (self.cron is None) == (self.every is None):
             raise InvalidInput("Give either 'cron' or 'every'.", param="cron", code="invalid_value")
+        zone_of(self.timezone)  # a span has no use for it, and shows it all the same
         if self.every is not None:
             return now + span_of(self.every)
         return self.next_after(now, now)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
-from sqlalchemy import ColumnElement, Select, func, select
+from sqlalchemy import ColumnElement, Select, case, func, literal_column, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from onebase.errors import InvalidInput
@@ -32,11 +32,16 @@ async def page(
     if after is not None:
         cursor = await session.scalar(query.where(table.id == after).with_only_columns(table.seq))
         if cursor is None:
-            raise InvalidInput(f"No item '{after}' in this list to go on after.", param="after")
+            raise unknown_cursor(after)
         query = query.where(table.seq < cursor if order == "desc" else table.seq > cursor)
     query = query.order_by(table.seq.desc() if order == "desc" else table.seq.asc()).limit(limit + 1)
     rows: Sequence[Any] = (await session.scalars(query)).all()
     return Page(rows[:limit], len(rows) > limit)
+
+
+def unknown_cursor(after: str) -> InvalidInput:
+    """For every list, whether a table holds it or not."""
+    return InvalidInput(f"No item '{after}' in this list to go on after.", param="after")
 
 
 def metadata_is(session: AsyncSession, column: Any, wanted: MetadataFilter) -> list[ColumnElement[bool]]:
@@ -47,7 +52,8 @@ def metadata_is(session: AsyncSession, column: Any, wanted: MetadataFilter) -> l
         return [column[key].as_string() == value for key, value in wanted.items()]
     # SQLite's JSON paths have no escape for a quote in a key, so compare keys as plain values.
     conditions: list[ColumnElement[bool]] = []
+    whole = case((func.json_valid(column), column), else_=literal_column("'{}'"))  # of a damaged row nothing is true
     for key, value in wanted.items():
-        pairs = func.json_each(column).table_valued("key", "value")
+        pairs = func.json_each(whole).table_valued("key", "value")
         conditions.append(select(1).select_from(pairs).where(pairs.c.key == key, pairs.c.value == value).exists())
     return conditions

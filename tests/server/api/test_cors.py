@@ -2,7 +2,7 @@
 
 import pytest
 
-from api_world import World, chat_body, with_settings
+from api_world import World, chat_body, error_of, with_settings
 
 PAGE = {"Origin": "https://app.example.org"}
 
@@ -23,6 +23,15 @@ def test_a_browser_may_ask_first(open_to_a_page: World) -> None:
     reply = open_to_a_page.request("OPTIONS", "/v1/chat/completions", headers=asks)
     assert reply.is_success
     assert reply.headers["access-control-allow-origin"] == PAGE["Origin"]
+
+
+def test_a_browser_of_another_page_is_told_why_in_openai_s_words(open_to_a_page: World) -> None:
+    asks = {"Origin": "https://evil.example.org", "Access-Control-Request-Method": "POST"}
+    reply = open_to_a_page.request("OPTIONS", "/v1/chat/completions", headers=asks)
+    assert reply.status_code == 400
+    assert error_of(reply)["param"] == "Origin"
+    assert "x-request-id" in reply.headers
+    assert "access-control-allow-origin" not in reply.headers
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -1,6 +1,8 @@
 """`DELETE /v1/models/{id}`: by the key whose job trained it, at once for new requests, later for running ones."""
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +13,9 @@ import pytest
 
 from api_world import World, chat_body, error_of, lora_folder, open_world
 from live_server import live_server
+from onebase_server.api import completions, running
 from onebase_server.api.caller import LOCAL
+from onebase_server.api.running import submit_all
 from onebase_server.jobs.states import FINE_TUNING, PAUSED, SUCCEEDED
 from onebase_server.records.tables import JobRow
 from scripted_base import IDENTITY
@@ -147,3 +151,45 @@ def test_running_requests_finish_and_then_slot_and_files_go(tmp_path: Path) -> N
         assert replies[0].json()["choices"][0]["message"]["content"] == "x" * 20
         wait_until(lambda: not version.path.exists() and not runner.loaded)
         assert live.backend.engine.adapters().result() == []
+
+
+@pytest.mark.parametrize("asked", ["chat/completions", "completions", "responses"])
+def test_a_model_deleted_between_look_up_and_queue_is_not_found(
+    world: World, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    train(world, LOCAL.owner)
+
+    def delete_first(*args: Any) -> Any:
+        world.store.remove(TUNED, force=True)
+        return submit_all(*args)
+
+    module = {"chat/completions": running, "completions": completions, "responses": running}[asked]
+    monkeypatch.setattr(module, "submit_all", delete_first)
+    text = {"chat/completions": chat_body(), "completions": {"prompt": "x"}, "responses": {"input": "x"}}[asked]
+    reply = world.post(f"/v1/{asked}", {**text, "model": TUNED}, headers=ADMIN)
+    assert reply.status_code == 404
+    assert error_of(reply)["code"] == "model_not_found"
+
+
+def test_a_request_that_waits_keeps_the_files_from_another_process_s_removal(tmp_path: Path) -> None:
+    runner = SteppingRunner()
+    with live_server(tmp_path, runner=runner) as live:
+        source = lora_folder(live.settings.home.root / "peft")
+        version = live.store.publish(source, ADAPTER, base=IDENTITY, aliases=[TUNED])
+        replies: list[httpx.Response] = []
+        url = f"{live.url}/v1/chat/completions"
+        body = chat_body(model=TUNED, max_tokens=3)
+        thread = threading.Thread(target=lambda: replies.append(httpx.post(url, json=body, timeout=None)))
+        thread.start()
+        wait_until(lambda: live.backend.engine.stats().num_queued + live.backend.engine.stats().num_running >= 1)
+        main = "from onebase_server.cli.main import main; main()"
+        command = [sys.executable, "-c", main, "adapters", "rm", ADAPTER]
+        subprocess.run([*command, "--home", str(live.settings.home.root)], check=True)
+        assert httpx.post(url, json=body, timeout=None).status_code == 404
+        live.server.deps.store.sweep()
+        assert version.path.is_dir()
+        runner.let_go()
+        thread.join()
+        assert replies[0].json()["choices"][0]["message"]["content"] == "x" * 3
+        live.server.deps.store.sweep()  # as the server does every few minutes
+        assert not version.path.exists()

@@ -129,6 +129,15 @@ def test_more_sequences_than_a_key_may_ever_have_is_no_429(world: World, path: s
     assert server.deps.limiter._running == {}
 
 
+def test_more_sequences_than_the_queue_ever_takes_is_no_429(own_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_world.deps.backend.get().engine.room, "most", 2)
+    refused = own_world.post("/v1/chat/completions", chat_body(n=4))
+    assert (refused.status_code, error_of(refused)["param"]) == (400, "n")
+    prompts = {"model": BASE, "prompt": ["a", "b"], "n": 2}
+    assert error_of(own_world.post("/v1/completions", prompts))["param"] == "prompt"
+    assert own_world.post("/v1/chat/completions", chat_body(n=3)).status_code == 200, "an empty queue has one more"
+
+
 def left(reply: httpx.Response) -> int:
     return int(reply.headers["x-ratelimit-remaining-tokens"])
 

@@ -11,7 +11,7 @@ from onebase.errors import NotFound
 from onebase_server.api.response_plan import LOGPROBS
 from onebase_server.api.response_store import KEEP_S, ResponseStore
 from onebase_server.api.schemas_chat import ChatMessage
-from onebase_server.api.schemas_responses import ResponseBody, ResponseEvent
+from onebase_server.api.schemas_response_reply import ResponseBody, ResponseEvent
 
 TOOL = {"type": "function", "name": "look", "description": "Looks.", "parameters": {"type": "object"}}
 CALL = '### CALL:\n{"name": "look", "arguments": {"q": "tea"}}'

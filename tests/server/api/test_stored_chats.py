@@ -80,6 +80,9 @@ def test_chats_are_listed_filtered_paged_changed_and_deleted(own_world: World) -
     assert listed("?metadata[n]=1") == []
     messages = own_world.get(f"/v1/chat/completions/{ids[0]}/messages").json()
     assert [(m["role"], m["content"]) for m in messages["data"]] == [("user", "Hi")]
+    after_all = f"/v1/chat/completions/{ids[0]}/messages?after={messages['last_id']}"
+    assert own_world.get(after_all).json()["data"] == []
+    assert error_of(own_world.get(f"{after_all}9"))["param"] == "after"
     assert own_world.request("DELETE", f"/v1/chat/completions/{ids[1]}").json()["deleted"]
     assert own_world.request("DELETE", f"/v1/chat/completions/{ids[1]}").status_code == 404
     assert listed() == [ids[0], ids[2]]

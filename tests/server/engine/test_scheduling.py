@@ -473,7 +473,7 @@ def test_who_fills_the_queue_shuts_out_only_himself() -> None:
         world.ask([1], owner="cat")  # what was kept is taken
     world.settle()
     world.check_end()
-    assert world.engine._queued_of == {}
+    assert world.engine.room.queued_of == {}
 
 
 def test_a_deadline_ends_waiting_and_running_requests_with_its_own_error() -> None:

@@ -114,6 +114,7 @@ def test_a_night_stays_a_night_when_the_clocks_change() -> None:
         (Timing(every="0h"), "every"),
         (Timing(cron="0 3 * * *", timezone="Berlin"), "timezone"),
         (Timing(cron="0 3 * * *", timezone="../etc/passwd"), "timezone"),
+        (Timing(every="6h", timezone="Moon/Tycho"), "timezone"),
         (Timing(cron="0 3 * * *", every="6h"), "cron"),
         (Timing(), "cron"),
     ],

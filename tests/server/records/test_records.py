@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +221,20 @@ async def test_jobs_are_found_by_metadata_whatever_the_key(database: Database) -
         assert await found({key: "blue"}) == ["1"]
         assert await found({key: "blue", "other": "y"}) == []
     assert await found("null") == ["3"]
+
+
+async def test_a_row_of_damaged_metadata_is_passed_over(tmp_path: Path) -> None:
+    database = Database.file(tmp_path / "onebase.db")
+    await database.migrate()
+    jobs = JobRecords(database)
+    for number in range(2):
+        await jobs.add(a_job(number, meta={"team": "blue"}), [], event_ids=[])
+    with closing(sqlite3.connect(tmp_path / "onebase.db")) as file:
+        file.execute("UPDATE jobs SET meta = '{\"half' WHERE id = ?", (a_job(0).id,))
+        file.commit()
+    page = await jobs.list("ann", kind=None, metadata={"team": "blue"}, after=None, limit=10)
+    assert [job.id for job in page.rows] == [a_job(1).id]
+    await database.close()
 
 
 async def test_feedback_marks_the_chat_and_the_marked_ones_are_found_in_order(database: Database) -> None:
