@@ -7,6 +7,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict
+from functools import partial
 
 from onebase.errors import InvalidInput, NotFound, OnebaseError
 from onebase.home import Home
@@ -143,13 +144,14 @@ class JobService:
         self, row: JobRow, folder: RunFolder, files: Mapping[str, FileRow | None], events: list[NewEvent]
     ) -> JobRow:
         try:
-            await self._limits.check_room(self._records, row.owner)
+            check_room = partial(self._limits.check_room, row.owner)
+            await check_room(self._records.count)  # before anything is written; others may be at it at the same time
             await asyncio.to_thread(folder.create)
             for name, file in files.items():
                 if file is not None:
                     await asyncio.to_thread(self._files.link, file, getattr(folder, name))
             await asyncio.to_thread(folder.sync)
-            kept, is_new = await self._ledger.add(row, events)
+            kept, is_new = await self._ledger.add(row, events, check_room)
         except (OnebaseError, OSError):
             await asyncio.to_thread(folder.remove)
             raise

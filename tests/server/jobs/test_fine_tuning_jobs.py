@@ -190,6 +190,17 @@ async def test_more_jobs_than_may_wait_are_refused_and_leave_nothing(tmp_path: P
         assert {path.name for path in world.home.runs.iterdir()} == {job.id for job in jobs}
 
 
+@pytest.mark.parametrize("limit", ["waiting", "waiting_of_owner"])
+async def test_orders_at_the_same_time_get_no_more_places_than_there_are(tmp_path: Path, limit: str) -> None:
+    async with jobs_world(tmp_path, start=False, **{limit: 2}) as world:
+        file = await world.upload()
+        orders = (world.fine_tune(training_file=file.id) for _ in range(8))
+        given = await asyncio.gather(*orders, return_exceptions=True)
+        made = {job.id for job in given if not isinstance(job, BaseException)}
+        assert [type(job) for job in given if isinstance(job, BaseException)] == [Overloaded] * 6
+        assert {path.name for path in world.home.runs.iterdir()} == made
+
+
 async def test_one_owner_can_not_fill_the_queue_nor_by_pausing(tmp_path: Path) -> None:
     async with jobs_world(tmp_path, start=False, waiting_of_owner=2) as world:
         first, _ = [await world.fine_tune(lines=10, suffix=str(number)) for number in range(2)]
