@@ -157,6 +157,17 @@ async def test_a_file_of_somebody_else_does_not_exist(world: JobsWorld) -> None:
     assert list(world.home.runs.iterdir()) == []
 
 
+@pytest.mark.parametrize("param", ["training_file", "validation_file"])
+async def test_a_file_whose_bytes_are_gone_is_refused_by_the_field_that_names_it(tmp_path: Path, param: str) -> None:
+    async with jobs_world(tmp_path, start=False) as world:
+        there, gone = [await world.upload() for _ in range(2)]
+        (world.home.files / gone.id).unlink()
+        with pytest.raises(InvalidInput, match=f"{gone.id}.*does not exist") as caught:
+            await world.fine_tune(**{"training_file": there.id, param: gone.id})
+        assert caught.value.param == param
+        assert list(world.home.runs.iterdir()) == []
+
+
 async def test_an_idempotency_key_makes_one_job(world: JobsWorld) -> None:
     file = await world.upload()
     first = await world.fine_tune(training_file=file.id, key="k")
