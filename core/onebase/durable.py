@@ -11,7 +11,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from onebase.errors import InvalidInput
@@ -54,8 +54,11 @@ def clear_temporaries(path: Path) -> None:
         left.unlink(missing_ok=True)
 
 
-def copy_file(source: Path, dest: Path) -> str:
-    """Copy one regular file durably and return its sha256. Raises InvalidInput for a link or anything special."""
+def copy_file(source: Path, dest: Path, copied: Callable[[int], None] = lambda _: None) -> str:
+    """Copy one regular file durably and return its sha256. Raises InvalidInput for a link or anything special.
+
+    `copied` is told the bytes of each piece, and may raise to end it.
+    """
     try:
         fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -69,6 +72,7 @@ def copy_file(source: Path, dest: Path) -> str:
         while chunk := reader.read(_CHUNK):
             hasher.update(chunk)
             writer.write(chunk)
+            copied(len(chunk))
         writer.flush()
         os.fsync(writer.fileno())
     return hasher.hexdigest()

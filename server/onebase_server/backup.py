@@ -2,6 +2,8 @@
 
 Bases can be fetched again and are left out unless asked for; caches and locks always are. A running server need not
 stop: versions and files are immutable once named, and SQLite copies itself consistently. PostgreSQL has its own tools.
+The rows are from before the bytes, so that what comes meanwhile is swept as without a row, and what is deleted
+meanwhile is taken out of the copy.
 """
 
 import io
@@ -43,11 +45,17 @@ def back_up(home: Home, target: Path, *, with_bases: bool = False) -> int:
             _add_version(tar, home)
             if (home.root / HOME_ID).is_file():
                 _add_file(tar, home.root / HOME_ID, HOME_ID)
-            _add_database(tar, home)
-            for folder in (*FOLDERS, *(["bases"] if with_bases else [])):
-                for path in _lasting(home.root / folder):
-                    # one that went away meanwhile (a removed version) is not in the backup, as if it went before
-                    _add_file(tar, path, str(path.relative_to(home.root)))
+            with tempfile.TemporaryDirectory(dir=home.root, prefix=".backup-") as scratch:
+                database = _copy_database(home, Path(scratch))
+                added = set()
+                for folder in (*FOLDERS, *(["bases"] if with_bases else [])):
+                    for path in _lasting(home.root / folder):
+                        # one that went away meanwhile (a removed version) is not in the backup, as if it went before
+                        if _add_file(tar, path, str(path.relative_to(home.root))):
+                            added.add(path)
+                if database is not None:
+                    _drop_rows_without_bytes(database, {path.name for path in added if path.parent == home.files})
+                    _add_file(tar, database, DATABASE)
             tar.close()
             raw.flush()
             os.fsync(raw.fileno())
@@ -87,12 +95,15 @@ def restore(source: Path, home: Home) -> list[str]:
 
 def _lasting(folder: Path) -> Iterator[Path]:
     """Plain files below, without half-written ones."""
-    if not folder.is_dir():
-        return
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not path.is_symlink() and not hidden and path.suffix not in (".part", ".lock", ".tmp"):
-            yield path
+    for place, folders, names in os.walk(folder):  # which, unlike rglob, passes over a folder that goes away meanwhile
+        folders[:] = sorted(name for name in folders if _lasts(name))
+        for path in (Path(place) / name for name in sorted(names) if _lasts(name)):
+            if path.is_file() and not path.is_symlink():
+                yield path
+
+
+def _lasts(name: str) -> bool:
+    return not name.startswith(".") and not name.endswith((".part", ".lock", ".tmp"))
 
 
 def _add_version(tar: tarfile.TarFile, home: Home) -> None:
@@ -102,22 +113,29 @@ def _add_version(tar: tarfile.TarFile, home: Home) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
-def _add_database(tar: tarfile.TarFile, home: Home) -> None:
-    path = home.root / DATABASE
+def _copy_database(home: Home, scratch: Path) -> Path | None:
+    path, copy = home.root / DATABASE, scratch / DATABASE
     if not path.is_file():
-        return
-    with tempfile.TemporaryDirectory(dir=home.root, prefix=".backup-") as scratch:
-        copy = Path(scratch) / DATABASE
-        with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(copy)) as target:
-            source.backup(target)
-        _add_file(tar, copy, DATABASE)
+        return None
+    with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(copy)) as target:
+        source.backup(target)
+    return copy
 
 
-def _add_file(tar: tarfile.TarFile, path: Path, name: str) -> None:
+def _drop_rows_without_bytes(database: Path, kept: set[str]) -> None:
+    """Of uploaded files that were deleted after the rows were copied. `kept`: the ids whose bytes are in the backup."""
+    with closing(sqlite3.connect(database)) as copy, copy:
+        if copy.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'files'").fetchone():
+            rows = copy.execute("SELECT id FROM files").fetchall()
+            copy.executemany("DELETE FROM files WHERE id = ?", [row for row in rows if row[0] not in kept])
+
+
+def _add_file(tar: tarfile.TarFile, path: Path, name: str) -> bool:
+    """False if it is gone."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
-        return
+        return False
     with file:
         info = tar.gettarinfo(arcname=name, fileobj=file)
         info.uid = info.gid = 0
@@ -125,6 +143,7 @@ def _add_file(tar: tarfile.TarFile, path: Path, name: str) -> None:
         if info.islnk():  # a second name of bytes that are in the tar: kept as bytes, so that order does not matter
             info.type, info.linkname, info.size = tarfile.REGTYPE, "", os.fstat(file.fileno()).st_size
         tar.addfile(info, file)
+    return True
 
 
 def _check_database(path: Path) -> None:

@@ -18,7 +18,7 @@ LEAST_SPARE_SHARE = 0.05
 """What stays free in any case, for the allocator's gaps; below it the server does not start."""
 KV_FLOOR_TOKENS = 2048
 """Fewer tokens of KV cache (or one whole context, if that is shorter) are of no use."""
-_GRAPH_BYTES_PER_LAYER = 128 << 10  # eight kernels, 16 KB each for a node and its arguments
+_GRAPH_BYTES_PER_LAYER = 64 << 10  # on an H200, 176 graphs of 32 layers took 34 KB each of these
 _FIXED_BYTES = 384 << 20  # cuBLAS, kernels' code and split-K sums, an adapter's file on its way
 _SAMPLED_BYTES, _SCORED_BYTES = 64, 12  # a logit, drawn from in fp64 and sorted; one whose logprob is asked
 

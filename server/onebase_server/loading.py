@@ -29,7 +29,7 @@ def load_backend(settings: Settings) -> Backend:
     if settings.device.startswith("cuda"):
         import torch
 
-        pick_device(settings.device, torch.cuda.is_available())  # now, and not after a base was fetched for it
+        pick_device(settings.device, torch.cuda.device_count())  # now, and not after a base was fetched for it
     note = ServerNote.open(settings.home.serving)  # before all else: a training process waits for the base then
     try:
         spec = find_base(settings)

@@ -278,6 +278,48 @@ def test_a_backup_of_a_running_home_restores_everything(home: Home, tmp_path: Pa
         assert database.execute("SELECT name FROM keys").fetchall() == [("ann",)]
 
 
+def test_what_goes_away_while_a_backup_is_written_is_not_in_it_in_any_part(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, deleted = (full(Home(home.root))["file"] for _ in range(2))
+    checkpoint, half = home.runs / "run-1/work/checkpoint-2", home.runs / "run-1/dataset.part"
+    for folder in (checkpoint, half):
+        folder.mkdir(parents=True)
+        (folder / "a.json").write_text("{}")
+    scandir = os.scandir
+
+    def rotated_away(folder: Any) -> Any:
+        if str(folder) == str(checkpoint):
+            shutil.rmtree(folder)
+        if str(folder) == str(home.files):
+            (home.files / deleted).unlink(missing_ok=True)
+        return scandir(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", rotated_away)
+        back_up(home, tmp_path / "b.tar")
+    target = Home(tmp_path / "elsewhere")
+    restore(tmp_path / "b.tar", target)
+    assert [path.name for path in target.files.iterdir()] == [kept]
+    with closing(sqlite3.connect(target.root / "onebase.db")) as database:
+        assert database.execute("SELECT id FROM files").fetchall() == [(kept,)]
+        assert len(database.execute("SELECT id FROM keys").fetchall()) == 2
+    assert not (target.runs / "run-1").exists()
+
+
+@pytest.mark.parametrize("claimed", [True, False])
+def test_whoever_restores_a_folder_that_has_claimed_a_database_is_warned(
+    home: Home, tmp_path: Path, claimed: bool
+) -> None:
+    if claimed:
+        home_id(home.root)
+    back_up(home, tmp_path / "b.tar")
+    done = CliRunner().invoke(app, ["restore", str(tmp_path / "b.tar"), "--home", str(tmp_path / "new")])
+    assert done.exit_code == 0, done.output
+    assert ("never run servers on both" in done.output) == claimed
+    assert (f"{tmp_path / 'new' / 'home-id'}" in done.output) == claimed
+
+
 def readable_by_others(folder: Path) -> list[str]:
     """Names of what others may look into if they can get at the folder at all."""
     return sorted(path.name for path in (folder, *folder.iterdir()) if path.stat().st_mode & 0o077)

@@ -7,7 +7,7 @@ import pytest
 from onebase.base_fetch import is_hub_id
 from onebase.errors import BaseModelError
 from onebase.home import Home
-from onebase_server.loading import find_base
+from onebase_server.loading import find_base, load_backend
 from onebase_server.settings import load_settings
 
 
@@ -40,3 +40,19 @@ def test_a_folder_that_is_not_a_base_is_refused_by_what_it_lacks(tmp_path: Path)
 )
 def test_a_hub_id_is_an_organisation_and_a_model(name: str, is_one: bool) -> None:
     assert is_hub_id(name) is is_one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wanted", "words"), [("cuda:1", "no base 'smollm'"), ("cuda:2", "device cuda:2: the last one of this machine is")]
+)
+def test_a_device_that_is_not_there_is_refused_before_a_base_is_looked_for_and_a_second_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, words: str
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    given = load_settings({"ONEBASE_DEVICE": wanted}, {"home": Home(tmp_path).create(), "base": "smollm"})
+    with pytest.raises(BaseModelError, match=words):
+        load_backend(given)

@@ -8,6 +8,7 @@ command_parts.py only; torch is imported once it is needed.
 import gc
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -199,9 +200,24 @@ def data_check(
         raise typer.Exit(1)
 
 
+UsageError: type[Any] = typer.BadParameter.__bases__[0]
+"""click's, which typer has a copy of since 0.2x and does not name."""
+
+
 def main() -> None:
+    """Run the command. Wrong usage is one line and exit code 2, as everywhere in `onebase`."""
     try:
-        app(prog_name="onebase_training")
+        sys.exit(app(prog_name="onebase", standalone_mode=False))
+    except UsageError as error:
+        words = " ".join(error.format_message().split())
+        if words:  # else a group without a command: its help has been shown
+            words += f" (see `{error.ctx.command_path} --help`)" if error.ctx else ""
+            Console(stderr=True).print(f"[red]error[/]: {escape(words)}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(141)
+    except typer.Abort:
+        sys.exit(CANCELLED)
     finally:
         # All files are closed. A last collection over torch's million objects would keep the user waiting for seconds.
         gc.freeze()

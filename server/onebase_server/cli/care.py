@@ -15,6 +15,7 @@ from onebase_server.backup import back_up
 from onebase_server.backup import restore as restore_home
 from onebase_server.cli.options import HomeOption
 from onebase_server.doctor import examine
+from onebase_server.records.homes import FILE as HOME_ID
 from onebase_server.settings import load_settings
 
 console = Console()
@@ -63,3 +64,9 @@ def restore(
     folder = Home((home or default_home(os.environ)).expanduser().absolute())
     names = restore_home(source, folder)
     console.print(escape(f"restored {', '.join(names)} to {folder.root}"), highlight=False, soft_wrap=True)
+    if HOME_ID in names:
+        words = (
+            f"For ONEBASE_DATABASE it is the folder that was backed up: never run servers on both. If it is to have a "
+            f"database of its own, remove {folder.root / HOME_ID}"
+        )
+        console.print(escape(words), highlight=False, soft_wrap=True)

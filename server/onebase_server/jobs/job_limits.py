@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from onebase.errors import Overloaded
 from onebase_server.jobs.states import PAUSED, WAITING
-from onebase_server.records.jobs import JobRecords
+from onebase_server.records.jobs import Count
 
 RETRY_S = 60
 
@@ -17,13 +17,13 @@ class JobLimits:
     waiting: int = 16
     waiting_of_owner: int | None = None
 
-    async def check_room(self, records: JobRecords, owner: str) -> None:
+    async def check_room(self, owner: str, count: Count) -> None:
         """For one more job of the owner. Raises Overloaded."""
-        waiting = await records.count(WAITING)
+        waiting = await count(WAITING, None)
         if waiting >= self.waiting:
             raise Overloaded(f"{waiting} jobs wait already; try again when some have run.", retry_after_s=RETRY_S)
         most = self.waiting_of_owner
-        if most is not None and await records.count((*WAITING, PAUSED), owner) >= most:
+        if most is not None and await count((*WAITING, PAUSED), owner) >= most:
             raise Overloaded(
                 f"{most} jobs of yours wait or are paused, the most that one key may have: cancel some, or try again "
                 "when some have run.",

@@ -5,12 +5,12 @@ Every change of a job, by a handler or by the supervisor, goes through `change`,
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from onebase.errors import NotFound
 from onebase_server.jobs.names import new_id
-from onebase_server.records.jobs import JobRecords, NewCheckpoint, NewEvent
+from onebase_server.records.jobs import Count, JobRecords, NewCheckpoint, NewEvent
 from onebase_server.records.tables import JobRow
 
 
@@ -43,9 +43,13 @@ class Ledger:
     def now(self) -> int:
         return int(self._now())
 
-    async def add(self, row: JobRow, events: Sequence[NewEvent]) -> tuple[JobRow, bool]:
-        """A new job, or the one that was made with the same idempotency key, and whether it is new."""
-        row, is_new = await self.records.add(row, events, event_ids=[new_id("ftevent-") for _ in events])
+    async def add(
+        self, row: JobRow, events: Sequence[NewEvent], check_room: Callable[[Count], Awaitable[None]]
+    ) -> tuple[JobRow, bool]:
+        """A new job, or the one that was made with the same idempotency key, and whether it is new. `check_room` may
+        raise: then it is not made."""
+        ids = [new_id("ftevent-") for _ in events]
+        row, is_new = await self.records.add(row, events, event_ids=ids, check_room=check_room)
         self.news.tell()
         return row, is_new
 

@@ -44,6 +44,7 @@ class RunFolder:
         self.training = self.path / "training.jsonl"
         self.validation = self.path / "validation.jsonl"
         self.dataset = self.path / "dataset"
+        self.dataset_part = self.path / "dataset.part"
         self.status = self.path / "status.json"
         self.events = self.path / "status.json.events.jsonl"
         self.work = self.path / "work"
@@ -72,14 +73,16 @@ class RunFolder:
 
     def remove_data(self) -> None:
         """The job's own names for its files' bytes, and copies: after its end a deleted file is to be gone."""
-        shutil.rmtree(self.dataset, ignore_errors=True)
+        for copy in (self.dataset, self.dataset_part):
+            shutil.rmtree(copy, ignore_errors=True)
         self.training.unlink(missing_ok=True)
         self.validation.unlink(missing_ok=True)
 
     @property
     def has_leftovers(self) -> bool:
         """Whether anything is there that goes at the job's end."""
-        return any(path.exists() for path in (self.work, self.training, self.validation, self.dataset))
+        ours = (self.work, self.training, self.validation, self.dataset, self.dataset_part)
+        return any(path.exists() for path in ours)
 
     @contextmanager
     def locked(self) -> Iterator[int | None]:

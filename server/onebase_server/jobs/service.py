@@ -7,14 +7,16 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict
+from functools import partial
 
-from onebase.errors import InvalidInput, NotFound, OnebaseError
+from onebase.errors import InvalidInput, OnebaseError
 from onebase.home import Home
-from onebase_server.jobs.files import TRAINING, FileService
+from onebase_server.jobs.files import FileService
 from onebase_server.jobs.hyperparameters import AUTO
 from onebase_server.jobs.job_limits import JobLimits
 from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.names import new_id, tuned_name
+from onebase_server.jobs.order_files import find_file, give
 from onebase_server.jobs.orders import FineTuningOrder, Once, RetrainOrder
 from onebase_server.jobs.recipe import fixed_part
 from onebase_server.jobs.run_folder import RunFolder
@@ -64,10 +66,10 @@ class JobService:
         before = await self.made_before(order.owner, once)
         if before is not None:
             return before
-        training = await self._file(order.training_file, owner, "training_file")
+        training = await find_file(self._files, order.training_file, owner, "training_file")
         validation = None
         if order.validation_file is not None:
-            validation = await self._file(order.validation_file, owner, "validation_file")
+            validation = await find_file(self._files, order.validation_file, owner, "validation_file")
         row = self._row(order, FINE_TUNING, new_id("ftjob-"), once)
         row.model = order.model
         row.suffix = order.suffix
@@ -91,7 +93,7 @@ class JobService:
             raise InvalidInput("Give exactly one of 'dataset', 'training_file' and 'stored_chats'.", param="dataset")
         training = None
         if order.training_file is not None:
-            training = await self._file(order.training_file, owner, "training_file")
+            training = await find_file(self._files, order.training_file, owner, "training_file")
         row = self._row(order, RETRAIN, new_id("run-"), once)
         row.model = order.base.id
         row.dataset = None if order.dataset is None else str(order.dataset)
@@ -143,13 +145,14 @@ class JobService:
         self, row: JobRow, folder: RunFolder, files: Mapping[str, FileRow | None], events: list[NewEvent]
     ) -> JobRow:
         try:
-            await self._limits.check_room(self._records, row.owner)
+            check_room = partial(self._limits.check_room, row.owner)
+            await check_room(self._records.count)  # before anything is written; others may be at it at the same time
             await asyncio.to_thread(folder.create)
             for name, file in files.items():
                 if file is not None:
-                    await asyncio.to_thread(self._files.link, file, getattr(folder, name))
+                    await asyncio.to_thread(give, self._files, file, folder, name)
             await asyncio.to_thread(folder.sync)
-            kept, is_new = await self._ledger.add(row, events)
+            kept, is_new = await self._ledger.add(row, events, check_room)
         except (OnebaseError, OSError):
             await asyncio.to_thread(folder.remove)
             raise
@@ -157,19 +160,6 @@ class JobService:
         if not is_new:
             await asyncio.to_thread(folder.remove)
         return kept
-
-    async def _file(self, file_id: str, owner: str | None, param: str) -> FileRow:
-        try:
-            file = await self._files.get(file_id, owner)
-        except NotFound as error:
-            raise InvalidInput(f"File '{file_id}' does not exist.", param=param, code="invalid_value") from error
-        if file.purpose != TRAINING:
-            raise InvalidInput(
-                f"File '{file_id}' was uploaded with the purpose '{file.purpose}'; it must be '{TRAINING}'.",
-                param=param,
-                code="invalid_file_purpose",
-            )
-        return file
 
     # Asking
 

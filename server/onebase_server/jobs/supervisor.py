@@ -22,14 +22,13 @@ from onebase.home import Home
 from onebase.store import AdapterStore, Version
 from onebase_server.jobs.checkpoints import FindBase
 from onebase_server.jobs.files import FileService, is_abandoned
-from onebase_server.jobs.hyperparameters import decided
 from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.process import RunCommand
-from onebase_server.jobs.run_data import check_files
 from onebase_server.jobs.run_folder import RunFolder
 from onebase_server.jobs.run_life import RunLife
 from onebase_server.jobs.settle import Settler
-from onebase_server.jobs.states import FINAL, FINE_TUNING, QUEUED, RUNNING, VALIDATING
+from onebase_server.jobs.states import FINAL, QUEUED, RUNNING, VALIDATING
+from onebase_server.jobs.validate import validate
 from onebase_server.jobs.watch import RunTimes, ServerStopsError
 from onebase_server.records.jobs import NewEvent
 from onebase_server.records.tables import JobRow
@@ -38,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 LOCK = "supervisor.lock"
 JOB_PREFIXES = ("ftjob-", "run-")
+CHECKS = 2
+"""Jobs whose data are checked or copied at a time: uploads use the same threads and the same disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ class Supervisor:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._runs: set[str] = set()
         self._lives: dict[str, RunLife] = {}
+        self._checks = asyncio.Semaphore(CHECKS)
         self._loop: asyncio.Task[None] | None = None
         self._stopping = False
         self._lock: int | None = None
@@ -176,16 +178,11 @@ class Supervisor:
             self._ledger.news.tell()
 
     async def _validate(self, job: JobRow) -> None:
-        folder = RunFolder(self._home.runs, job.id)
-        checked = await asyncio.to_thread(check_files, job, folder)
-        if not isinstance(checked, int):
-            await self._settler.fail(job, folder, checked)
-            return
-        values: dict[str, Any] = {"state": QUEUED}
-        if job.kind == FINE_TUNING:
-            values["hyperparameters"] = decided(job.hyperparameters, checked)
-        event = NewEvent("validated", "Files validated, moving job to queued state")
-        await self._ledger.change(job.id, values, when=(VALIDATING,), events=[event])
+        async with self._checks:
+            if not self._stopping:
+                folder = RunFolder(self._home.runs, job.id)
+                look_s = self._config.look_s
+                await validate(job, folder, self._ledger, self._settler, look_s, lambda: self._stopping)
 
     async def _run(self, job: JobRow) -> None:
         event = NewEvent(f"started:{job.attempt + 1}", "Fine-tuning job started")

@@ -83,15 +83,21 @@ def find_broken_line(path: Path) -> str | None:
 
 
 def check_training_file(
-    path: Path, *, kind: Literal["training", "validation"] = "training", minimum: int = MIN_EXAMPLES
+    path: Path,
+    *,
+    kind: Literal["training", "validation"] = "training",
+    minimum: int = MIN_EXAMPLES,
+    go_on: Callable[[None], None] = lambda _: None,
 ) -> FileReport | FileProblem:
-    """The job's check. `minimum` is OpenAI's least number of examples; a validation file needs one."""
+    """The job's check. `minimum` is OpenAI's least number of examples; a validation file needs one. `go_on` is called
+    at each line, and may raise to end it."""
     code, prefix = f"invalid_{kind}_file", INVALID.format(kind=kind)
     form: Format | None = None
     count = 0
     try:
         for number, example in read_objects(path):
             count += 1
+            go_on(None)
             if form is None:
                 found = _format_of(example)
                 if isinstance(found, FileProblem):

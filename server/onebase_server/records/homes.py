@@ -1,6 +1,7 @@
 """Which home folder a database belongs to: its rows name files and runs that lie in one folder only.
 
-Of two homes on one database each would take up the other's jobs, find none of their files, and fail them.
+Of two homes on one database each would take up the other's jobs, find none of their files, and fail them. A copy of a
+folder can't be told from the folder itself: whoever restores one beside it is warned.
 """
 
 import secrets

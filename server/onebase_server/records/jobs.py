@@ -5,8 +5,9 @@ two writers (a handler that cancels, the supervisor that sees the end) can't bot
 that did not happen.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sqlalchemy import delete, func, select
@@ -18,6 +19,9 @@ from onebase_server.records.pages import MetadataFilter, Page, metadata_is, page
 from onebase_server.records.tables import CheckpointRow, EventRow, JobRow
 
 LOOKED_UP = 500  # keys in one query: databases bound the number of parameters
+MAKING_LOCK = 0x6F6E656A
+Count = Callable[[Collection[str], str | None], Awaitable[int]]
+"""How many jobs are in these states, of an owner or (None) of all."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +51,28 @@ class JobRecords:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def add(self, row: JobRow, events: Sequence[NewEvent], *, event_ids: Sequence[str]) -> tuple[JobRow, bool]:
+    async def add(
+        self,
+        row: JobRow,
+        events: Sequence[NewEvent],
+        *,
+        event_ids: Sequence[str],
+        check_room: Callable[[Count], Awaitable[None]] | None = None,
+    ) -> tuple[JobRow, bool]:
         """Keep a new job and its first events. With an idempotency key that was used before: that job, and False.
 
+        `check_room` may raise: then nothing is kept. No other job is made between what it counts and this one.
         Raises InvalidInput when the key was used for another request.
         """
         async with self._database.write() as session:
+            if session.get_bind().dialect.name == "postgresql":  # SQLite has one writer at a time anyway
+                await session.execute(select(func.pg_advisory_xact_lock(MAKING_LOCK)))
             if row.idempotency_key is not None:
-                if session.get_bind().dialect.name == "postgresql":  # two first calls at once: the second waits here
-                    await session.execute(
-                        select(func.pg_advisory_xact_lock(func.hashtext(f"{row.owner}/{row.idempotency_key}")))
-                    )
                 before = await _made_before(session, row.owner, row.idempotency_key, row.request_digest)
                 if before is not None:
                     return before, False
+            if check_room is not None:
+                await check_room(partial(_count, session))
             session.add(row)
             await session.flush()
             for event, event_id in zip(events, event_ids, strict=True):
@@ -149,11 +161,8 @@ class JobRecords:
             return (await session.scalars(query.limit(1))).first()
 
     async def count(self, states: Collection[str], owner: str | None = None) -> int:
-        query = select(func.count()).where(JobRow.state.in_(states))
-        if owner is not None:
-            query = query.where(JobRow.owner == owner)
         async with self._database.read() as session:
-            return await session.scalar(query) or 0
+            return await _count(session, states, owner)
 
     async def ids(self) -> set[str]:
         async with self._database.read() as session:
@@ -176,6 +185,13 @@ class JobRecords:
         query = select(CheckpointRow).where(CheckpointRow.job_id == job_id)
         async with self._database.read() as session:
             return await page(session, query, CheckpointRow, after=after, limit=limit, order="desc")
+
+
+async def _count(session: AsyncSession, states: Collection[str], owner: str | None) -> int:
+    query = select(func.count()).where(JobRow.state.in_(states))
+    if owner is not None:
+        query = query.where(JobRow.owner == owner)
+    return await session.scalar(query) or 0
 
 
 async def _made_before(session: AsyncSession, owner: str, key: str, digest: str) -> JobRow | None:

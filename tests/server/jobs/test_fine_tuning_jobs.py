@@ -157,6 +157,17 @@ async def test_a_file_of_somebody_else_does_not_exist(world: JobsWorld) -> None:
     assert list(world.home.runs.iterdir()) == []
 
 
+@pytest.mark.parametrize("param", ["training_file", "validation_file"])
+async def test_a_file_whose_bytes_are_gone_is_refused_by_the_field_that_names_it(tmp_path: Path, param: str) -> None:
+    async with jobs_world(tmp_path, start=False) as world:
+        there, gone = [await world.upload() for _ in range(2)]
+        (world.home.files / gone.id).unlink()
+        with pytest.raises(InvalidInput, match=f"{gone.id}.*does not exist") as caught:
+            await world.fine_tune(**{"training_file": there.id, param: gone.id})
+        assert caught.value.param == param
+        assert list(world.home.runs.iterdir()) == []
+
+
 async def test_an_idempotency_key_makes_one_job(world: JobsWorld) -> None:
     file = await world.upload()
     first = await world.fine_tune(training_file=file.id, key="k")
@@ -188,6 +199,17 @@ async def test_more_jobs_than_may_wait_are_refused_and_leave_nothing(tmp_path: P
         again = await world.fine_tune(training_file=jobs[0].training_file, key="0")
         assert again.id == jobs[0].id
         assert {path.name for path in world.home.runs.iterdir()} == {job.id for job in jobs}
+
+
+@pytest.mark.parametrize("limit", ["waiting", "waiting_of_owner"])
+async def test_orders_at_the_same_time_get_no_more_places_than_there_are(tmp_path: Path, limit: str) -> None:
+    async with jobs_world(tmp_path, start=False, **{limit: 2}) as world:
+        file = await world.upload()
+        orders = (world.fine_tune(training_file=file.id) for _ in range(8))
+        given = await asyncio.gather(*orders, return_exceptions=True)
+        made = {job.id for job in given if not isinstance(job, BaseException)}
+        assert [type(job) for job in given if isinstance(job, BaseException)] == [Overloaded] * 6
+        assert {path.name for path in world.home.runs.iterdir()} == made
 
 
 async def test_one_owner_can_not_fill_the_queue_nor_by_pausing(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Retraining: the next version takes over only if the gate holds, and stored chats become its data."""
 
 import json
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import yaml
 from jobs_world import LINE, JobsWorld, jobs_world
 from onebase.errors import AdapterInvalid, InvalidInput
 from onebase.store import Version
+from onebase_server.jobs import run_data
 from onebase_server.jobs.orders import Gate
-from onebase_server.records.tables import ChatRow, FeedbackRow
+from onebase_server.records.tables import ChatRow, FeedbackRow, JobRow
 
 pytestmark = pytest.mark.anyio
 
@@ -46,7 +49,7 @@ async def test_a_dataset_is_what_it_was_when_the_run_was_ordered(world: JobsWorl
     recipe = yaml.safe_load(world.folder(job).recipe.read_text())
     assert [Path(path).read_bytes() for path in recipe["data"]["train"]] == [before]
     assert (await world.ended(job)).state == "succeeded"
-    assert not world.folder(job).dataset.exists()
+    await world.until(job, lambda row: not world.folder(row).dataset.exists())
 
 
 async def test_a_dataset_that_can_not_be_read_fails_its_run_in_words(world: JobsWorld, tmp_path: Path) -> None:
@@ -57,6 +60,47 @@ async def test_a_dataset_that_can_not_be_read_fails_its_run_in_words(world: Jobs
         assert (job.state, job.error["code"], job.error["param"]) == ("failed", "invalid_dataset", "dataset")
         assert job.error["message"].startswith(words)
         assert str(tmp_path) not in job.error["message"]
+
+
+@pytest.mark.slow
+async def test_neither_a_cancellation_nor_the_servers_end_waits_for_a_large_dataset_to_be_copied(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def endless(_source: Path, dest: Path, copied: Callable[[int], None]) -> None:
+        dest.write_text("half")
+        while True:
+            copied(1_000_000)
+            time.sleep(0.01)
+
+    def is_copied(row: JobRow) -> bool:
+        return (row.message or "").startswith("copying the dataset: ")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_data, "copy_file", endless)
+        async with jobs_world(tmp_path) as world:
+            cancelled, going_on, waiting = [await world.retrain(dataset=dataset) for _ in range(3)]
+            for job in (cancelled, going_on):
+                await world.until(job, is_copied)
+                assert world.folder(job).dataset_part.is_dir()
+            await world.jobs.cancel(cancelled.id, None)
+            job = await world.ended(cancelled)
+            assert job.state == "cancelled"
+            await world.until(job, lambda row: not world.folder(row).has_leftovers)
+            await world.until(waiting, is_copied)
+        assert not world.folder(going_on).dataset_part.exists()
+    async with jobs_world(tmp_path) as world:
+        for job in (going_on, waiting):
+            job = await world.ended(job)
+            assert (job.state, job.message) == ("succeeded", None)
+
+
+async def test_a_dataset_that_the_disk_has_no_room_for_fails_its_run_before_it_is_copied(
+    world: JobsWorld, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 100))  # type: ignore[attr-defined]
+    job = await world.ended(await world.retrain(dataset=dataset))
+    assert (job.error or {})["message"] == "it takes 0 MB, and the server's disk has 0 MB left"
+    await world.until(job, lambda row: not world.folder(row).has_leftovers)
 
 
 @pytest.mark.slow

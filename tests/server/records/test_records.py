@@ -14,14 +14,14 @@ from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import DatabaseError, IntegrityError
 
-from onebase.errors import InvalidInput
+from onebase.errors import InvalidInput, Overloaded
 from onebase_server.api.errors import answer_for
 from onebase_server.api.keys import KeyOrder, new_key
 from onebase_server.records.chats import ChatRecords
 from onebase_server.records.database import Database
 from onebase_server.records.files import FileRecords
 from onebase_server.records.homes import claim, home_id
-from onebase_server.records.jobs import LOOKED_UP, JobRecords, NewCheckpoint, NewEvent
+from onebase_server.records.jobs import LOOKED_UP, Count, JobRecords, NewCheckpoint, NewEvent
 from onebase_server.records.keys import KeyRecords
 from onebase_server.records.standing import standing_at
 from onebase_server.records.tables import Base, ChatRow, FeedbackRow, FileRow, JobRow
@@ -146,6 +146,20 @@ async def test_the_same_idempotency_key_makes_one_job_even_at_once(database: Dat
     other, created = await jobs.add(a_job(10, idempotency_key="k", owner="bob"), [], event_ids=[])
     assert created
     assert other.owner == "bob"
+
+
+async def test_what_makes_room_for_a_job_is_counted_where_it_is_made(database: Database) -> None:
+    records = JobRecords(database)
+
+    async def for_two(count: Count) -> None:
+        if await count(("queued",), "ann") >= 2:
+            raise Overloaded("full", retry_after_s=1)
+
+    rows = [a_job(number, owner="ann", state="queued") for number in range(8)]
+    made = (records.add(row, [], event_ids=[], check_room=for_two) for row in rows)
+    given = await asyncio.gather(*made, return_exceptions=True)
+    assert sum(isinstance(each, Overloaded) for each in given) == 6
+    assert await records.count(("queued",), "ann") == 2
 
 
 async def test_of_two_changes_from_one_state_only_one_wins_and_its_events_only_are_told(database: Database) -> None:
