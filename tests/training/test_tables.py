@@ -1,17 +1,21 @@
 """What is no JSON and no text: the hub's datasets, saved folders, CSV and Parquet. The hub is a stand-in here."""
 
+import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from onebase.errors import DatasetError
 from onebase_training.config import make_recipe
 from onebase_training.raw_record import Problem, RawRecord
 from onebase_training.read import read_records
+from onebase_training.records import Conversation, parse_record
 
 ROW = {"prompt": "a", "completion": "b", "extra": None}
 
@@ -173,3 +177,37 @@ def test_without_pyarrow_a_parquet_file_says_what_to_install(tmp_path: Path, mon
 
     with pytest.raises(DatasetError, match="pip install pyarrow"):
         read(str(tmp_path / "d.parquet"))
+
+
+def parquet(path: Path, rows: int) -> Path:
+    """Texts of 100 random digits, so that a page holds them as they are."""
+    digits = random.Random(0)
+    talks = [
+        [{"from": "human", "value": f"{digits.getrandbits(400):0100x}"}, {"from": "gpt", "value": "yes"}]
+        for _ in range(rows)
+    ]
+    pyarrow.parquet.write_table(pyarrow.table({"conversations": talks, "note": [None] * rows}), path)
+    return path
+
+
+def test_a_parquet_file_is_read_row_by_row_with_its_nested_turns(tmp_path: Path) -> None:
+    file = parquet(tmp_path / "d.parquet", 150)
+
+    records, problems = read(str(file))
+
+    assert problems == []
+    assert len(records) == 150  # more than are read at once
+    parsed = parse_record(records[149], "auto")
+    assert isinstance(parsed, Conversation)
+    assert [message.role for message in parsed.messages] == ["user", "assistant"]
+    assert "note" not in records[0]
+
+
+def test_a_broken_parquet_file_says_so(tmp_path: Path) -> None:
+    file = parquet(tmp_path / "d.parquet", 150)
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    for broken in (b"", b"text", whole[:-10], whole[:middle] + b"\xff" * 2000 + whole[middle + 2000 :]):
+        file.write_bytes(broken)
+        with pytest.raises(DatasetError, match=r"not a Parquet file, or broken behind row 0: \w"):
+            read(str(file))

@@ -72,7 +72,7 @@ def _words(source: Source, error: Exception) -> str:
 
 def _library(name: str, missing: str) -> Any:
     try:
-        import datasets  # type: ignore[import-not-found, unused-ignore]
+        import datasets
     except ImportError:
         raise DatasetError(name, [missing]) from None
     return datasets

@@ -39,8 +39,8 @@ def csv_rows(path: Path) -> Iterator[RawRecord | Problem]:
 def parquet_rows(path: Path, name: str) -> Iterator[RawRecord]:
     """Numbered from 1. Raises DatasetError without pyarrow, and for a file that is none."""
     try:
-        from pyarrow import ArrowException  # type: ignore[import-not-found, unused-ignore]
-        from pyarrow.parquet import ParquetFile  # type: ignore[import-not-found, unused-ignore]
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
     except ImportError:
         raise DatasetError(name, ["to read Parquet: pip install pyarrow (or datasets)"]) from None
     number = 0
@@ -50,5 +50,5 @@ def parquet_rows(path: Path, name: str) -> Iterator[RawRecord]:
                 for row in batch.to_pylist():
                     number += 1
                     yield RawRecord(number, plain(row))
-    except ArrowException as error:
+    except (ArrowException, OSError) as error:  # what can't be unpacked is an OSError without a system's words
         raise DatasetError(name, [f"not a Parquet file, or broken behind row {number}: {error}"]) from error
