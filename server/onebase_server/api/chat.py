@@ -28,7 +28,7 @@ async def create_chat_completion(data: JSONBody[ChatRequest], deps: Deps, reques
     caller = caller_of(request)
     plan = await plan_chat_aside(data, given, await visible_model(data.model, caller, backend, deps), backend)
     keeper = ChatKeeper(deps.chats, caller.owner, data, plan) if data.store else None
-    handle = submit(request, deps, backend, plan.request)
+    handle = submit(request, deps, backend, plan.model.id, plan.request)
     if data.stream:
         stream = ChatStream(plan, backend.tokenizer, backend.fingerprint)
         events = stream.events(handle.events())

@@ -30,7 +30,7 @@ async def create_completion(data: JSONBody[CompletionRequest], deps: Deps, reque
     backend = deps.backend.get()
     model = await visible_model(data.model, caller_of(request), backend, deps)
     plan = await plan_completion_aside(data, n, model, backend)
-    running = Running(plan, lambda wanted: submit_all(request, deps, backend, wanted))
+    running = Running(plan, lambda wanted: submit_all(request, deps, backend, model.id, wanted))
     if data.stream:
         stream = CompletionStream(plan, backend.tokenizer, backend.fingerprint)
         return EventStream(stream.events(running.handles), running.cancel, ping_s=deps.settings.ping_s)

@@ -44,7 +44,7 @@ async def create_response(data: JSONBody[ResponseRequest], deps: Deps, kept: Kep
     backend = deps.backend.get()
     response = begin_response(data, plan)
     finished = keeper(kept, caller.owner, data, history)
-    handle = submit(request, deps, backend, plan.request)
+    handle = submit(request, deps, backend, plan.model.id, plan.request)
     if data.stream:
         stream = ResponseStream(response, plan, backend.tokenizer, finished)
         events = stream.events(handle.events())

@@ -25,18 +25,22 @@ from onebase_server.engine.types import FinishReason, GenerationRequest, TokenEv
 logger = logging.getLogger("onebase_server.generations")
 
 
-def submit(request: Request[Any, Any, Any], deps: AppDeps, backend: Backend, wanted: GenerationRequest) -> "Generation":
+def submit(
+    request: Request[Any, Any, Any], deps: AppDeps, backend: Backend, model: str, wanted: GenerationRequest
+) -> "Generation":
     """As `submit_all`, for one prompt."""
-    [generation] = submit_all(request, deps, backend, [wanted])
+    [generation] = submit_all(request, deps, backend, model, [wanted])
     return generation
 
 
 def submit_all(
-    request: Request[Any, Any, Any], deps: AppDeps, backend: Backend, wanted: Sequence[GenerationRequest]
+    request: Request[Any, Any, Any], deps: AppDeps, backend: Backend, model: str, wanted: Sequence[GenerationRequest]
 ) -> list["Generation"]:
-    """Queue all prompts of one call for its caller, or none. Raises RateLimited for the key's own limits, InvalidInput
-    for more than it may ever have at a time, ModelNotFound for a version that was removed since it was looked up, and
-    what `Engine.submit` does."""
+    """Queue all prompts of one call for its caller, or none. `model`: as it was asked for.
+
+    Raises RateLimited for the key's own limits, InvalidInput for more than it may ever have at a time, ModelNotFound
+    for a version that was removed since it was looked up, and what `Engine.submit` does.
+    """
     caller = caller_of(request)
     limit_s = deps.settings.max_request_s
     deadline = time.monotonic() + limit_s if limit_s else None
@@ -51,7 +55,7 @@ def submit_all(
         deps.limiter.begin(caller, sequences_of(wanted), prompt_tokens_of(wanted))
         try:
             for each in wanted:
-                hold = hold_files(each)
+                hold = hold_files(model, each)
                 try:
                     handle = backend.engine.submit(each)
                 except BaseException:
@@ -72,14 +76,14 @@ def submit_all(
     return started
 
 
-def hold_files(wanted: GenerationRequest) -> Hold | None:
+def hold_files(model: str, wanted: GenerationRequest) -> Hold | None:
     """Whoever removes the version from here on, in whatever process, leaves its files until the generation ends."""
     if wanted.adapter is None:
         return None
     try:
         return Hold(wanted.adapter.path)
     except FileNotFoundError as error:
-        raise ModelNotFound(wanted.adapter.id) from error
+        raise ModelNotFound(model) from error
 
 
 @dataclass(frozen=True, slots=True)

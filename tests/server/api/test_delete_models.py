@@ -169,6 +169,7 @@ def test_a_model_deleted_between_look_up_and_queue_is_not_found(
     reply = world.post(f"/v1/{asked}", {**text, "model": TUNED}, headers=ADMIN)
     assert reply.status_code == 404
     assert error_of(reply)["code"] == "model_not_found"
+    assert f"`{TUNED}`" in error_of(reply)["message"]
 
 
 def test_a_request_that_waits_keeps_the_files_from_another_process_s_removal(tmp_path: Path) -> None:
