@@ -40,12 +40,12 @@ def protocol_within(limit_s: float, most: int) -> type[H11Protocol]:
             super().connection_made(transport)
             self._served = self.app
             self._watch()
-            if len(self.connections) >= most and idle:
+            if len(self.connections) > most and idle:
                 next(iter(idle)).shutdown()  # idle for longest
 
         def data_received(self, data: bytes) -> None:
             idle.pop(self, None)
-            crowded = max(len(self.connections), len(self.tasks)) >= most
+            crowded = len(self.connections) > most or len(self.tasks) >= most  # it is among the connections itself
             self.app = too_many_connections if crowded else self._served
             super().data_received(data)
             self._watch()

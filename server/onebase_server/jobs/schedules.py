@@ -8,6 +8,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from onebase.errors import NotReady, OnebaseError, Overloaded
 from onebase_server.jobs.ledger import Ledger
 from onebase_server.jobs.names import new_id
@@ -67,6 +69,11 @@ class Scheduler:
         except OnebaseError as error:
             values["note"] = f"could not be ordered: {error.message}"
             logger.warning("schedule %s of '%s' could not be ordered: %s", row.id, row.adapter, error.message)
+        except SQLAlchemyError:  # nothing could be written down: it stays due
+            raise
+        except Exception:  # a full disk, or a fault of ours: neither other schedules nor the supervisor are held up
+            values["note"] = "could not be ordered; the server's log says why"
+            logger.exception("schedule %s of '%s' could not be ordered", row.id, row.adapter)
         await self.records.advance(row, next_at=timing_of(row).next_after(row.next_at, now), **values)
 
 

@@ -1,5 +1,6 @@
 """Schedules by a clock of the test's own: when they come, what they order, and what they pass over."""
 
+import errno
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -170,6 +171,27 @@ async def test_a_time_waits_for_the_base_and_for_a_place_in_the_queue(tmp_path: 
         assert (await scheduled.at(HOUR + 1)).next_at == MONDAY + HOUR
         await scheduled.world.jobs.cancel(other.id, None)
         assert (await scheduled.at(HOUR + 2)).last_at == MONDAY + HOUR + 2
+
+
+async def test_one_that_fails_for_a_reason_of_ours_holds_no_other_up(
+    scheduled: Scheduled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for adapter in ("full", "bot"):
+        await scheduled.scheduler.add(adapter, Timing(every="1h"), {}, "ann")
+    retrain = scheduled.world.jobs.retrain
+
+    async def no_room(order: RetrainOrder, *rest: Any) -> Any:
+        if order.adapter == "full":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return await retrain(order, *rest)
+
+    monkeypatch.setattr(scheduled.world.jobs, "retrain", no_room)
+    scheduled.clock.now = MONDAY + HOUR
+    await scheduled.scheduler.tick()
+    rows = {row.adapter: row for row in await scheduled.scheduler.records.list()}
+    assert rows["full"].note == "could not be ordered; the server's log says why"
+    assert {row.next_at for row in rows.values()} == {MONDAY + 2 * HOUR}
+    assert [rows["bot"].last_run] == await scheduled.jobs()
 
 
 async def test_what_can_not_be_ordered_says_why_and_is_tried_at_its_next_time(scheduled: Scheduled) -> None:
