@@ -1,5 +1,6 @@
 """Files become rows: every broken line is told, nothing is lost silently, and the same rows are held out each time."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -152,15 +153,28 @@ def test_a_held_out_file_is_evaluated_whole_unless_told_otherwise(tmp_path: Path
     assert cut.notices == [f"{held_out}: 1193 of 1200 records left out of evaluations: max_eval_rows = 7"]
 
 
-def test_a_long_reading_tells_how_far_it_is(tmp_path: Path, encoder: Encoder) -> None:
+def test_a_long_reading_tells_how_far_it_is_every_second(
+    tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onebase_training.dataset.monotonic", itertools.count(step=0.25).__next__)
     heard: list[str] = []
     file = tmp_path / "d.jsonl"
-    file.write_text("not json\n" * 1001 + chat_line("a", "b"))
+    file.write_text("not json\n" * 9 + chat_line("a", "b"))
 
     with pytest.raises(DatasetError):
         load_dataset(make_recipe({"name": "x", "data": {"train": str(file)}}), encoder, 2048, heard.append)
 
-    assert heard == ["500 records read of d.jsonl", "1,000 records read of d.jsonl"]
+    assert heard == ["4 records read of d.jsonl", "8 records read of d.jsonl"]
+
+
+def test_a_broken_file_that_is_held_out_too_is_told_once(tmp_path: Path, encoder: Encoder) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text("not json\n")
+
+    with pytest.raises(DatasetError) as caught:
+        load(file, encoder, eval=str(file))
+
+    assert caught.value.problems == ("line 1: not JSON: Expecting value (column 1)",)
 
 
 def test_held_out_rows_that_are_trained_on_are_told(tmp_path: Path, encoder: Encoder) -> None:

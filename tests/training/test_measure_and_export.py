@@ -20,7 +20,7 @@ from onebase.store import AdapterStore
 from onebase_training import lora
 from onebase_training.__main__ import app
 from onebase_training.config import Recipe, make_recipe
-from onebase_training.eval_reports import as_table, kept, write_json
+from onebase_training.eval_reports import Measurement, as_table, kept, write_json
 from onebase_training.evaluate import evaluate
 from onebase_training.export import export
 from onebase_training.generate import greedy_answers
@@ -243,6 +243,17 @@ def test_a_check_that_fails_is_an_exit_code_of_its_own_and_shows_the_answers(
     assert "never" in shown.output
 
 
+def test_a_table_in_a_narrow_terminal_keeps_the_models_names() -> None:
+    name = "an-adapter-with-a-long-name@12"
+    measured = Measurement(name, 1.0, 0.5, 0.5, 0.5, {"a_check_with_a_long_name": 1.0}, 1, 1, {})
+    console = Console(width=80, file=StringIO())
+
+    console.print(as_table([measured]))
+
+    assert name in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_data_check_tells_broken_lines_and_shows_what_is_learnt(trained: tuple[Home, Recipe], tmp_path: Path) -> None:
     good = Path(trained[1].data.train[0].path).read_text()
     (tmp_path / "d.jsonl").write_text(good + good.splitlines()[0] + "\nnot json\n")
@@ -258,9 +269,25 @@ def test_data_check_tells_broken_lines_and_shows_what_is_learnt(trained: tuple[H
     assert report["problems"] == [{"line": 26, "message": "not JSON: Expecting value (column 1)"}]
 
 
+def test_data_check_renders_rows_as_a_recipe_with_the_same_keys_would(home: Home, tmp_path: Path) -> None:
+    file = sharegpt_file(tmp_path / "d.jsonl", [[("human", "Hello"), ("Ghost", "Boo"), ("gpt", "Hi")]])
+    options = ("data", "check", str(file), "--home", str(home.root), "--base", NAME)
+
+    strict, kept = command(*options), command(*options, "--unknown-role", "keep")
+    sharegpt_file(file, [[("human", "Hello"), ("gpt", "Hi")]])
+    shown = command(*options, "--prompt-format", "chat_template")
+
+    assert "unknown speaker 'Ghost'" in strict.output
+    assert "### GHOST:" in kept.output
+    assert "[INST] Hello [/INST]" in shown.output
+    assert "###" not in shown.output
+    assert [each.exit_code for each in (strict, kept, shown)] == [1, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
+        (("data", "check", "none.jsonl", "--base", NAME, "--prompt-format", "alpaca"), "data.prompt_format: "),
         (("train", "none.yaml"), "can't read the recipe"),
         (("none.yaml",), "can't read the recipe"),
         (("export", "nobody", "x"), "The model `nobody` does not exist"),

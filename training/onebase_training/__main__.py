@@ -176,6 +176,10 @@ def data_check(
     home: HomeOption = None,
     base: Annotated[str | None, typer.Option(help="Count tokens with this base's tokenizer.")] = None,
     format: Annotated[str, typer.Option(help="auto, sharegpt, openai, alpaca, orca, completion or text.")] = "auto",
+    prompt_format: Annotated[
+        str, typer.Option(help="human_response, or chat_template: the base's own.")
+    ] = "human_response",
+    unknown_role: Annotated[str, typer.Option(help="error, or keep: under a header of its own.")] = "error",
     max_tokens: Annotated[int, typer.Option(help="Rows longer than this are told.")] = 2048,
     show: Annotated[int, typer.Option(help="Print so many rows as coloured tokens: green is learnt.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
@@ -187,7 +191,9 @@ def data_check(
 
     with UserErrors(console):
         source = {"path": str(file.resolve() if file.exists() else file), "format": format}
-        content: dict[str, Any] = {"name": "checked", "data": {"train": [source], "max_tokens": max_tokens}}
+        data = {"train": [source], "max_tokens": max_tokens}
+        data |= {"prompt_format": prompt_format, "unknown_role": unknown_role}
+        content: dict[str, Any] = {"name": "checked", "data": data}
         recipe = config.make_recipe(content | ({"base": base} if base else {}))
         tokenizer, encoder, limit = inspect_data.tools(recipe, home_at(home).create())
         with console.status("reading") as line:

@@ -12,7 +12,6 @@ import transformers
 from onebase.base_model import LoadedBase
 from onebase.bases import BaseSpec
 from onebase.errors import RecipeError
-from onebase.prompt import PromptRenderer, get_renderer
 from onebase.tokenizer import TextTokenizer
 from onebase_training import attention, lora
 from onebase_training.config import Recipe
@@ -25,18 +24,9 @@ from onebase_training.objective import Objective
 from onebase_training.plan import Plan
 from onebase_training.progress import RunCallback
 from onebase_training.recompute import Recompute
-from onebase_training.rows import Encoder
+from onebase_training.rows import Encoder, make_renderer
 from onebase_training.same_recipe import made_with
 from onebase_training.trainer import PlanTrainer, StepDataset
-
-
-def make_renderer(recipe: Recipe, spec: BaseSpec, tokenizer: TextTokenizer) -> PromptRenderer:
-    template = spec.path / "chat_template.jinja"
-    return get_renderer(
-        recipe.data.prompt_format,
-        tokenizer,
-        template.read_text("utf-8") if template.is_file() else None,
-    )
 
 
 def read_data(

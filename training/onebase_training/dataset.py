@@ -5,50 +5,24 @@ them with their line numbers, and nothing has been written.
 """
 
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
 from onebase.errors import DatasetError, InvalidInput
 from onebase_training.config import DataConfig, Recipe, Source
-from onebase_training.oddities import UNKNOWN_SPEAKER, oddities
+from onebase_training.file_report import FileReport, raise_problems, reasons
+from onebase_training.oddities import oddities
 from onebase_training.raw_record import Problem
 from onebase_training.read import read_records
 from onebase_training.record_parts import RecordError
 from onebase_training.records import PlainText, Record, parse_record
 from onebase_training.rows import Encoder, Row, cut_to_turns
 
-_MAX_PROBLEMS = 1000
-_SHOWN_LINES = 10
-_TOLD_EVERY = 500
+_TOLD_EVERY_S = 1.0
 _MOST_SPLIT_OFF = 1000
 """Rows: an evaluation takes a pass over all of them. A file that is given as held out is evaluated whole."""
-
-
-@dataclass(slots=True)
-class FileReport:
-    """What became of one file's records."""
-
-    path: str
-    told: Callable[[str], None] = field(default=lambda _: None, repr=False, compare=False)
-    """Hears every few hundred records how far the reading is: a large file takes minutes."""
-    records: int = 0
-    used: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
-    """Reason -> how many records."""
-    problems: list[Problem] = field(default_factory=list)
-    broken: int = 0
-    """How many problems there are in all; `problems` holds the first thousand."""
-    odd: dict[str, "Oddity"] = field(default_factory=dict)
-    """What is odd about sound records -> how many, and where."""
-
-
-@dataclass(slots=True)
-class Oddity:
-    count: int = 0
-    lines: list[int] = field(default_factory=list)
-    """The first ten."""
 
 
 @dataclass(slots=True)
@@ -62,17 +36,7 @@ class Dataset:
 
     @property
     def notices(self) -> list[str]:
-        return [
-            f"{report.path}: {count} of {report.records} records {reason}"
-            for report in self.reports
-            for reason, count in [*report.left_out.items(), *_kept_speakers(report)]
-        ]
-
-
-def _kept_speakers(report: FileReport) -> list[tuple[str, int]]:
-    """The seed warned of each; of the oddities only this one changes what is trained."""
-    kept = report.odd.get(UNKNOWN_SPEAKER)
-    return [(f"{UNKNOWN_SPEAKER} (first on line {kept.lines[0]})", kept.count)] if kept else []
+        return [notice for report in self.reports for notice in report.notices]
 
 
 def load_dataset(
@@ -102,16 +66,16 @@ def load_dataset(
         for row in usable_rows(source, recipe.folder, config, encoder, limit, report):
             held_out.append(row)
             report.used += 1
-    _raise_problems(reports)
+    raise_problems(reports)
     train = list(rows.values())
     if config.eval:
         if not held_out:
-            raise DatasetError(config.eval[0].path, [f"no usable record to hold out ({_reasons(reports)})"])
+            raise DatasetError(config.eval[0].path, [f"no usable record to hold out ({reasons(reports)})"])
         held_out = _to_evaluate(held_out, train, config.max_eval_rows, reports[-1])
     else:
         train, held_out = _split(train, config.eval_fraction, config.max_eval_rows or _MOST_SPLIT_OFF)
     if not train:
-        raise DatasetError(config.train[0].path, [f"no usable record ({_reasons(reports)})"])
+        raise DatasetError(config.train[0].path, [f"no usable record ({reasons(reports)})"])
     if learn_all:
         train = [(row.all_learnt(), weight) for row, weight in train]
     return Dataset(train, held_out, reports, limit)
@@ -132,7 +96,7 @@ def usable_rows(
         try:
             row = encoder.encode(record)
         except InvalidInput as error:
-            _note(report, Problem(line, error.message))
+            report.note(Problem(line, error.message))
             continue
         if row.skipped:
             report.left_out["have answers that the chat template does not write as given: those are not learnt"] += 1
@@ -149,24 +113,24 @@ def parsed_records(
     source: Source, folder: Path, config: DataConfig, report: FileReport
 ) -> Iterator[tuple[int, Record]]:
     """(line, record) of every sound record; broken ones go into the report."""
+    told_at = monotonic()
     for number, raw in enumerate(read_records(source, folder, config), 1):
-        if number % _TOLD_EVERY == 0:
+        if monotonic() - told_at >= _TOLD_EVERY_S:
+            told_at = monotonic()
             report.told(f"{number:,} records read of {Path(source.path).name}")
         if isinstance(raw, Problem):
             report.records += raw.is_record
-            _note(report, raw)
+            report.note(raw)
             continue
         report.records += 1
         try:
             keep = config.unknown_role == "keep"
             record = parse_record(raw.value, source.format, keep_unknown_roles=keep)
         except (RecordError, InvalidInput) as error:
-            _note(report, Problem(raw.line, str(error)))
+            report.note(Problem(raw.line, str(error)))
             continue
         for text in oddities(record):
-            odd = report.odd.setdefault(text, Oddity())
-            odd.count += 1
-            odd.lines += [raw.line] if len(odd.lines) < _SHOWN_LINES else []
+            report.note_oddity(text, raw.line)
         yield raw.line, record
 
 
@@ -175,7 +139,7 @@ def _fit(row: Row, limit: int, config: DataConfig, report: FileReport, line: int
     if len(row) <= limit:
         return row
     if config.too_long == "error":
-        _note(report, Problem(line, f"{len(row)} tokens, more than max_tokens = {limit}"))
+        report.note(Problem(line, f"{len(row)} tokens, more than max_tokens = {limit}"))
         return None
     if config.too_long == "drop":
         report.left_out[f"left out: longer than {limit} tokens"] += 1
@@ -225,26 +189,3 @@ def _to_evaluate(rows: list[Row], train: list[tuple[Row, float]], most: int | No
         return rows
     report.left_out[f"left out of evaluations: max_eval_rows = {most}"] += len(rows) - most
     return sorted(rows, key=lambda row: row.place)[:most]
-
-
-def _reasons(reports: list[FileReport]) -> str:
-    told = [f"{count} {reason}" for report in reports for reason, count in report.left_out.items()]
-    return "; ".join(told) or "the file is empty"
-
-
-def _note(report: FileReport, problem: Problem) -> None:
-    report.broken += 1
-    if len(report.problems) < _MAX_PROBLEMS:
-        report.problems.append(problem)
-
-
-def _raise_problems(reports: list[FileReport]) -> None:
-    broken = [report for report in reports if report.problems]
-    if not broken:
-        return
-    texts = [
-        str(problem) if len(broken) == 1 else f"{report.path} {problem}"
-        for report in broken
-        for problem in report.problems
-    ]
-    raise DatasetError(broken[0].path, texts)

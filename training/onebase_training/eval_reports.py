@@ -45,7 +45,8 @@ def as_table(results: Sequence[Measurement], title: str | None = None) -> Table:
         title = f"{results[0].examples} held-out conversations, {results[0].tokens} response tokens"
     table = Table(title=title)
     for column in ("model", "response loss", "token accuracy", "stops by eos", "exact match", *checks):
-        table.add_column(column, justify="left" if column == "model" else "right")
+        is_model = column == "model"  # what tells the rows apart stays whole, however narrow the terminal
+        table.add_column(column, justify="left" if is_model else "right", no_wrap=is_model, overflow="fold")
     for r in results:
         rates = [r.token_accuracy, r.stop_rate, r.exact_match, *(r.checks.get(name) for name in checks)]
         table.add_row(r.model, f"{r.response_loss:.4f}", *("-" if v is None else f"{v:.0%}" for v in rates))

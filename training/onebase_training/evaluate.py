@@ -18,7 +18,7 @@ from onebase.store import AdapterStore, Version
 from onebase.tokenizer import TextTokenizer
 from onebase_training import attention, eval_reports, lora
 from onebase_training.alive import while_working
-from onebase_training.assemble import make_renderer, read_data
+from onebase_training.assemble import read_data
 from onebase_training.beside import Beside
 from onebase_training.config import Recipe
 from onebase_training.eval_checks import EXACT
@@ -26,7 +26,7 @@ from onebase_training.eval_reports import Measurement
 from onebase_training.generate import greedy_answers
 from onebase_training.held_out import eval_batches, held_out_metrics
 from onebase_training.objective import Objective
-from onebase_training.rows import Row
+from onebase_training.rows import Row, make_renderer
 from onebase_training.status import StatusWriter
 
 _MISSES: Final = 3

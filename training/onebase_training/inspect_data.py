@@ -12,11 +12,11 @@ from rich.text import Text
 
 from onebase.base_fetch import find_base
 from onebase.home import Home
-from onebase.prompt import get_renderer
 from onebase.tokenizer import TextTokenizer
 from onebase_training.config import Recipe
-from onebase_training.dataset import FileReport, usable_rows
-from onebase_training.rows import Encoder, Row
+from onebase_training.dataset import usable_rows
+from onebase_training.file_report import FileReport
+from onebase_training.rows import Encoder, Row, make_renderer
 
 _BARS = 12
 _SHOWN_PROBLEMS = 20
@@ -57,7 +57,7 @@ def tools(recipe: Recipe, home: Home) -> tuple[TextTokenizer, Encoder, int]:
     """The tokenizer and encoder of the recipe's base, and the longest row that it takes."""
     spec = find_base(home, recipe.base)
     tokenizer = TextTokenizer.load(spec.path)
-    encoder = Encoder(tokenizer, get_renderer("human_response", tokenizer))
+    encoder = Encoder(tokenizer, make_renderer(recipe, spec, tokenizer))
     return tokenizer, encoder, min(recipe.data.max_tokens or 2048, spec.context_length)
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from onebase.prompt import PromptRenderer
+from onebase.bases import BaseSpec
+from onebase.prompt import PromptRenderer, get_renderer
 from onebase.tokenizer import TextTokenizer
-from onebase_training.config import Headers
+from onebase_training.config import Headers, Recipe
 from onebase_training.records import Conversation, PlainText, Record
 
 
@@ -101,6 +102,16 @@ class Encoder:
         return Row(np.asarray(ids, np.int32), learnt)
 
 
+def make_renderer(recipe: Recipe, spec: BaseSpec, tokenizer: TextTokenizer) -> PromptRenderer:
+    """Of the recipe's prompt format. Raises InvalidInput where that is the base's own template and it has none."""
+    template = spec.path / "chat_template.jinja"
+    return get_renderer(
+        recipe.data.prompt_format,
+        tokenizer,
+        template.read_text("utf-8") if template.is_file() else None,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A text that is encoded on its own. `ends`: an eos id follows."""
@@ -132,7 +143,7 @@ def seed_segments(record: Conversation, headers: Headers | None) -> list[Segment
 
 
 def seed_text(record: Conversation, headers: Headers | None, eos: str) -> str:
-    """The seed's exact string, for golden tests and `data check`; eos spelt out, bos left to the tokenizer."""
+    """The seed's exact string, for golden tests; eos spelt out, bos left to the tokenizer."""
     return "".join(segment.text + (eos if segment.ends else "") for segment in seed_segments(record, headers))
 
 

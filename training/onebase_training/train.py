@@ -24,7 +24,6 @@ from onebase_training.alive import while_working
 from onebase_training.assemble import (
     build_trainer,
     has_tensorboard,
-    make_renderer,
     optimizer_name,
     prepare,
     read_data,
@@ -37,6 +36,7 @@ from onebase_training.plan import make_plan
 from onebase_training.progress import RunCallback
 from onebase_training.publish import publish_adapter, write_checked
 from onebase_training.report import Metrics, describe, final_metrics, write_reports
+from onebase_training.rows import make_renderer
 from onebase_training.smoke import check_speaks
 from onebase_training.status import StatusWriter, error_content
 from onebase_training.stop import ServerGone, StopRequest

@@ -80,7 +80,7 @@ class StepDataset(Dataset[list[MicroBatch]]):
 
 
 class PlanTrainer(transformers.Trainer):  # type: ignore[misc]
-    """`objective` wraps the PeftModel. `eval_rows` may be empty. `made_with` guards checkpoints (same_recipe.py)."""
+    """`objective` wraps the PeftModel. `eval_batches` may be empty. `made_with` guards checkpoints (same_recipe.py)."""
 
     def __init__(
         self,
