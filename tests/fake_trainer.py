@@ -5,7 +5,7 @@
 
 The plan (all optional): `steps`, `step_s`, `every` (steps a checkpoint), `ends` (how each attempt ends: "succeed",
 "fail", "give up", "server gone", "crash", "crash early", "hang"; the last repeats), `deaf` (signals do nothing),
-`save_s` (of the checkpoint that SIGINT asks for); `loss` and `stop_rate` by version for `evaluate`, which takes
+`save_s` (of the checkpoint that a signal asks for); `loss` and `stop_rate` by version for `evaluate`, which takes
 `evaluate_s`. Steps already done, as its newest checkpoint says,
 are not done again. Each start adds a line to the file `starts`.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 RESUME_EXIT = 75
-under_way = {"step": 0}
+under_way = {"step": 0, "stopping": 0}
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -41,8 +41,8 @@ def main() -> None:
     given = parser.parse_args(sys.argv[2:])
     with Path("starts").open("a") as starts:
         starts.write(f"{given.what} {os.getpid()}\n")
-    signal.signal(signal.SIGTERM, signal.SIG_IGN if plan.get("deaf") else lambda *_: cancel(given.status))
-    signal.signal(signal.SIGINT, signal.SIG_IGN if plan.get("deaf") else lambda *_: save(given, plan))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN if plan.get("deaf") else lambda *_: stop(given, plan))
     (evaluate if given.what == "evaluate" else train)(given, plan)
 
 
@@ -51,7 +51,11 @@ def cancel(status: Path) -> None:
     os._exit(1)
 
 
-def save(given: Any, plan: dict[str, Any]) -> None:
+def stop(given: Any, plan: dict[str, Any]) -> None:
+    """Saves first; asked again meanwhile it ends at once."""
+    if under_way["stopping"]:
+        cancel(given.status)
+    under_way["stopping"] = 1
     time.sleep(plan.get("save_s", 0.0))
     if given.what == "train" and under_way["step"]:
         checkpoint(given.run_dir, under_way["step"])

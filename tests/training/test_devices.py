@@ -46,7 +46,7 @@ def test_pitfall_21_each_process_has_the_gpu_of_its_number(
         ("cuda:0", 1, "say cuda, and each takes its own"),
         ("auto", 2, "torch sees 2"),
         ("cuda:7", None, "torch sees 2"),
-        ("gpu", None, "'gpu' is none: auto, cpu, cuda"),
+        ("gpu", None, "'gpu' is none; use auto, cpu, cuda"),
     ],
 )
 def test_a_device_that_is_not_there_is_refused(chosen: list[int], named: str, rank: int | None, word: str) -> None:
