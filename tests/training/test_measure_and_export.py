@@ -139,6 +139,7 @@ def test_pitfall_4_a_merged_model_has_the_bases_vocabulary_and_tokenizer(
 
     folder = export("tiny", tmp_path / "merged", trained[0], form="merged", check=False)
 
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "whoever may read one file may read all"
     merged = read_base(folder)
     assert merged.vocab_size == spec.vocab_size
     assert merged.identity.config_hash == spec.identity.config_hash

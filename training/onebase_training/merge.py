@@ -53,6 +53,8 @@ def merge(
             merged = {name: weight.to(dtype).contiguous() for name, weight in merging.tensors(shard)}
             save_file(merged, scratch / shard.name, metadata={"format": "pt"})
         _copy_rest(spec, scratch, dtype)
+        for shard in weight_files(scratch):  # safetensors writes them for their owner alone
+            shutil.copymode(scratch / "config.json", shard)
         scratch.rename(dest)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)  # of what failed or was interrupted
