@@ -64,7 +64,7 @@ test-soak: setup  ## three minutes of mixed load, a thousand open streams (SOAK_
 
 test-slow: setup $(CLIENTS)/.set-up  ## real models, real servers, real clients (minutes)
 	$(SAY) "slow tests (real weights)"
-	@$(PY) -m pytest -q -m "slow and not gpu" --ignore=$(SOAK) --durations=15
+	@$(PY) -m pytest -q -n 2 --dist loadfile -m "slow and not gpu" --ignore=$(SOAK) --durations=15
 
 test-gpu: setup  ## the CUDA tests, on a machine with a GPU
 	@$(PY) -m pytest -q -m gpu tests/gpu
