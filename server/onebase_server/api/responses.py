@@ -29,7 +29,7 @@ from onebase_server.api.schemas_responses import ResponseRequest
 from onebase_server.api.sse import EventStream
 from onebase_server.api.visible import visible_model
 from onebase_server.api.waiting import unless_client_leaves
-from onebase_server.records.pages import unknown_cursor
+from onebase_server.records.pages import page_of
 
 Kept = NamedDependency[ResponseStore]
 AnyRequest = Request[Any, Any, Any]
@@ -89,17 +89,13 @@ async def list_input_items(
     items = kept.get(response_id, caller_of(request).sees).items
     if order == "desc":
         items = items[::-1]
-    ids = [item.id for item in items]
-    if after is not None and after not in ids:
-        raise unknown_cursor(after)
-    start = 0 if after is None else ids.index(after) + 1
-    data = items[start : start + limit]
+    page = page_of(items, [item.id for item in items], after, limit)
     return InputItemList(
         object="list",
-        data=data,
-        first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
-        has_more=start + limit < len(items),
+        data=list(page.rows),
+        first_id=page.rows[0].id if page.rows else None,
+        last_id=page.rows[-1].id if page.rows else None,
+        has_more=page.has_more,
     )
 
 

@@ -18,7 +18,7 @@ from onebase_server.api.schemas_stored import (
     chat_messages,
     stored_chat,
 )
-from onebase_server.records.pages import unknown_cursor
+from onebase_server.records.pages import page_of
 from onebase_server.records.tables import ChatRow
 
 AnyRequest = Request[Any, Any, Any]
@@ -91,17 +91,13 @@ async def list_chat_messages(
     messages = chat_messages(await find_chat(chat_id, request, deps))
     if order == "desc":
         messages.reverse()
-    ids = [message.id for message in messages]
-    if after is not None and after not in ids:
-        raise unknown_cursor(after)
-    start = 0 if after is None else ids.index(after) + 1
-    data = messages[start : start + limit]
+    page = page_of(messages, [message.id for message in messages], after, limit)
     return ChatMessageList(
         object="list",
-        data=data,
-        first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
-        has_more=start + limit < len(messages),
+        data=list(page.rows),
+        first_id=page.rows[0].id if page.rows else None,
+        last_id=page.rows[-1].id if page.rows else None,
+        has_more=page.has_more,
     )
 
 

@@ -44,6 +44,14 @@ def unknown_cursor(after: str) -> InvalidInput:
     return InvalidInput(f"No item '{after}' in this list to go on after.", param="after")
 
 
+def page_of(items: Sequence[Row], ids: Sequence[str], after: str | None, limit: int) -> Page[Row]:
+    """Of a list at hand: what follows the item whose id is `after`. Raises InvalidInput for one that is not in it."""
+    if after is not None and after not in ids:
+        raise unknown_cursor(after)
+    start = 0 if after is None else ids.index(after) + 1
+    return Page(items[start : start + limit], start + limit < len(items))
+
+
 def metadata_is(session: AsyncSession, column: Any, wanted: MetadataFilter) -> list[ColumnElement[bool]]:
     """Conditions for `metadata[key]=value` filters, all of which must hold; "null" asks for rows without metadata."""
     if wanted == "null":
