@@ -224,16 +224,6 @@ async def test_one_owner_can_not_fill_the_queue_nor_by_pausing(tmp_path: Path) -
 
 
 @pytest.mark.slow
-async def test_one_job_trains_at_a_time_the_most_urgent_first(tmp_path: Path) -> None:
-    async with jobs_world(tmp_path, start=False) as world:
-        jobs = [await world.retrain(dataset=tmp_path, priority=priority) for priority in (0, 0, 5)]
-    async with jobs_world(tmp_path) as world:
-        ended = [await world.ended(job) for job in jobs]
-        starts = [(world.folder(job).path / "starts").stat().st_mtime_ns for job in ended]
-        assert starts[2] < starts[0] < starts[1]
-
-
-@pytest.mark.slow
 async def test_events_can_be_followed_to_the_end(world: JobsWorld) -> None:
     job = await world.fine_tune()
     messages = [event.message async for event in world.jobs.follow(job.id)]
