@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from io import StringIO
 from pathlib import Path
@@ -157,6 +158,22 @@ def test_nf4_values_are_those_that_the_loaded_base_holds(trained: tuple[Home, Re
 
     for name, module in linear4bit_modules(base.model).items():
         assert torch.equal(nf4_values(weights[f"{name}.weight"]), dequantized(module, torch.float32))
+
+
+def test_a_card_names_the_prompt_format_of_our_versions_and_none_of_a_folder_of_pefts(
+    trained: tuple[Home, Recipe], tmp_path: Path
+) -> None:
+    ours, pefts = tmp_path / "ours", tmp_path / "pefts"
+    export("tiny", ours, trained[0])
+    shutil.copytree(ours, pefts, ignore=shutil.ignore_patterns("onebase.json"))
+
+    cards = [
+        (export(model, tmp_path / f"merged-{number}", trained[0], form="merged", check=False) / "README.md").read_text()
+        for number, model in enumerate(("tiny", str(ours), str(pefts)))
+    ]
+
+    assert ["Prompt format: `human_response`." in card for card in cards] == [True, True, False]
+    assert "rompt format" not in cards[2]
 
 
 def test_export_never_writes_over_something(trained: tuple[Home, Recipe], tmp_path: Path) -> None:
