@@ -6,6 +6,7 @@ import shutil
 import sys
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -311,6 +312,7 @@ def test_data_check_renders_rows_as_a_recipe_with_the_same_keys_would(home: Home
         (("export", "nobody", "x"), "The model `nobody` does not exist"),
         (("export", "tiny", "x", "--form", "onnx"), "'onnx' is not one of peft, merged, gguf-lora"),
         (("eval", "none.jsonl", "-a", "tiny"), "no such file"),
+        (("eval", "r.yaml", "--split", "test"), "a recipe names the split itself"),
         (("data", "check", "none.jsonl", "--base", NAME), "no such file"),
     ],
 )
@@ -328,5 +330,35 @@ def test_data_check_takes_a_hub_id(trained: tuple[Home, Recipe], monkeypatch: py
     monkeypatch.setitem(sys.modules, "datasets", None)
 
     done = command("data", "check", "owner/name", "--home", str(trained[0].root), "--base", NAME)
+
+    assert "to read it from the hub: pip install datasets" in done.output.replace("\n", " ")
+
+
+def test_eval_measures_on_a_hub_dataset_and_its_split(
+    trained: tuple[Home, Recipe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def load_dataset(name: str, _subset: str | None, *, split: str, **_: Any) -> list[dict[str, str]]:
+        asked.append((name, split))
+        return [{"prompt": f"Question {number}", "completion": "Answer."} for number in range(3)]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    words = ["eval", "owner/name", "-a", "tiny", "--no-base", "--home", str(trained[0].root)]
+
+    done = command(*words, "--split", "test", "--out", str(tmp_path / "out.json"))
+
+    assert done.exit_code == 0, done.output
+    assert set(asked) == {("owner/name", "test")}
+    assert json.loads((tmp_path / "out.json").read_text())["examples"] == 3
+    assert {report["data"] for report in kept(trained[0].evaluations, ["tiny"])} >= {"owner/name"}
+
+
+def test_eval_of_a_hub_dataset_without_the_package_says_what_to_install(
+    trained: tuple[Home, Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+
+    done = command("eval", "owner/name", "-a", "tiny", "--home", str(trained[0].root))
 
     assert "to read it from the hub: pip install datasets" in done.output.replace("\n", " ")
