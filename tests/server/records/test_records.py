@@ -162,6 +162,20 @@ async def test_what_makes_room_for_a_job_is_counted_where_it_is_made(database: D
     assert await records.count(("queued",), "ann") == 2
 
 
+async def test_what_room_a_file_has_is_counted_where_it_is_kept(database: Database) -> None:
+    records = FileRecords(database)
+
+    def fits(stored: int) -> None:
+        if stored + 3 > 7:
+            raise Overloaded("full")
+
+    adding = [records.add(a_file(number), fits) for number in range(6)]
+    results = await asyncio.gather(*adding, return_exceptions=True)
+    assert sorted(type(result).__name__ for result in results) == ["NoneType"] * 2 + ["Overloaded"] * 4
+    assert len(await records.ids()) == 2
+    await records.add(a_file(7, owner="bob"), fits)
+
+
 async def test_of_two_changes_from_one_state_only_one_wins_and_its_events_only_are_told(database: Database) -> None:
     jobs = JobRecords(database)
     await jobs.add(a_job(1), [NewEvent("created", "made")], event_ids=["e0"])
