@@ -207,6 +207,33 @@ async def test_an_event_or_checkpoint_that_is_told_again_adds_nothing(database: 
     assert await jobs.events_since("ftjob-1", events[0].seq) == []
 
 
+async def test_which_run_ended_last_and_after_which_order_is_told_by_the_events_and_not_by_the_second(
+    database: Database,
+) -> None:
+    records = JobRecords(database)
+    first, second, third = (a_job(number, adapter="bot", version=f"bot@{number}") for number in (1, 2, 3))
+
+    async def make(job: JobRow) -> None:
+        await records.add(job, [NewEvent("created", "Created")], event_ids=[f"{job.id}-made"])
+
+    async def end(job: JobRow) -> None:
+        event = (f"{job.id}-end", NewEvent("succeeded", "Done"))
+        assert await records.change(job.id, {"finished_at": 1}, when=(job.state,), now=1, events=[event]) is not None
+
+    async def last() -> str | None:
+        return await records.last_version("bot", "succeeded", after=(third.id, "created"))
+
+    await make(first)
+    await make(second)
+    await end(second)
+    await make(third)
+    assert await last() is None
+    await end(first)
+    assert await last() == "bot@1"
+    assert await records.last_version("bot", "succeeded", after=(first.id, "created")) == "bot@1"
+    assert await records.last_version("other", "succeeded", after=(first.id, "created")) is None
+
+
 async def test_a_long_story_can_be_told_again_at_once(database: Database) -> None:
     jobs = JobRecords(database)
     await jobs.add(a_job(1), [], event_ids=[])
