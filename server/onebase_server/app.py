@@ -33,6 +33,7 @@ from onebase_server.api.keys import KeyRing
 from onebase_server.api.limits import send_limits
 from onebase_server.api.preload import bring_near
 from onebase_server.api.query import refuse_nul
+from onebase_server.api.removal import let_go_of_removed
 from onebase_server.api.replies import at_start
 from onebase_server.api.request_id import send_request_id
 from onebase_server.api.response_store import ResponseStore
@@ -57,6 +58,7 @@ def create_app(deps: AppDeps, openapi: OpenAPIConfig | None = None) -> Litestar:
     kept = ResponseStore(max_bytes=deps.settings.response_memory_mb * 1_000_000)
     deps.durable.scheduler.order_of = partial(admin_schedules.scheduled_order, deps=deps)
     deps.durable.supervisor.bring_near = lambda version: bring_near([version], deps)
+    deps.durable.supervisor.let_go = partial(let_go_of_removed, deps)
     keys = KeyRing(deps.settings, deps.keys)
     guard = require(keys, deps.limiter, deps.settings)
     inference = Router(

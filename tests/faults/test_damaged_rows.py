@@ -51,6 +51,25 @@ def test_a_damaged_chat_is_left_out_and_others_are_listed(world: World) -> None:
     assert world.request("DELETE", f"/v1/chat/completions/{ids[1]}").status_code == 200
 
 
+@pytest.mark.parametrize("cursor", ["the last chat's id", "last_id"])
+def test_pages_go_on_behind_damaged_chats(world: World, cursor: str) -> None:
+    ids = [world.chat(store=True).json()["id"] for _ in range(7)]
+    for chat_id in (ids[0], ids[1], ids[3], ids[4], ids[5]):
+        spoil(world, "stored_chats", "response", chat_id)
+    seen: list[str] = []
+    after, has_more = "", True
+    while has_more:
+        page = world.get(f"/v1/chat/completions?limit=2{after}").json()
+        seen += [chat["id"] for chat in page["data"]]
+        has_more = page["has_more"]
+        assert page["data"], "which OpenAI's clients take for the end, and go on after the last one in it"
+        after = f"&after={page['last_id'] if cursor == 'last_id' else page['data'][-1]['id']}"
+    assert seen == [ids[2], ids[6]]
+    spoil(world, "stored_chats", "response", ids[6])
+    end = world.get(f"/v1/chat/completions?after={ids[2]}").json()
+    assert (end["data"], end["last_id"], end["has_more"]) == ([], ids[6], False)
+
+
 def test_nothing_is_learnt_from_a_damaged_chat() -> None:
     answer = {"choices": [{"finish_reason": "stop", "message": {"role": "assistant", "content": "Yes"}}]}
     asked = {"messages": [{"role": "user", "content": "Really?"}]}

@@ -185,6 +185,24 @@ def test_held_out_rows_that_are_trained_on_are_told(tmp_path: Path, encoder: Enc
     assert "1 of 3 records are trained on too" in dataset.notices[0]
 
 
+def test_of_several_held_out_files_each_tells_its_own_counts(tmp_path: Path, encoder: Encoder) -> None:
+    train, first, second = (tmp_path / f"{name}.jsonl" for name in ("train", "first", "second"))
+    train.write_text("\n".join(chat_line(f"q{n}", "yes.") for n in range(10)))
+    first.write_text("\n".join(chat_line(f"q{n}", "yes.") for n in range(2, 9)))
+    second.write_text("\n".join(chat_line(f"other {n}", "no.") for n in range(5)))
+
+    dataset = load(train, encoder, eval=[str(first), str(second)], max_eval_rows=4)
+
+    told = {Path(report.path).stem: dict(report.left_out) for report in dataset.reports}
+    beyond = "left out of evaluations: max_eval_rows = 4"
+    assert told["train"] == {}
+    assert told["first"]["are trained on too, so their loss says little of new text"] == 7
+    assert set(told["second"]) == {beyond}
+    assert told["first"][beyond] + told["second"][beyond] == 12 - 4
+    assert told["first"][beyond] <= 7
+    assert len(dataset.eval) == 4
+
+
 def test_a_held_out_file_without_a_usable_row_is_an_error(tmp_path: Path, encoder: Encoder) -> None:
     held_out = tmp_path / "e.jsonl"
     held_out.write_text(chat_line("long " * 100, "b"))

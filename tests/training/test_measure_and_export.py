@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 import sys
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,6 +161,22 @@ def test_nf4_values_are_those_that_the_loaded_base_holds(trained: tuple[Home, Re
         assert torch.equal(nf4_values(weights[f"{name}.weight"]), dequantized(module, torch.float32))
 
 
+def test_a_card_names_the_prompt_format_of_our_versions_and_none_of_a_folder_of_pefts(
+    trained: tuple[Home, Recipe], tmp_path: Path
+) -> None:
+    ours, pefts = tmp_path / "ours", tmp_path / "pefts"
+    export("tiny", ours, trained[0])
+    shutil.copytree(ours, pefts, ignore=shutil.ignore_patterns("onebase.json"))
+
+    cards = [
+        (export(model, tmp_path / f"merged-{number}", trained[0], form="merged", check=False) / "README.md").read_text()
+        for number, model in enumerate(("tiny", str(ours), str(pefts)))
+    ]
+
+    assert ["Prompt format: `human_response`." in card for card in cards] == [True, True, False]
+    assert "rompt format" not in cards[2]
+
+
 def test_export_never_writes_over_something(trained: tuple[Home, Recipe], tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there/file").touch()
@@ -294,6 +312,7 @@ def test_data_check_renders_rows_as_a_recipe_with_the_same_keys_would(home: Home
         (("export", "nobody", "x"), "The model `nobody` does not exist"),
         (("export", "tiny", "x", "--form", "onnx"), "'onnx' is not one of peft, merged, gguf-lora"),
         (("eval", "none.jsonl", "-a", "tiny"), "no such file"),
+        (("eval", "r.yaml", "--split", "test"), "a recipe names the split itself"),
         (("data", "check", "none.jsonl", "--base", NAME), "no such file"),
     ],
 )
@@ -311,5 +330,35 @@ def test_data_check_takes_a_hub_id(trained: tuple[Home, Recipe], monkeypatch: py
     monkeypatch.setitem(sys.modules, "datasets", None)
 
     done = command("data", "check", "owner/name", "--home", str(trained[0].root), "--base", NAME)
+
+    assert "to read it from the hub: pip install datasets" in done.output.replace("\n", " ")
+
+
+def test_eval_measures_on_a_hub_dataset_and_its_split(
+    trained: tuple[Home, Recipe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def load_dataset(name: str, _subset: str | None, *, split: str, **_: Any) -> list[dict[str, str]]:
+        asked.append((name, split))
+        return [{"prompt": f"Question {number}", "completion": "Answer."} for number in range(3)]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    words = ["eval", "owner/name", "-a", "tiny", "--no-base", "--home", str(trained[0].root)]
+
+    done = command(*words, "--split", "test", "--out", str(tmp_path / "out.json"))
+
+    assert done.exit_code == 0, done.output
+    assert set(asked) == {("owner/name", "test")}
+    assert json.loads((tmp_path / "out.json").read_text())["examples"] == 3
+    assert {report["data"] for report in kept(trained[0].evaluations, ["tiny"])} >= {"owner/name"}
+
+
+def test_eval_of_a_hub_dataset_without_the_package_says_what_to_install(
+    trained: tuple[Home, Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+
+    done = command("eval", "owner/name", "-a", "tiny", "--home", str(trained[0].root))
 
     assert "to read it from the hub: pip install datasets" in done.output.replace("\n", " ")

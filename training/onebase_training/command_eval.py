@@ -15,12 +15,18 @@ from onebase_training.command_parts import CHECK_FAILED, HomeOption, PolicyOptio
 def evaluate(
     recipe: Annotated[
         Path | None,
-        typer.Argument(help="A recipe: its held-out rows are used. Or a data file.", metavar="RECIPE|FILE"),
+        typer.Argument(
+            help="A recipe: its held-out rows are used. Or a data file, or a hub dataset owner/name.",
+            metavar="RECIPE|FILE",
+        ),
     ] = None,
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", "-a", help="name or name@version; may be given again.")
     ] = None,
     home: HomeOption = None,
+    split: Annotated[
+        str | None, typer.Option(help="Of a hub dataset, or of a folder that datasets saved. Default: train.")
+    ] = None,
     base: Annotated[bool, typer.Option(help="Measure the base too.")] = True,
     max_examples: Annotated[int | None, typer.Option(help="So many conversations at most.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest greedy answer, in tokens.")] = 200,
@@ -51,14 +57,16 @@ def evaluate(
         return
     if recipe is None:
         raise typer.BadParameter("give a recipe or a data file (or --reports)", param_hint="RECIPE|FILE")
+    is_recipe = recipe.suffix in (".yaml", ".yml")
+    if is_recipe and split is not None:
+        raise typer.BadParameter("a recipe names the split itself, in its data.eval", param_hint="--split")
     from onebase_training import eval_checks, eval_reports
     from onebase_training.config import load_recipe, recipe_for_file
     from onebase_training.status import StatusWriter
 
     with UserErrors(console):
         place = home_at(home).create()
-        is_recipe = recipe.suffix in (".yaml", ".yml")
-        loaded = load_recipe(recipe) if is_recipe else recipe_for_file(recipe, place, adapter or [])
+        loaded = load_recipe(recipe) if is_recipe else recipe_for_file(recipe, place, adapter or [], split or "train")
         loaded, deciding = eval_checks.with_checks(loaded, check or [])
         from onebase_training import evaluate as measuring
         from onebase_training import limits

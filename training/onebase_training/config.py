@@ -4,6 +4,7 @@ The field defaults are the `default` preset; `presets.py` holds what `seed` chan
 recognised and translated by `seed_config.py`. Nothing below this module reads YAML, the environment or presets.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -214,11 +215,15 @@ def make_recipe(content: Mapping[str, Any], folder: Path = Path()) -> Recipe:
         raise RecipeError("; ".join(problems), param=key_of(details[0], is_seed=is_seed) or "recipe") from error
 
 
-def recipe_for_file(path: Path, home: Home, adapters: Sequence[str]) -> Recipe:
-    """A recipe that holds out a whole file, on the base of the first adapter: for measuring on a file."""
+def recipe_for_file(path: Path, home: Home, adapters: Sequence[str], split: str = "train") -> Recipe:
+    """A recipe that holds out a whole file, on the base of the first adapter: for measuring on a file.
+
+    `path` may be what a source's may: also a folder that `datasets` saved, or a hub dataset `owner/name`. `split`: of
+    those two.
+    """
     store = AdapterStore(home.adapters)
     first = store.resolve(adapters[0]).manifest if adapters else None
-    source = {"path": str(path.resolve())}
+    source = {"path": str(path.resolve() if os.path.exists(path) else path), "split": split}
     content: dict[str, Any] = {
         "name": "measured",
         "data": {"train": [source], "eval": [source], "deduplicate": False},

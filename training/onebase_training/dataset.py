@@ -59,19 +59,19 @@ def load_dataset(
                 continue
             rows[key] = (row, source.weight)
             report.used += 1
-    held_out: list[Row] = []
+    given: list[tuple[Row, FileReport]] = []
     for source in config.eval:
         report = FileReport(source.path, told)
         reports.append(report)
         for row in usable_rows(source, recipe.folder, config, encoder, limit, report):
-            held_out.append(row)
+            given.append((row, report))
             report.used += 1
     raise_problems(reports)
     train = list(rows.values())
     if config.eval:
-        if not held_out:
+        if not given:
             raise DatasetError(config.eval[0].path, [f"no usable record to hold out ({reasons(reports)})"])
-        held_out = _to_evaluate(held_out, train, config.max_eval_rows, reports[-1])
+        held_out = _to_evaluate(given, train, config.max_eval_rows)
     else:
         train, held_out = _split(train, config.eval_fraction, config.max_eval_rows or _MOST_SPLIT_OFF)
     if not train:
@@ -179,13 +179,16 @@ def _split(rows: list[tuple[Row, float]], fraction: float, most: int) -> tuple[l
     return [pair for pair in rows if pair[0].place >= border], held_out
 
 
-def _to_evaluate(rows: list[Row], train: list[tuple[Row, float]], most: int | None, report: FileReport) -> list[Row]:
-    """The rows of the held-out files: all, or the `most` with the smallest hashes. What that means is told."""
+def _to_evaluate(given: list[tuple[Row, FileReport]], train: list[tuple[Row, float]], most: int | None) -> list[Row]:
+    """The rows of the held-out files: all, or the `most` with the smallest hashes. What that means is told of each
+    row's own file."""
     trained = {row.place for row, _ in train}
-    both = sum(row.place in trained for row in rows)
-    if both:
-        report.left_out["are trained on too, so their loss says little of new text"] += both
-    if most is None or len(rows) <= most:
-        return rows
-    report.left_out[f"left out of evaluations: max_eval_rows = {most}"] += len(rows) - most
-    return sorted(rows, key=lambda row: row.place)[:most]
+    for row, report in given:
+        if row.place in trained:
+            report.left_out["are trained on too, so their loss says little of new text"] += 1
+    if most is None or len(given) <= most:
+        return [row for row, _ in given]
+    by_hash = sorted(given, key=lambda pair: pair[0].place)
+    for _, report in by_hash[most:]:
+        report.left_out[f"left out of evaluations: max_eval_rows = {most}"] += 1
+    return [row for row, _ in by_hash[:most]]

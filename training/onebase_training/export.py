@@ -35,14 +35,17 @@ class Source:
     path: Path
     id: str
     base_id: str
-    prompt_format: str
+    prompt_format: str | None
+    """None: nobody has written down which one it was trained with."""
 
     @classmethod
     def find(cls, model: str, store: AdapterStore) -> "Source":
         folder = Path(model)
         if (folder / "adapter_config.json").is_file():
-            base_id = str(AdapterFiles.read(folder).config.raw.get("base_model_name_or_path") or "")
-            return cls(folder, folder.resolve().parent.name, base_id, "human_response")
+            files = AdapterFiles.read(folder)
+            base_id = str(files.config.raw.get("base_model_name_or_path") or "")
+            prompt_format = files.manifest.prompt_format if files.manifest else None
+            return cls(folder, folder.resolve().parent.name, base_id, prompt_format)
         version = store.resolve(model)
         return cls(version.path, version.id, version.manifest.base.id, version.manifest.prompt_format)
 
@@ -103,6 +106,6 @@ def _card(source: Source, base: BaseSpec, onto: Onto, parity_told: str) -> str:
     return (
         f"---\nbase_model: {base.id}\ntags: [onebase, merged]\n---\n\n# {source.id}, merged\n\n"
         f"The adapter `{source.id}` added into `{base.id}` at revision `{base.identity.revision}`, onto {under}.\n"
-        f"Prompt format: `{source.prompt_format}`.\n"
+        + (f"Prompt format: `{source.prompt_format}`.\n" if source.prompt_format else "")
         + (f"\nMeasured after merging: {parity_told}.\n" if parity_told else "")
     )

@@ -1,11 +1,14 @@
 """`/admin/retrain`: train an adapter's next version beside serving, in one call; published only if its gate holds."""
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from litestar import Request, get, post
 from litestar.params import FromPath, JSONBody
 
 from onebase.errors import InvalidInput, NotFound
+from onebase.store import AdapterStore
 from onebase_server.api.audit import tell_target
 from onebase_server.api.caller import caller_of
 from onebase_server.api.datasets import find_dataset
@@ -88,8 +91,14 @@ def to_order(data: RetrainRequest, owner: str, deps: AppDeps) -> RetrainOrder:
         seed=hyperparameters.get("seed"),
         gate=gate_of(data),
         priority=data.priority or 0,
-        served_before=dict(entry.weights) if entry else {},
+        served_now=partial(served_by, data.adapter, deps.store),
     )
+
+
+def served_by(adapter: str, store: AdapterStore) -> Mapping[int, float]:
+    """Version -> share of the traffic; empty if there is no such adapter."""
+    entry = store.get(adapter)
+    return entry.weights if entry else {}
 
 
 def start_of(data: RetrainRequest, current: str | None, deps: AppDeps) -> str | None:

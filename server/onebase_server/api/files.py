@@ -60,7 +60,14 @@ async def create_file(request: Request[Any, Any, Any], deps: Deps) -> FileObject
         except OnebaseError:
             form.discard()
             raise
-        row = await deps.files.keep(upload, filename=form.filename, purpose=purpose, owner=owner, expires_in=expires_in)
+        row = await deps.files.keep(
+            upload,
+            filename=form.filename,
+            purpose=purpose,
+            owner=owner,
+            expires_in=expires_in,
+            check_room=room.check if room else None,
+        )
         if room is not None:
             room.is_kept = True
     return file_object(row)

@@ -1,11 +1,14 @@
 """Deleting models: who may, what forbids it, and the files' end once the last request on them is over."""
 
+import asyncio
+import logging
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 from litestar import Request
 
-from onebase.errors import Conflict, EngineError, Forbidden, NotReady
+from onebase.errors import BaseModelError, Conflict, EngineError, Forbidden, ModelNotFound, NotReady, OnebaseError
 from onebase.store import AdapterStore, Version
 from onebase.store_read import is_alias
 from onebase_server.api.auth import check_admin_place
@@ -13,8 +16,11 @@ from onebase_server.api.caller import LOCAL, caller_of
 from onebase_server.api.deps import AppDeps
 from onebase_server.api.models_lookup import to_ref
 from onebase_server.engine.engine import Engine
+from onebase_server.engine.types import AdapterRef
 from onebase_server.jobs.states import FINE_TUNING, UNFINISHED
 from onebase_server.records.overview import jobs_on
+
+logger = logging.getLogger(__name__)
 
 
 async def check_may_delete(version: Version, request: Request[Any, Any, Any], deps: AppDeps) -> None:
@@ -69,3 +75,30 @@ def discard_after(version: Version, engine: Engine, store: AdapterStore) -> None
         threading.Thread(target=discard, name="onebase-discard", daemon=True).start()
 
     unloaded.add_done_callback(begin)
+
+
+async def let_go_of_removed(deps: AppDeps) -> None:
+    """Free the memory of versions that another process (`onebase adapters rm`) has removed from the store, once the
+    last request that holds them has ended. Their files are the store's `sweep`'s."""
+    try:
+        engine = deps.backend.get().engine
+        # in this order: what the engine knows was in the store, so what is not there now has been removed
+        known = [status.ref for status in await asyncio.wrap_future(engine.adapters())]
+        for ref in await asyncio.to_thread(removed, known, deps.store):
+            engine.unload(ref, forget=True)
+            logger.info("%s was removed from the store: its memory is freed when no request uses it", ref.id)
+    except (EngineError, NotReady, BaseModelError):  # not loaded, or at its end: it holds nothing for long
+        return
+
+
+def removed(refs: Iterable[AdapterRef], store: AdapterStore) -> list[AdapterRef]:
+    """Those whose versions are not in the store any more. One that can't be read just now still is."""
+    gone = []
+    for ref in refs:
+        try:
+            store.resolve(ref.id)
+        except ModelNotFound:
+            gone.append(ref)
+        except (OSError, OnebaseError) as error:
+            logger.warning("%s can't be looked up in the store: %s", ref.id, error)
+    return gone

@@ -1,5 +1,6 @@
 """`GET /v1/chat/completions` and below: the chats that were kept by `store: true`, as OpenAI lists them."""
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from litestar import Request, delete, get, post
@@ -36,20 +37,23 @@ async def list_chats(
     order: FromQuery[Order] = "asc",
 ) -> StoredChatList:
     """The caller's stored chats, oldest first; `metadata[key]=value` filters them."""
-    page = await deps.chats.list(
+    read = partial(
+        deps.chats.list,
         caller_of(request).sees,
         model=model,
         metadata=metadata_filter(request.query_params),
-        after=after,
         limit=limit,
         order=order,
     )
+    page = await read(after=after)
+    while page.has_more and all(is_damaged(row) for row in page.rows):
+        page = await read(after=page.rows[-1].id)  # OpenAI's clients take an empty page for the end
     data = [stored_chat(row) for row in page.rows if not is_damaged(row)]
     return StoredChatList(
         object="list",
         data=data,
         first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
+        last_id=page.rows[-1].id if page.rows else None,
         has_more=page.has_more,
     )
 

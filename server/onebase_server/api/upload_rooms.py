@@ -1,5 +1,5 @@
 """What uploads under way take of their owners' disk quotas: counted as the bytes come, so that two cannot both have
-what is left. In memory, of this server only: what is kept is in the table.
+what is left. In memory, of this server only: what is kept is in the table, and has the last word (`Room.check`).
 """
 
 import threading
@@ -37,6 +37,13 @@ class Room:
                 raise self._refuse(max(0, left))
             self._owner.coming += count
             self.bytes += count
+
+    def check(self, stored: int) -> None:
+        """The whole upload, against what the table holds as its row is made: files may have got into it since the room
+        was opened. Raises what `refuse(left)` gives if it does not fit."""
+        left = self._quota - stored
+        if self.bytes > left:
+            raise self._refuse(max(0, left))
 
 
 class UploadRooms:

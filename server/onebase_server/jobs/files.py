@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from onebase.durable import fsync_folder
-from onebase.errors import InvalidInput, NotFound
+from onebase.errors import InvalidInput, NotFound, OnebaseError
 from onebase_server.jobs.training_lines import find_broken_line
 from onebase_server.records.files import FileRecords
 from onebase_server.records.pages import Order, Page
@@ -98,9 +98,20 @@ class FileService:
         return Upload(self._folder, self._limit)
 
     async def keep(
-        self, upload: Upload, *, filename: str, purpose: str, owner: str, expires_in: int | None = None
+        self,
+        upload: Upload,
+        *,
+        filename: str,
+        purpose: str,
+        owner: str,
+        expires_in: int | None = None,
+        check_room: Callable[[int], None] | None = None,
     ) -> FileRow:
-        """Check, sync and record an upload. Raises InvalidInput and keeps nothing if it may not be kept."""
+        """Check, sync and record an upload. Raises InvalidInput and keeps nothing if it may not be kept.
+
+        `check_room` is told the bytes of the owner's files just before this one becomes one of them, and may raise an
+        OnebaseError.
+        """
         try:
             _check_names(filename, purpose)
             await asyncio.to_thread(upload.sync)
@@ -123,7 +134,11 @@ class FileService:
             await asyncio.to_thread(upload.finish)
         finally:
             upload.discard()
-        await self._records.add(row)
+        try:
+            await self._records.add(row, check_room)
+        except OnebaseError:  # any other error may have come after the commit: then the bytes are needed, else swept
+            upload.path.unlink(missing_ok=True)
+            raise
         return row
 
     async def add_once(self, file_id: str, data: bytes, *, filename: str, purpose: str, owner: str) -> str:

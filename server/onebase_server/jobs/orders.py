@@ -6,7 +6,7 @@ up here.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -72,8 +72,8 @@ class RetrainOrder:
     seed: int | None = None
     gate: Gate | None = None
     priority: int = 0
-    served_before: Mapping[int, float] | None = None
-    """The adapter's versions and shares when this was ordered. None: not known, and the name may be moved."""
+    served_now: Callable[[], Mapping[int, float]] | None = None
+    """Asked as the job is made: the adapter's versions and shares. None: not known, and the name may be moved."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,8 @@ Everything is a row and a folder; a job exists once its row does. `owner=None` i
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict
-from functools import partial
 
 from onebase.errors import InvalidInput, OnebaseError
 from onebase.home import Home
@@ -33,7 +32,7 @@ from onebase_server.jobs.states import (
 )
 from onebase_server.jobs.stored_chats import write_training_lines
 from onebase_server.records.chats import ChatRecords
-from onebase_server.records.jobs import NewEvent
+from onebase_server.records.jobs import Count, NewEvent
 from onebase_server.records.pages import MetadataFilter, Page
 from onebase_server.records.tables import CheckpointRow, EventRow, FileRow, JobRow
 
@@ -100,8 +99,6 @@ class JobService:
         row.training_file = order.training_file
         row.hyperparameters = dict(order.hyperparameters)
         row.fine_tuned_model = tuned_name(order.base.id, order.adapter, row.id)
-        if order.served_before is not None:
-            row.served_before = {str(version): share for version, share in order.served_before.items()}
         folder = RunFolder(self._home.runs, row.id)
         if order.stored_chats:
             folder.create()
@@ -111,7 +108,7 @@ class JobService:
                 folder.remove()
                 raise
         events = [NewEvent("created", f"Created retrain job: {row.id}")]
-        return await self._keep(row, folder, {"training": training}, events)
+        return await self._keep(row, folder, {"training": training}, events, order.served_now)
 
     def _row(self, order: FineTuningOrder | RetrainOrder, kind: str, job_id: str, once: Once | None) -> JobRow:
         seed = secrets.randbelow(MAX_SEED + 1) if order.seed is None else order.seed
@@ -142,10 +139,19 @@ class JobService:
         )
 
     async def _keep(
-        self, row: JobRow, folder: RunFolder, files: Mapping[str, FileRow | None], events: list[NewEvent]
+        self,
+        row: JobRow,
+        folder: RunFolder,
+        files: Mapping[str, FileRow | None],
+        events: list[NewEvent],
+        served_now: Callable[[], Mapping[int, float]] | None = None,
     ) -> JobRow:
+        async def check_room(count: Count) -> None:
+            await self._limits.check_room(row.owner, count)
+            if served_now is not None:  # as the row is made: a run that moves the name from here on tells so behind it
+                row.served_before = {str(version): share for version, share in served_now().items()}
+
         try:
-            check_room = partial(self._limits.check_room, row.owner)
             await check_room(self._records.count)  # before anything is written; others may be at it at the same time
             await asyncio.to_thread(folder.create)
             for name, file in files.items():
@@ -215,8 +221,8 @@ class JobService:
 
     async def pause(self, job_id: str, owner: str | None) -> JobRow:
         """The paused job: what it did until its last checkpoint is kept. Raises InvalidInput if it does not run."""
-        before = await self._ledger.get(job_id, owner)
-        event = NewEvent(f"paused:{before.attempt}:{self._ledger.now()}", "The job has been paused")
+        await self._ledger.get(job_id, owner)
+        event = NewEvent(new_id("paused:"), "The job has been paused")
         job = await self._ledger.change(
             job_id, {"state": PAUSED, "eta_s": None}, when=(QUEUED, RUNNING), events=[event]
         )
@@ -224,8 +230,8 @@ class JobService:
 
     async def resume(self, job_id: str, owner: str | None) -> JobRow:
         """The job, queued again. Raises InvalidInput if it is not paused."""
-        before = await self._ledger.get(job_id, owner)
-        event = NewEvent(f"resumed:{before.attempt}:{self._ledger.now()}", "The job has been resumed")
+        await self._ledger.get(job_id, owner)
+        event = NewEvent(new_id("resumed:"), "The job has been resumed")
         job = await self._ledger.change(job_id, {"state": QUEUED}, when=(PAUSED,), events=[event])
         return job or self._refuse(await self._ledger.get(job_id), "resumed")
 

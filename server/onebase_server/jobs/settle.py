@@ -116,7 +116,7 @@ class Settler:
         if job.served_before is None or entry.weights == {version.version: 1.0}:
             return False
         expected = {int(number): share for number, share in job.served_before.items()}
-        other = await self._ledger.records.last_version(job.adapter, SUCCEEDED, job.created_at)
+        other = await self._ledger.records.last_version(job.adapter, "succeeded", after=(job.id, "created"))
         if other is not None:
             expected = {int(other.partition("@")[2]): 1.0}
         return entry.weights != expected

@@ -81,6 +81,8 @@ class Supervisor:
         self.bring_near: Callable[[Version], Awaitable[None]] | None = None
         """Set by a server with an engine: loads a version before its name moves to it. Raises OnebaseError if it can't
         be served."""
+        self.let_go: Callable[[], Awaitable[None]] | None = None
+        """Set by a server with an engine: frees what it holds in memory of versions that the store no longer has."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._runs: set[str] = set()
         self._lives: dict[str, RunLife] = {}
@@ -103,7 +105,7 @@ class Supervisor:
             self._lock = None
 
     async def _supervise(self) -> None:
-        swept_at = float("-inf")
+        swept_at = let_go_at = float("-inf")
         now: Callable[[], float] = asyncio.get_running_loop().time
         while not self._stopping:
             try:
@@ -116,6 +118,9 @@ class Supervisor:
                     if now() - swept_at > self._config.sweep_s:
                         swept_at = now()
                         await self._clean_up()
+                if self.let_go is not None and now() - let_go_at > self._config.sweep_s:
+                    let_go_at = now()
+                    await self.let_go()  # also without the lock: each server has its own memory
             except Exception:
                 logger.exception("the job supervisor could not do its round")
             await self._ledger.news.wait(self._config.look_s)

@@ -1,12 +1,15 @@
 """Rows of files. Knows nothing of their bytes: `jobs/files.py` keeps those and calls here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from onebase_server.records.database import Database
 from onebase_server.records.pages import Order, Page, page
 from onebase_server.records.tables import FileRow
+
+KEEPING_LOCK = 0x6F6E6566
 
 
 class FileRecords:
@@ -15,8 +18,14 @@ class FileRecords:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def add(self, row: FileRow) -> None:
+    async def add(self, row: FileRow, check_room: Callable[[int], None] | None = None) -> None:
+        """Keep a new file. `check_room` is told the bytes of the owner's files so far and may raise: then nothing is
+        kept. No other such file is kept between what it is told and this one."""
         async with self._database.write() as session:
+            if check_room is not None:
+                if session.get_bind().dialect.name == "postgresql":  # SQLite has one writer at a time anyway
+                    await session.execute(select(func.pg_advisory_xact_lock(KEEPING_LOCK)))
+                check_room(await bytes_of(session, row.owner))
             session.add(row)
 
     async def get(self, file_id: str, owner: str | None) -> FileRow | None:
@@ -50,3 +59,9 @@ class FileRecords:
     async def ids(self) -> set[str]:
         async with self._database.read() as session:
             return set(await session.scalars(select(FileRow.id)))
+
+
+async def bytes_of(session: AsyncSession, owner: str) -> int:
+    """Of all the owner's files."""
+    query = select(func.coalesce(func.sum(FileRow.bytes), 0)).where(FileRow.owner == owner)
+    return int(await session.scalar(query) or 0)

@@ -150,12 +150,15 @@ class JobRecords:
         async with self._database.read() as session:
             return (await session.scalars(query.limit(1))).first()
 
-    async def last_version(self, adapter: str, state: str, since: int) -> str | None:
-        """The version of the adapter's job that came into a final state last, `since` (Unix seconds) or later."""
+    async def last_version(self, adapter: str, event: str, *, after: tuple[str, str]) -> str | None:
+        """The version of the adapter's job that told of `event` (a key) last, if it did so behind the event `after`
+        (job id, key). By the events' own order: a second has room for several."""
+        border = select(EventRow.seq).where(EventRow.job_id == after[0], EventRow.key == after[1]).scalar_subquery()
         query = (
             select(JobRow.version)
-            .where(JobRow.adapter == adapter, JobRow.state == state, JobRow.finished_at >= since)
-            .order_by(JobRow.finished_at.desc(), JobRow.seq.desc())
+            .join(EventRow, EventRow.job_id == JobRow.id)
+            .where(JobRow.adapter == adapter, EventRow.key == event, EventRow.seq > border)
+            .order_by(EventRow.seq.desc())
         )
         async with self._database.read() as session:
             return (await session.scalars(query.limit(1))).first()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 
 from onebase_server.records.database import Database
+from onebase_server.records.files import bytes_of
 from onebase_server.records.tables import FileRow, JobRow
 
 MOST = 100
@@ -32,9 +33,8 @@ async def read_overview(database: Database, running: str) -> Overview:
 
 async def file_bytes_of(database: Database, owner: str) -> int:
     """Bytes of the owner's files."""
-    query = select(func.coalesce(func.sum(FileRow.bytes), 0)).where(FileRow.owner == owner)
     async with database.read() as session:
-        return int(await session.scalar(query) or 0)
+        return await bytes_of(session, owner)
 
 
 async def adapters_of(database: Database, owner: str, kind: str) -> Sequence[str]:

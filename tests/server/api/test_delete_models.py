@@ -1,12 +1,13 @@
 """`DELETE /v1/models/{id}`: by the key whose job trained it, at once for new requests, later for running ones."""
 
+import asyncio
 import json
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -15,6 +16,8 @@ from api_world import World, chat_body, error_of, lora_folder, open_world
 from live_server import live_server
 from onebase_server.api import completions, running
 from onebase_server.api.caller import LOCAL
+from onebase_server.api.models_lookup import to_ref
+from onebase_server.api.removal import removed
 from onebase_server.api.running import submit_all
 from onebase_server.jobs.states import FINE_TUNING, PAUSED, SUCCEEDED
 from onebase_server.records.tables import JobRow
@@ -194,3 +197,46 @@ def test_a_request_that_waits_keeps_the_files_from_another_process_s_removal(tmp
         assert replies[0].json()["choices"][0]["message"]["content"] == "x" * 3
         live.server.deps.store.sweep()  # as the server does every few minutes
         assert not version.path.exists()
+
+
+def test_what_another_process_removes_leaves_memory_once_its_last_request_has_ended(tmp_path: Path) -> None:
+    runner = SteppingRunner()
+    with live_server(tmp_path, runner=runner) as live:
+        live.publish("stays")
+        version = live.store.publish(lora_folder(live.settings.home.root / "peft"), ADAPTER, base=IDENTITY)
+        engine, deps = live.backend.engine, live.server.deps
+        for name in ("stays", ADAPTER):
+            engine.preload(to_ref(live.store.resolve(name))).result()
+        replies: list[httpx.Response] = []
+        url = f"{live.url}/v1/chat/completions"
+        body = chat_body(model=ADAPTER, max_tokens=300)
+        thread = threading.Thread(target=lambda: replies.append(httpx.post(url, json=body, timeout=None)))
+        thread.start()
+        runner.steps.release(3)
+        wait_until(lambda: engine.stats().generated_tokens >= 1)
+        live.store.remove(ADAPTER)  # a store of its own, as another process has
+        let_go = deps.durable.supervisor.let_go
+        assert let_go is not None
+        letting_go = threading.Thread(target=lambda: asyncio.run(cast(Any, let_go())))
+        letting_go.start()  # as the server does every few minutes
+        while letting_go.is_alive():
+            runner.steps.release()  # the engine answers between steps
+            letting_go.join(0.02)
+        assert httpx.post(url, json=body, timeout=None).status_code == 404
+        assert version.digest in runner.loaded.values()
+        runner.let_go()
+        thread.join()
+        assert replies[0].json()["choices"][0]["message"]["content"] == "x" * 300
+        wait_until(lambda: [status.ref.name for status in engine.adapters().result()] == ["stays"])
+        assert list(runner.loaded.values()) == [live.store.resolve("stays").digest]
+        assert live.store.resolve("stays").digest != version.digest
+
+
+def test_a_version_whose_place_in_the_store_can_not_be_read_is_not_taken_for_removed(world: World) -> None:
+    world.publish("damaged")
+    refs = [to_ref(world.store.resolve("damaged"))]
+    pointer = world.home.adapters / "damaged" / "current.json"
+    pointer.write_text("{")
+    assert removed(refs, world.store) == []
+    pointer.unlink()
+    assert removed(refs, world.store) == refs

@@ -11,6 +11,7 @@ import pytest
 
 from api_world import World, chat_body, error_of, lora_folder, open_world, with_settings
 from onebase_server.engine.runner import StepBatch, StepResult
+from onebase_server.records.overview import file_bytes_of
 from scripted_base import IDENTITY
 
 KEYS = ("sk-inference-1", "sk-inference-2")
@@ -27,7 +28,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, loop: Any) -> Any:
 
 
 def keyed(world: World, **settings: Any) -> World:
-    return with_settings(world, api_keys=KEYS, **settings)
+    return with_settings(world, **{"api_keys": KEYS, **settings})
 
 
 def upload(world: World, size: int, key: str = KEYS[0]) -> Any:
@@ -71,6 +72,36 @@ def test_uploads_at_the_same_time_do_not_both_get_what_is_left(shared: World) ->
     assert len(set(world.home.files.iterdir()) - before) == 1
     assert world.deps.uploads._owners == {}
     assert upload(world, 500_000, KEYS[1]).status_code == 200, "what was refused takes no room"
+
+
+def test_a_file_that_is_kept_while_another_upload_begins_counts_against_it(
+    shared: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = keyed(shared, file_quota_mb=2, api_keys=("sk-inference-3",))
+    headers = {"Authorization": "Bearer sk-inference-3"}
+    form = {"files": {"file": ("t.jsonl", LINES.encode() + b"\n" * 1_400_000)}, "data": {"purpose": "fine-tune"}}
+    has_read, may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def read_slowly(database: Any, owner: str) -> int:
+        stored = await file_bytes_of(database, owner)
+        if not has_read.is_set():
+            has_read.set()
+            await may_go_on.wait()
+        return stored
+
+    async def both() -> list[int]:
+        transport = httpx.ASGITransport(cast(Any, world.app), client=world.client)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=headers) as http:
+            slow = asyncio.create_task(http.post("/v1/files", **form))
+            await has_read.wait()
+            quick = await http.post("/v1/files", **form)
+            may_go_on.set()
+            return [quick.status_code, (await slow).status_code]
+
+    monkeypatch.setattr("onebase_server.api.quota.file_bytes_of", read_slowly)
+    before = set(world.home.files.iterdir())
+    assert world.loop.run_until_complete(both()) == [200, 403]
+    assert len(set(world.home.files.iterdir()) - before) == 1, "and nothing of the refused one stays on the disk"
 
 
 def test_an_upload_is_refused_as_soon_as_it_is_too_much(shared: World) -> None:

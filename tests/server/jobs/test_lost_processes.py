@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,22 @@ async def test_of_two_servers_on_one_home_one_supervises(tmp_path: Path) -> None
         for job in jobs:
             ended = await second.ended(job)
             assert (ended.state, second.starts(ended)) == ("succeeded", ["train"])
+
+
+async def test_each_of_two_servers_lets_go_of_what_was_removed(tmp_path: Path) -> None:
+    async with jobs_world(tmp_path, start=False) as first, jobs_world(tmp_path, start=False) as second:
+        told = [asyncio.Event(), asyncio.Event()]
+
+        async def note(number: int) -> None:
+            told[number].set()
+
+        for number, world in enumerate((first, second)):
+            world.supervisor.let_go = partial(note, number)
+            await world.supervisor.start()
+        for event in told:
+            await event.wait()
+        for world in (first, second):
+            await world.supervisor.stop()
 
 
 async def test_a_server_that_stops_in_the_middle_of_a_round_leaves_no_task_behind(

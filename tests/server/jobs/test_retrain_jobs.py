@@ -3,8 +3,10 @@
 import asyncio
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from onebase.errors import AdapterInvalid, InvalidInput
 from onebase.store import Version
 from onebase_server.jobs import run_data
 from onebase_server.jobs.orders import Gate
+from onebase_server.jobs.run_folder import RunFolder
 from onebase_server.records.tables import ChatRow, FeedbackRow, JobRow
 
 pytestmark = pytest.mark.anyio
@@ -149,6 +152,12 @@ def served(world: JobsWorld) -> dict[int, float]:
     return dict(entry.weights) if entry is not None else {}
 
 
+def in_one_second(world: JobsWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows tell times in seconds: whatever happens now, happens at the same time for them."""
+    second = time.time()
+    monkeypatch.setattr(world.ledger, "_now", lambda: second)
+
+
 def roll_back(world: JobsWorld) -> None:
     world.store.rollback("bot", 1)
 
@@ -166,13 +175,17 @@ def split(world: JobsWorld) -> None:
     ("before", "by_hand"), [(2, roll_back), (1, publish), (1, split)], ids=["rollback", "publish", "canary"]
 )
 async def test_a_name_that_was_moved_by_hand_stays_where_it_was_put(
-    world: JobsWorld, dataset: Path, before: int, by_hand: Callable[[JobsWorld], None]
+    world: JobsWorld,
+    dataset: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: int,
+    by_hand: Callable[[JobsWorld], None],
 ) -> None:
+    in_one_second(world, monkeypatch)
     for _ in range(2):
         await world.ended(await world.retrain(dataset=dataset))
     world.store.set_current("bot", before)
-    await asyncio.sleep(1.1)  # rows tell times in seconds: the second run is to have ended before the third was ordered
-    job = await world.retrain(dataset=dataset, served_before=served(world))
+    job = await world.retrain(dataset=dataset, served_now=partial(served, world))
     by_hand(world)
     put = served(world)
     job = await world.ended(job)
@@ -184,11 +197,46 @@ async def test_a_name_that_was_moved_by_hand_stays_where_it_was_put(
 
 
 @pytest.mark.slow
+async def test_a_hand_that_moved_the_name_just_before_the_order_does_not_count(
+    world: JobsWorld, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_one_second(world, monkeypatch)
+    for _ in range(2):
+        await world.ended(await world.retrain(dataset=dataset))
+    roll_back(world)
+    job = await world.ended(await world.retrain(dataset=dataset, served_now=partial(served, world)))
+    assert (job.state, served(world)) == ("succeeded", {3: 1.0})
+
+
+@pytest.mark.slow
+async def test_a_run_that_ends_while_the_next_one_is_being_made_is_no_hand(
+    world: JobsWorld, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.ended(await world.retrain(dataset=dataset))
+    second = await world.retrain(dataset=dataset)
+    sync, has_ended, is_made = RunFolder.sync, threading.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def slowly(folder: RunFolder) -> None:
+        loop.call_soon_threadsafe(is_made.set)
+        has_ended.wait()
+        sync(folder)
+
+    monkeypatch.setattr(RunFolder, "sync", slowly)
+    third = asyncio.create_task(world.retrain(dataset=dataset, served_now=partial(served, world)))
+    await is_made.wait()
+    assert (await world.ended(second)).state == "succeeded"
+    has_ended.set()
+    job = await world.ended(await third)
+    assert (job.state, served(world)) == ("succeeded", {3: 1.0})
+
+
+@pytest.mark.slow
 async def test_a_name_that_the_adapters_other_runs_moved_moves_on_but_not_over_a_hand(
     world: JobsWorld, dataset: Path
 ) -> None:
-    await world.ended(await world.retrain(dataset=dataset, served_before={}))
-    second, third, fourth = [await world.retrain(dataset=dataset, served_before={1: 1.0}) for _ in range(3)]
+    await world.ended(await world.retrain(dataset=dataset, served_now=dict))
+    second, third, fourth = [await world.retrain(dataset=dataset, served_now=lambda: {1: 1.0}) for _ in range(3)]
     fourth = await world.until(fourth, lambda row: row.state == "queued")
     await world.jobs.pause(fourth.id, None)
     assert [(await world.ended(job)).state for job in (second, third)] == ["succeeded", "succeeded"]

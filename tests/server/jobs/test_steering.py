@@ -73,6 +73,19 @@ async def test_two_commands_at_once_are_as_one_after_the_other(tmp_path: Path, s
                 assert found in possible, (first, second)
 
 
+async def test_each_pause_is_told_though_two_fall_into_one_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with jobs_world(tmp_path, start=False) as world:
+        monkeypatch.setattr(world.ledger, "_now", lambda: 1_000_000.0)
+        job = await world.fine_tune()
+        await put_into(world, job, "queued")
+        commands = ["pause", "resume", "pause", "resume"]
+        assert [await told_to(world, job, command) for command in commands] == [True] * 4
+        story = [event.message for event in await world.told(job)]
+        assert [text.removeprefix("The job has been ") for text in story[-4:]] == ["paused", "resumed"] * 2
+
+
 @pytest.mark.parametrize(
     ("state", "values", "end"),
     [

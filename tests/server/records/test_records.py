@@ -162,6 +162,20 @@ async def test_what_makes_room_for_a_job_is_counted_where_it_is_made(database: D
     assert await records.count(("queued",), "ann") == 2
 
 
+async def test_what_room_a_file_has_is_counted_where_it_is_kept(database: Database) -> None:
+    records = FileRecords(database)
+
+    def fits(stored: int) -> None:
+        if stored + 3 > 7:
+            raise Overloaded("full")
+
+    adding = [records.add(a_file(number), fits) for number in range(6)]
+    results = await asyncio.gather(*adding, return_exceptions=True)
+    assert sorted(type(result).__name__ for result in results) == ["NoneType"] * 2 + ["Overloaded"] * 4
+    assert len(await records.ids()) == 2
+    await records.add(a_file(7, owner="bob"), fits)
+
+
 async def test_of_two_changes_from_one_state_only_one_wins_and_its_events_only_are_told(database: Database) -> None:
     jobs = JobRecords(database)
     await jobs.add(a_job(1), [NewEvent("created", "made")], event_ids=["e0"])
@@ -191,6 +205,33 @@ async def test_an_event_or_checkpoint_that_is_told_again_adds_nothing(database: 
     checkpoints = (await jobs.checkpoints("ftjob-1", after=None, limit=10)).rows
     assert [(point.id, point.step) for point in checkpoints] == [("c0", 10)]
     assert await jobs.events_since("ftjob-1", events[0].seq) == []
+
+
+async def test_which_run_ended_last_and_after_which_order_is_told_by_the_events_and_not_by_the_second(
+    database: Database,
+) -> None:
+    records = JobRecords(database)
+    first, second, third = (a_job(number, adapter="bot", version=f"bot@{number}") for number in (1, 2, 3))
+
+    async def make(job: JobRow) -> None:
+        await records.add(job, [NewEvent("created", "Created")], event_ids=[f"{job.id}-made"])
+
+    async def end(job: JobRow) -> None:
+        event = (f"{job.id}-end", NewEvent("succeeded", "Done"))
+        assert await records.change(job.id, {"finished_at": 1}, when=(job.state,), now=1, events=[event]) is not None
+
+    async def last() -> str | None:
+        return await records.last_version("bot", "succeeded", after=(third.id, "created"))
+
+    await make(first)
+    await make(second)
+    await end(second)
+    await make(third)
+    assert await last() is None
+    await end(first)
+    assert await last() == "bot@1"
+    assert await records.last_version("bot", "succeeded", after=(first.id, "created")) == "bot@1"
+    assert await records.last_version("other", "succeeded", after=(first.id, "created")) is None
 
 
 async def test_a_long_story_can_be_told_again_at_once(database: Database) -> None:
