@@ -110,7 +110,8 @@ def train(given: Any, plan: dict[str, Any]) -> None:
         tell(given.status, state="failed", error=error)
         sys.exit(1)
     version = publish(given)
-    tell(given.status, state="succeeded", step=total, total_steps=total, loss=round(2.0 / total, 4), trained_tokens=1000, version=version)
+    last = {"step": total, "total_steps": total, "loss": round(2.0 / total, 4)}
+    tell(given.status, state="succeeded", **last, trained_tokens=1000, version=version)
 
 
 def checkpoint(work: Path, step: int) -> None:

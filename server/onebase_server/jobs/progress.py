@@ -114,7 +114,7 @@ class Reporter:
 
     async def tick(self) -> None:
         """Write down what is new. May raise what a disk or a database does, and be called again then."""
-        # Looked for before the events are read: the trainer tells of a step before it saves it, so each has its figures.
+        # Before the events are read: a step is told of before it is saved, so each checkpoint comes with its figures.
         saved = self._checkpoints.find_new() if self._checkpoints is not None else []
         self._read_events()
         status = self._folder.read_status()
