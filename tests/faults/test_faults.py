@@ -153,7 +153,8 @@ def test_a_lost_device_ends_the_process_so_that_a_new_one_can_start(tmp_path: Pa
     with live_server(tmp_path, runner=runner) as live:
         runner.fail_next = DeviceLost("an illegal access")
         with suppress(httpx.TransportError):
-            assert httpx.post(f"{live.url}/v1/chat/completions", json=chat_body()).status_code in (500, 503)
+            reply = httpx.post(f"{live.url}/v1/chat/completions", json=chat_body(), timeout=None)
+            assert reply.status_code in (500, 503)
         live.server.ended.wait()
         assert live.server.failed, "exit code 1"
 
