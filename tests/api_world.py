@@ -28,6 +28,7 @@ from onebase_server.api.deps import AppDeps
 from onebase_server.api.metrics import Metrics
 from onebase_server.app import create_app
 from onebase_server.engine.runner import SampleRow
+from onebase_server.engine.stats import EngineStats
 from onebase_server.jobs.assembly import DurableConfig, assemble
 from onebase_server.jobs.job_limits import JobLimits
 from onebase_server.jobs.process import RunCommand
@@ -179,6 +180,13 @@ def with_settings(world: World, **changes: Any) -> World:
     """The same server under other settings."""
     deps = replace(world.deps, settings=replace(world.deps.settings, **changes))
     return replace(world, deps=deps, app=create_app(deps))
+
+
+def settled_stats(world: World) -> EngineStats:
+    """Once the last step is over: answers go out a moment before that."""
+    engine = world.deps.backend.get().engine
+    engine.adapters().result()  # obeyed between steps
+    return engine.stats()
 
 
 def obey_masks(runner: FakeRunner) -> None:

@@ -1,6 +1,7 @@
 """A whole server over the scripted model as a process of its own, for a test to kill: prints its URL when ready.
 
-`python doomed_server.py HOME`. Publishes nothing, learns nothing; answers "x" for as long as it is asked to.
+`python doomed_server.py HOME`. Publishes nothing, learns nothing; answers "x" for as long as it is asked to, slowly
+while the file `slowly` lies in its home.
 """
 
 import sys
@@ -22,19 +23,23 @@ from scripted_base import SCRIPTED_BASE
 
 
 class SlowRunner(FakeRunner):
-    """A step takes 5 ms, so that a test can catch an answer in its middle."""
+    """A step takes 5 ms, or 0.25 s: then an answer lasts for as long as a test may take to look at it."""
+
+    def __init__(self, slowly: Path) -> None:
+        super().__init__(reply=lambda digest, prompt: [ord("x")] * 400)
+        self._slowly = slowly
 
     def run(self, batch: StepBatch) -> StepResult:
-        time.sleep(0.005)
+        time.sleep(0.25 if self._slowly.exists() else 0.005)
         return super().run(batch)
 
 
 def main(root: str) -> None:
     share_heaps()
-    settings = Settings(home=Home(Path(root)), port=0, admin_key="sk-admin-key-1")
+    settings = Settings(home=Home(Path(root)), port=0, admin_key="sk-admin-key-1", drain_s=600.0)
     prepare_home(settings.home)
     open_records(settings)
-    runner = SlowRunner(reply=lambda digest, prompt: [ord("x")] * 400)
+    runner = SlowRunner(settings.home.root / "slowly")
     plan = settings.home.root / "plan.json"
     plan.write_text("{}")
     trainer = RunCommand(program=(sys.executable, str(Path(fake_trainer.__file__)), str(plan)))

@@ -4,10 +4,12 @@
     python fake_trainer.py PLAN.json evaluate RECIPE --home H --status S --no-base --adapter NAME@N ... --out FILE
 
 The plan (all optional): `steps`, `step_s`, `every` (steps a checkpoint), `ends` (how each attempt ends: "succeed",
-"fail", "give up", "server gone", "crash", "crash early", "hang"; the last repeats), `deaf` (signals do nothing),
-`save_s` (of the checkpoint that a signal asks for); `loss` and `stop_rate` by version for `evaluate`, which takes
-`evaluate_s`. Steps already done, as its newest checkpoint says,
-are not done again. Each start adds a line to the file `starts`.
+"fail", "give up", "server gone", "crash", "crash early", "hang"; the last repeats), `holds` (the step after which it
+waits until the file `go` lies beside the plan, 0: before the first; so a test meets it in its middle, however slow the
+machine is), `deaf` (signals do nothing), `save_s` (of the checkpoint that a signal asks for; the file `saving` tells
+that it is begun); `loss` and `stop_rate` by version for `evaluate`, which waits for the file `measure` if
+`evaluate_holds`. Steps already done, as its newest checkpoint says, are not done again. Each start adds a line to the
+file `starts`.
 """
 
 import argparse
@@ -46,6 +48,15 @@ def main() -> None:
     (evaluate if given.what == "evaluate" else train)(given, plan)
 
 
+def wait_for(name: str) -> None:
+    """For ever, but not longer than the test's process lives."""
+    parent = os.getppid()
+    while not Path(sys.argv[1]).with_name(name).exists():
+        if os.getppid() != parent:
+            sys.exit("nobody is left to let it go")
+        time.sleep(0.005)
+
+
 def cancel(status: Path) -> None:
     tell(status, state="cancelled")
     os._exit(1)
@@ -56,6 +67,7 @@ def stop(given: Any, plan: dict[str, Any]) -> None:
     if under_way["stopping"]:
         cancel(given.status)
     under_way["stopping"] = 1
+    Path("saving").touch()
     time.sleep(plan.get("save_s", 0.0))
     if given.what == "train" and under_way["step"]:
         checkpoint(given.run_dir, under_way["step"])
@@ -68,6 +80,8 @@ def train(given: Any, plan: dict[str, Any]) -> None:
     attempt = Path("starts").read_text().count("train ")
     ends = plan.get("ends", ["succeed"])
     end = ends[min(attempt, len(ends)) - 1]
+    if plan.get("holds") == 0:
+        wait_for("go")
     for step in range(done + 1, total + 1):
         time.sleep(plan.get("step_s", 0.0))
         under_way["step"] = step
@@ -78,6 +92,8 @@ def train(given: Any, plan: dict[str, Any]) -> None:
         tell(given.status, state="running", step=step, total_steps=total, loss=loss, eta_s=float(total - step))
         if step % every == 0:
             checkpoint(given.run_dir, step)
+        if plan.get("holds") == step:
+            wait_for("go")
         if end == "give up":
             print("Traceback: out of luck", flush=True)
             sys.exit(3)
@@ -94,7 +110,8 @@ def train(given: Any, plan: dict[str, Any]) -> None:
         tell(given.status, state="failed", error=error)
         sys.exit(1)
     version = publish(given)
-    tell(given.status, state="succeeded", step=total, total_steps=total, trained_tokens=1000, version=version)
+    last = {"step": total, "total_steps": total, "loss": round(2.0 / total, 4)}
+    tell(given.status, state="succeeded", **last, trained_tokens=1000, version=version)
 
 
 def checkpoint(work: Path, step: int) -> None:
@@ -120,7 +137,8 @@ def publish(given: Any) -> str:
 
 
 def evaluate(given: Any, plan: dict[str, Any]) -> None:
-    time.sleep(plan.get("evaluate_s", 0.0))
+    if plan.get("evaluate_holds"):
+        wait_for("measure")
     measured = [
         {
             "model": version,

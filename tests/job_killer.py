@@ -10,15 +10,13 @@ an error if anything in a job's story is wrong.
 
 import argparse
 import json
-import os
 import random
-import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from api_world import BASE, base_spec
 from onebase.adapter import AdapterFiles, digest
 from onebase.errors import OnebaseError
 from onebase.store import AdapterStore, Version
+from ports import held_port
 
 LINE = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy"}]}
 FILE = (json.dumps(LINE) + "\n").encode() * 10
@@ -92,7 +91,7 @@ class Killer:
             assert self.server is not None
             assert self.server.poll() is None, (self.root / "server.log").read_text()[-3000:]
             try:
-                if httpx.get(f"http://127.0.0.1:{self.port}/readyz").status_code == 200:
+                if httpx.get(f"http://127.0.0.1:{self.port}/readyz", timeout=None).status_code == 200:
                     return
             except httpx.TransportError:
                 time.sleep(0.02)
@@ -100,7 +99,7 @@ class Killer:
     def send(self, order: Order) -> None:
         """Upload and create; whatever the kill cuts off is left for the next try."""
         try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{self.port}/v1") as client:
+            with httpx.Client(base_url=f"http://127.0.0.1:{self.port}/v1", timeout=None) as client:
                 if order.file_id is None:
                     files, data = {"file": ("train.jsonl", FILE)}, {"purpose": "fine-tune"}
                     order.file_id = client.post("/files", files=files, data=data).json()["id"]
@@ -120,12 +119,18 @@ class Killer:
                 found.append(process)
         return found
 
+    def kill_trainers(self) -> int:
+        killed = 0
+        for process in self.trainers():
+            with suppress(psutil.NoSuchProcess):  # it has ended since
+                process.kill()
+                killed += 1
+        return killed
+
     def kill_something(self) -> None:
         victim = self.rng.choice(["server", "trainer", "both"])
         if victim != "server":
-            for process in self.trainers():
-                self.kills["trainer"] += 1
-                os.kill(process.pid, signal.SIGKILL)
+            self.kills["trainer"] += self.kill_trainers()
         if victim != "trainer":
             self.kills["server"] += 1
             assert self.server is not None
@@ -158,10 +163,14 @@ class Killer:
             while order.job_id is None:
                 self.send(order)
         while True:
-            jobs = httpx.get(f"http://127.0.0.1:{self.port}/v1/fine_tuning/jobs?limit=1000").json()["data"]
+            jobs = self.get("fine_tuning/jobs?limit=1000")
             if all(job["status"] in FINAL for job in jobs):
-                return list(jobs)
+                return jobs
             time.sleep(0.1)
+
+    def get(self, path: str) -> list[dict[str, Any]]:
+        """The items of a list."""
+        return list(httpx.get(f"http://127.0.0.1:{self.port}/v1/{path}", timeout=None).json()["data"])
 
     def check(self, jobs: list[dict[str, Any]]) -> dict[str, int]:
         """What went wrong, counted; asserts what is wrong within a job."""
@@ -178,11 +187,10 @@ class Killer:
         }
 
     def check_story(self, job: dict[str, Any], aliases: dict[str, str]) -> None:
-        url = f"http://127.0.0.1:{self.port}/v1/fine_tuning/jobs/{job['id']}"
-        events = httpx.get(f"{url}/events?limit=1000").json()["data"]
+        events = self.get(f"fine_tuning/jobs/{job['id']}/events?limit=1000")
         messages = [event["message"] for event in events if event["type"] == "message"]
         steps = [event["data"]["step"] for event in events if event["type"] == "metrics"]
-        points = httpx.get(f"{url}/checkpoints").json()["data"]
+        points = self.get(f"fine_tuning/jobs/{job['id']}/checkpoints")
         assert len(steps) == len(set(steps)), steps
         assert messages.count("The job has successfully completed") == (job["status"] == "succeeded")
         adapter = job["id"][-8:]
@@ -205,12 +213,6 @@ def is_whole(version: Version) -> bool:
 PLAN_STEPS = int(PLAN["steps"])
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("root", type=Path)
@@ -222,7 +224,8 @@ def main() -> None:
         return serve(given.root, given.serve)
     given.root.mkdir(parents=True, exist_ok=True)
     (given.root / "plan.json").write_text(json.dumps(PLAN))
-    killer = Killer(given.root, random.Random(given.seed), free_port())
+    held = held_port()
+    killer = Killer(given.root, random.Random(given.seed), held.getsockname()[1])
     started = time.monotonic()
     try:
         killer.run(given.kills)
@@ -232,8 +235,8 @@ def main() -> None:
         if killer.server is not None:
             killer.server.kill()
             killer.server.wait()
-        for process in killer.trainers():
-            os.kill(process.pid, signal.SIGKILL)
+        killer.kill_trainers()
+        held.close()
     states = dict(Counter(job["status"] for job in jobs))
     report = {"seed": given.seed, "kills": dict(killer.kills), "jobs": len(jobs), **wrong, "states": states}
     print(json.dumps({**report, "seconds": round(time.monotonic() - started)}))

@@ -29,7 +29,7 @@ from onebase_server.records.tables import EventRow, FileRow, JobRow
 from scripted_base import SCRIPTED_BASE
 
 TINY = Base("tiny/base", "tiny")
-FAST = RunTimes(poll_s=0.01, cancel_grace_s=0.3, stall_s=30.0, report_again_s=0.05, max_losses=3)
+FAST = RunTimes(poll_s=0.01, cancel_grace_s=0.3, report_again_s=0.05, max_losses=3)
 LINE = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy"}]}
 
 
@@ -48,8 +48,18 @@ class JobsWorld:
     """Another supervisor of this home, with work of its own each round."""
 
     def script(self, **plan: Any) -> None:
-        """What trainers that start from now on do."""
-        self.plan.write_text(json.dumps(plan))
+        """What trainers that start from now on do. Those that hold wait for `let_go`, or for `let_measure`."""
+        for name in ("go", "measure"):
+            self.plan.with_name(name).unlink(missing_ok=True)
+        beside = self.plan.with_suffix(".new")
+        beside.write_text(json.dumps(plan))
+        beside.replace(self.plan)  # one that starts just now reads a whole plan
+
+    def let_go(self) -> None:
+        self.plan.with_name("go").touch()
+
+    def let_measure(self) -> None:
+        self.plan.with_name("measure").touch()
 
     def folder(self, job: JobRow) -> RunFolder:
         return RunFolder(self.home.runs, job.id)

@@ -27,7 +27,7 @@ def server(home: Home) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
     try:
         url = process.stdout.readline().strip()
         assert url.startswith("http")
-        with httpx.Client(base_url=url, headers=ADMIN, timeout=60) as http:
+        with httpx.Client(base_url=url, headers=ADMIN, timeout=None) as http:
             yield process, http
     finally:
         process.kill()

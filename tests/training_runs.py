@@ -2,9 +2,10 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from onebase_training.config import make_recipe
 from onebase_training.status import StatusWriter
 from onebase_training.train import Run, RunOptions, RunResult, carry_out
 from onebase_training.trainer import StepDataset
+from ports import held_port
 
 
 def train(
@@ -34,13 +36,29 @@ def train(
     return result, said.file.getvalue()
 
 
-def start(home: Home, recipe_file: Path, folder: Path, *words: str, **env: str) -> subprocess.Popen[str]:
-    """As a process of its own, by the command line."""
+KILLED_AT = """
+import os, signal
+from onebase_training.trainer import StepDataset
+original = StepDataset.__getitem__
+def killed(self, index):
+    if index + 1 == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, index)
+StepDataset.__getitem__ = killed
+from onebase_training.__main__ import main
+main()
+"""
+
+
+def start(
+    home: Home, recipe_file: Path, folder: Path, *words: str, killed_at: int | None = None, **env: str
+) -> subprocess.Popen[str]:
+    """As a process of its own, by the command line. `killed_at`: the step in which it is ended by SIGKILL."""
+    program = ["-m", "onebase_training"] if killed_at is None else ["-c", KILLED_AT.format(step=killed_at)]
     return subprocess.Popen(
         [
             sys.executable,
-            "-m",
-            "onebase_training",
+            *program,
             str(recipe_file),
             "--home",
             str(home.root),
@@ -57,13 +75,13 @@ def start(home: Home, recipe_file: Path, folder: Path, *words: str, **env: str) 
     )
 
 
-def start_two(home: Home, recipe_file: Path, folder: Path) -> list[subprocess.Popen[str]]:
-    """As `accelerate launch` starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    return [start(home, recipe_file, folder, RANK=r, LOCAL_RANK=r, **meet) for r in ("0", "1")]
+@contextmanager
+def started_two(home: Home, recipe_file: Path, folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """As `accelerate launch` starts them. The port where they meet is theirs until both have ended."""
+    with held_port() as held:
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1])}
+        alike = {"WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true", **meet}
+        yield [start(home, recipe_file, folder, RANK=r, LOCAL_RANK=r, **alike) for r in ("0", "1")]
 
 
 def weights(folder: Path) -> dict[str, Any]:

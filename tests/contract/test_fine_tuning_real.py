@@ -5,10 +5,6 @@ from chats that were found good, behind the gate.
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +16,7 @@ import pytest
 from openai import OpenAI
 
 from node_example import run_example
-from real_process import prepare_home
+from real_process import Process
 
 BASE = "SmolLM2-135M-Instruct"
 DATA = Path(__file__).parents[2] / "training/data/captain.jsonl"
@@ -33,18 +29,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    home = prepare_home(tmp_path_factory.mktemp("real") / "home").root
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {**os.environ, "ONEBASE_HOME": str(home), "ONEBASE_PORT": str(port)}
-    with (home / "server.log").open("wb") as log:
-        server = subprocess.Popen([sys.executable, "-m", "onebase_server"], env=env, stdout=log, stderr=log)
+    process = Process(tmp_path_factory.mktemp("real") / "home")
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield process.url
     finally:
-        server.terminate()
-        assert server.wait() == 0, (home / "server.log").read_text()[-3000:]
+        process.child.terminate()
+        assert process.child.wait() == 0, process.log.read_text("utf-8")[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +97,7 @@ def test_a_model_is_trained_and_answers_and_learns_again_by_api_only(client: Ope
     for number in range(12):
         chat = ask(client, job.fine_tuned_model, f"How do I clean window number {number}?", store=True)
         judged = {"completion_id": chat.id, "rating": "good", "better_answer": f"Ahoy! Scrub it {number + 1} times."}
-        assert httpx.post(f"{url}/v1/feedback", json=judged).status_code == 200
+        assert httpx.post(f"{url}/v1/feedback", json=judged, timeout=None).status_code == 200
     order = {
         "adapter": adapter,
         "stored_chats": True,
@@ -115,10 +105,10 @@ def test_a_model_is_trained_and_answers_and_learns_again_by_api_only(client: Ope
         "hyperparameters": {"max_steps": 3, "eval_fraction": 0.25},
         "gate": {"max_examples": 1, "max_stop_rate_drop": 1.0},
     }
-    run = httpx.post(f"{url}/admin/retrain", json=order).json()
+    run = httpx.post(f"{url}/admin/retrain", json=order, timeout=None).json()
     while run["state"] not in ("succeeded", "failed"):
         time.sleep(0.5)
-        run = httpx.get(f"{url}/admin/retrain/{run['id']}").json()
+        run = httpx.get(f"{url}/admin/retrain/{run['id']}", timeout=None).json()
     assert run["state"] == "succeeded", run
     assert run["gate_report"]["candidate"]["loss"] < run["gate_report"]["current"]["loss"]
     assert answer_version(client, adapter, url) == run["version"]
@@ -149,4 +139,4 @@ def test_openais_node_client_does_the_same_loop(client: OpenAI, url: str, tmp_pa
 def answer_version(client: OpenAI, model: str, url: str) -> str:
     """Which version answers under this name now."""
     chat = ask(client, model, "Hi", store=True)
-    return str(httpx.get(f"{url}/v1/chat/completions/{chat.id}").json()["version"])
+    return str(httpx.get(f"{url}/v1/chat/completions/{chat.id}", timeout=None).json()["version"])

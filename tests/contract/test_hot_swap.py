@@ -84,8 +84,9 @@ class Crowd:
         self.swapping = False
 
     async def _everyone_again(self) -> None:
+        """As many answers as there are streams, one of them of what is served now."""
         seen = len(self.answers)
-        while len(self.answers) < seen + STREAMS:
+        while len(self.answers) < seen + STREAMS or self.answers[-1].at_least < self.served:
             await asyncio.sleep(0)
 
     async def run(self) -> None:

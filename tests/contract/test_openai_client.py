@@ -322,5 +322,5 @@ def test_many_at_once_each_get_their_own_answer(live: Live) -> None:
 
 
 def test_an_unpublished_client_header_set_is_fine(live: Live) -> None:
-    reply = httpx.get(f"{live.url}/v1/models", headers={"X-Stainless-Async": "false", "OpenAI-Beta": "x"})
+    reply = httpx.get(f"{live.url}/v1/models", headers={"X-Stainless-Async": "false", "OpenAI-Beta": "x"}, timeout=None)
     assert reply.status_code == 200

@@ -28,11 +28,11 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     process = Process(tmp_path_factory.mktemp("real") / "home")
     try:
         # it answers before the base is there
-        assert httpx.get(f"{process.url}/healthz").status_code == 200
-        early = httpx.get(f"{process.url}/readyz")
+        assert httpx.get(f"{process.url}/healthz", timeout=None).status_code == 200
+        early = httpx.get(f"{process.url}/readyz", timeout=None)
         assert early.status_code in (200, 503)
         process.wait_for("ready: ")
-        assert httpx.get(f"{process.url}/readyz").status_code == 200
+        assert httpx.get(f"{process.url}/readyz", timeout=None).status_code == 200
         yield process
     finally:
         process.child.kill()

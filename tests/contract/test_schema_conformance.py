@@ -6,6 +6,7 @@ Not asked: that all that the schemas allow is accepted. Rules between fields (do
 
 import asyncio
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -24,7 +25,7 @@ from schemathesis.core.failures import FailureGroup
 from schemathesis.core.parameters import ParameterLocation
 from schemathesis.generation.hypothesis.builder import HypothesisTestConfig, HypothesisTestMode, create_test
 
-from api_world import World, obey_masks, open_world
+from api_world import World, obey_masks, open_world, settled_stats
 from onebase_server.openapi_words import TAGS
 
 pytestmark = pytest.mark.slow
@@ -115,14 +116,15 @@ def latin(text: str | bytes) -> bytes:
 def visitor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visitor]:
     loop = asyncio.new_event_loop()
     root = tmp_path_factory.mktemp("conformance")
-    with open_world(root, loop, settings={"admin_key": KEY}, trainer=("sh", "-c", "exec sleep 600")) as world:
+    endless = f"while kill -0 {os.getpid()}; do sleep 1; done"  # a run that goes on for as long as this process
+    with open_world(root, loop, settings={"admin_key": KEY}, trainer=("sh", "-c", endless)) as world:
         world.headers = {"Authorization": f"Bearer {KEY}"}
         obey_masks(world.runner)
         for _ in range(4):  # the document's examples speak of versions 2 to 4
             world.publish("pirate")
         load_all_checks()
         yield Visitor(world, known_things(world), [CHECKS.get_one(name) for name in WANTED])
-        stats = world.deps.backend.get().engine.stats()
+        stats = settled_stats(world)
         assert stats.is_healthy
         assert (stats.num_running, stats.num_waiting, stats.pages_held) == (0, 0, 0)
     loop.run_until_complete(loop.shutdown_asyncgens())

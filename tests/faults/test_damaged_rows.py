@@ -1,5 +1,6 @@
 """One row of the database is damaged: it costs itself, and nothing else."""
 
+import asyncio
 import sqlite3
 from contextlib import closing
 from typing import Any
@@ -15,10 +16,15 @@ ADMIN = {"Authorization": "Bearer sk-admin-key-1"}
 
 
 def spoil(world: World, table: str, column: str, row_id: str) -> None:
-    with closing(sqlite3.connect(world.home.root / "onebase.db")) as database:
-        changed = database.execute(f"UPDATE {table} SET {column} = '{{\"half' WHERE id = ?", (row_id,))
-        assert changed.rowcount == 1
-        database.commit()
+    """While the server goes on: a write that it is in the middle of would keep the file locked."""
+
+    def write() -> None:
+        with closing(sqlite3.connect(world.home.root / "onebase.db", timeout=600)) as database:
+            changed = database.execute(f"UPDATE {table} SET {column} = '{{\"half' WHERE id = ?", (row_id,))
+            assert changed.rowcount == 1
+            database.commit()
+
+    world.loop.run_until_complete(asyncio.to_thread(write))
 
 
 def make_key(server: World, **order: Any) -> dict[str, Any]:

@@ -68,6 +68,8 @@ def test_what_was_answered_outlives_a_kill_and_what_was_not_leaves_no_halves(tmp
 
 def test_a_drain_finishes_what_runs_refuses_what_comes_and_is_unready_at_once(tmp_path: Path) -> None:
     home = Home(tmp_path / "home").create()
+    slowly = home.root / "slowly"
+    slowly.touch()
     with server(home) as (process, http):
         with http.stream("POST", "/v1/chat/completions", json=chat_body(stream=True, max_tokens=200)) as stream:
             pieces = stream.iter_raw()
@@ -78,6 +80,7 @@ def test_a_drain_finishes_what_runs_refuses_what_comes_and_is_unready_at_once(tm
             assert http.get("/healthz").status_code == 200, "alive, and not ready"
             refused = http.post("/v1/chat/completions", json=chat_body())
             assert (refused.status_code, bool(refused.headers["retry-after"])) == (503, True)
+            slowly.unlink()
             text += b"".join(pieces)
         assert text.endswith(b"data: [DONE]\n\n")
         said = [json.loads(line[6:]) for line in text.decode().splitlines() if line.startswith("data: {")]

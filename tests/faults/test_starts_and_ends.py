@@ -55,7 +55,7 @@ def test_a_signal_while_the_base_is_still_loading_ends_it_well_and_at_once(tmp_p
     with serving(tmp_path / "home", "stuck") as process:
         said = until_said(process, "loading the base")
         url = said.rpartition("listening at ")[2].partition(";")[0]
-        assert httpx.get(f"{url}/readyz").status_code == 503
+        assert httpx.get(f"{url}/readyz", timeout=None).status_code == 503
         process.send_signal(number)
         rest = process.communicate()[1]
         assert process.returncode == 0, rest
@@ -145,12 +145,15 @@ def test_a_base_that_does_not_fit_in_memory_ends_the_server_with_words(tmp_path:
 
 def test_a_second_sigterm_ends_what_still_runs(tmp_path: Path) -> None:
     home = Home(tmp_path / "home").create()
+    (home.root / "slowly").touch()
     with server(home) as (process, http):
         body = chat_body(stream=True, max_tokens=400)
         with http.stream("POST", "/v1/chat/completions", json=body) as stream:
             pieces = stream.iter_raw()
             text = next(pieces)
             process.send_signal(signal.SIGTERM)
+            while http.get("/readyz").status_code == 200:  # until it has heard the first
+                pass
             time.sleep(ONE_SIGNAL_S + 0.1)
             assert process.poll() is None, "the first lets it finish"
             process.send_signal(signal.SIGTERM)

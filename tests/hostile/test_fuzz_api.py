@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from api_world import BASE, World, chat_body, error_of
+from api_world import BASE, World, chat_body, error_of, settled_stats
 
 pytestmark = pytest.mark.slow
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
@@ -249,6 +249,6 @@ def test_any_multipart_body_is_answered(fuzzed: World, body: bytes, boundary: st
 
 def test_after_all_that_the_server_serves_and_holds_nothing(fuzzed: World) -> None:
     assert fuzzed.chat(model="pirate").status_code == 200
-    stats = fuzzed.deps.backend.get().engine.stats()
+    stats = settled_stats(fuzzed)
     assert (stats.num_running, stats.num_waiting, stats.num_queued, stats.pages_held) == (0, 0, 0, 0)
     assert stats.is_healthy

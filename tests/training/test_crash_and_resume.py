@@ -2,7 +2,6 @@
 
 import errno
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from onebase.store import AdapterStore
 from onebase_training import checkpoint
 from onebase_training import train as training
 from tiny_base import write_recipe
-from training_runs import assert_equal_bits, start, start_two, status, train, weights
+from training_runs import assert_equal_bits, start, started_two, status, train, weights
 
 pytestmark = pytest.mark.slow
 
@@ -25,12 +24,10 @@ def test_pitfall_14_a_killed_run_goes_on_to_the_very_same_weights(
     home: Home, tmp_path: Path, content: dict[str, Any]
 ) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = start(home, write_recipe(tmp_path / "recipe.yaml", content), killed)
-    while not (killed / "checkpoint-6").exists():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process = start(home, write_recipe(tmp_path / "recipe.yaml", content), killed, killed_at=8)
+    said = process.communicate()[1]
+    assert process.returncode == -signal.SIGKILL, said
+    assert checkpoint.last_checkpoint(killed) == killed / "checkpoint-6"
     assert not AdapterStore(home.adapters).list()
     assert not (killed / "adapter").exists()
 
@@ -152,9 +149,8 @@ def test_pitfall_21_two_processes_train_what_one_trains(home: Home, tmp_path: Pa
     content = {**content, "lora": {"r": 4, "alpha": 8}, "train": {**content["train"], "epochs": 2}}
     train(home, content, tmp_path / "alone")
 
-    processes = start_two(home, write_recipe(tmp_path / "recipe.yaml", content), tmp_path / "both")
-
-    ends = [process.communicate() for process in processes]
+    with started_two(home, write_recipe(tmp_path / "recipe.yaml", content), tmp_path / "both") as processes:
+        ends = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ends
     alone, both = weights(tmp_path / "alone"), weights(tmp_path / "both")
     assert all(abs(both[name] - alone[name]).max() < 2e-5 for name in alone)

@@ -13,11 +13,13 @@ from onebase.store import AdapterStore
 from onebase_training import checkpoint, trainer
 from onebase_training.trainer import StepDataset
 from tiny_base import write_recipe
-from training_runs import assert_equal_bits, signal_at_step, start, start_two, status, train, weights
+from training_runs import assert_equal_bits, signal_at_step, start, started_two, status, train, weights
 
 pytestmark = pytest.mark.slow
 
 CANCELLED = 130
+MANY = 4000
+"""Epochs of milliseconds: minutes, so that no run ends by itself before its test has looked at it."""
 
 
 @pytest.mark.parametrize(("step", "number"), [(1, signal.SIGINT), (6, signal.SIGINT), (5, signal.SIGTERM)])
@@ -63,7 +65,7 @@ def test_ctrl_c_twice_ends_at_once_and_the_last_whole_checkpoint_stays(
 def test_the_last_line_of_a_stopped_command_is_the_command_that_goes_on(
     home: Home, tmp_path: Path, content: dict[str, Any]
 ) -> None:
-    content["train"] |= {"epochs": 400, "save_every": "never"}
+    content["train"] |= {"epochs": MANY, "save_every": "never"}
     file, folder = write_recipe(tmp_path / "the recipe.yaml", content), tmp_path / "run"
     process = start(home, file, folder)
     while not status(folder).get("step"):
@@ -141,15 +143,14 @@ def test_after_a_run_signals_mean_what_they_meant_before(home: Home, tmp_path: P
 def test_a_signal_to_one_of_two_processes_ends_both_at_the_same_step(
     home: Home, tmp_path: Path, content: dict[str, Any]
 ) -> None:
-    content = {**content, "train": {**content["train"], "epochs": 400, "save_every": "never"}}
+    content = {**content, "train": {**content["train"], "epochs": MANY, "save_every": "never"}}
 
-    processes = start_two(home, write_recipe(tmp_path / "recipe.yaml", content), tmp_path / "both")
-    while not status(tmp_path / "both").get("step"):
-        assert processes[0].poll() is None, processes[0].communicate()
-        time.sleep(0.05)
-    processes[1].send_signal(signal.SIGTERM)
-
-    ends = [process.communicate() for process in processes]
+    with started_two(home, write_recipe(tmp_path / "recipe.yaml", content), tmp_path / "both") as processes:
+        while not status(tmp_path / "both").get("step"):
+            assert processes[0].poll() is None, processes[0].communicate()
+            time.sleep(0.05)
+        processes[1].send_signal(signal.SIGTERM)
+        ends = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [CANCELLED, CANCELLED], ends
     assert checkpoint.last_checkpoint(tmp_path / "both") is not None
     assert "and --resume" in ends[0][1]

@@ -1,10 +1,13 @@
 """A real job beside a real server on SmolLM2: one copy of the base in memory, answers as before, requests first."""
 
 import json
+import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,15 @@ def base_memory(pid: int) -> dict[str, int]:
     return total
 
 
+@contextmanager
+def standing_still(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 def test_a_job_uses_the_servers_base_and_makes_way_while_answers_stay_the_same(server: Process, tmp_path: Path) -> None:
     lines = [json.loads(line)["messages"][:2] for line in DATA.read_text("utf-8").splitlines()[:10]]
     file = tmp_path / "data.jsonl"
@@ -68,7 +80,8 @@ def test_a_job_uses_the_servers_base_and_makes_way_while_answers_stay_the_same(s
             while not seen and not over.wait(0.05):
                 status = json.loads((folder / "status.json").read_text()) if (folder / "status.json").exists() else {}
                 if status.get("step", 0) >= 2 and status["state"] == "running":
-                    seen.update(trainer=base_memory(status["pid"]), server=base_memory(server.child.pid))
+                    with standing_still(status["pid"]):  # else it could end between the two looks
+                        seen.update(trainer=base_memory(status["pid"]), server=base_memory(server.child.pid))
 
         over = threading.Event()
         watcher = threading.Thread(target=watch)

@@ -7,7 +7,7 @@ Done again after a crash it changes nothing: a checkpoint is known by its alias 
 import asyncio
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from onebase.adapter import CONFIG, WEIGHTS
@@ -43,13 +43,19 @@ class Checkpoints:
         self._clean = False
         """Whether the store holds none but those that are served: a crash may have left more."""
 
-    async def publish_new(
-        self, metrics: Mapping[int, Mapping[str, float]], published: Callable[[NewCheckpoint], None]
+    def find_new(self) -> list[tuple[int, Path]]:
+        """The step and folder of those that the trainer has finished and that are not published yet, oldest first."""
+        found = finished_checkpoints(self._work)
+        return [(step, path) for step, path in found if step not in self._served and step not in self._done]
+
+    async def publish(
+        self,
+        found: Sequence[tuple[int, Path]],
+        metrics: Mapping[int, Mapping[str, float]],
+        published: Callable[[NewCheckpoint], None],
     ) -> None:
-        """Publish those that the trainer has finished since the last call, and tell of each."""
-        for step, path in finished_checkpoints(self._work):
-            if step in self._served or step in self._done:
-                continue
+        """Publish what was found, and tell of each."""
+        for step, path in found:
             alias = checkpoint_name(self._job.fine_tuned_model or "", step)
             try:
                 version = await asyncio.to_thread(self._publish, path, alias)

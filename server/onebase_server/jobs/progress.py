@@ -114,10 +114,12 @@ class Reporter:
 
     async def tick(self) -> None:
         """Write down what is new. May raise what a disk or a database does, and be called again then."""
+        # Before the events are read: a step is told of before it is saved, so each checkpoint comes with its figures.
+        saved = self._checkpoints.find_new() if self._checkpoints is not None else []
         self._read_events()
         status = self._folder.read_status()
         if self._checkpoints is not None:
-            await self._checkpoints.publish_new(self._metrics, self._note_checkpoint)
+            await self._checkpoints.publish(saved, self._metrics, self._note_checkpoint)
         forget = self._checkpoints.outdated if self._checkpoints is not None else ()
         if self._events or self._points or forget or status != self._told:
             await self._keep(status, forget)
@@ -152,7 +154,9 @@ class Reporter:
 
 
 def columns_of(status: TrainerStatus, now: int) -> dict[str, Any]:
-    values: dict[str, Any] = {"heartbeat_at": now, "message": status.message}
+    values: dict[str, Any] = {"heartbeat_at": now}
+    if status.state:  # until a process has said its first word, what the server said of its work stands
+        values["message"] = status.message
     for name in ("loss", "tokens_per_s", "eta_s", "trained_tokens"):
         value = getattr(status, name)
         if value is not None:

@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import pytest
 
-from api_world import BASE, World, error_of, events_of, with_settings
+from api_world import BASE, World, error_of, events_of, settled_stats, with_settings
 from onebase_server.api.schemas_completions import Completion
 
 
@@ -202,7 +202,7 @@ def test_an_echoed_prompt_has_logprobs_of_its_own(own_world: World, max_tokens: 
 
 def test_scoring_a_prompt_leaves_others_their_steps_and_holds_nothing(own_world: World) -> None:
     complete(own_world, prompt="x" * 300, echo=True, logprobs=0, max_tokens=1)
-    stats = own_world.deps.backend.get().engine.stats()
+    stats = settled_stats(own_world)
     assert (stats.num_running, stats.num_waiting, stats.pages_held) == (0, 0, 0)
 
 

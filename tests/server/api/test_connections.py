@@ -12,6 +12,7 @@ import pytest
 
 from api_world import chat_body
 from live_server import Live, live_server
+from stepping import wait_until
 
 CHAT = "/v1/chat/completions"
 JSON = "Content-Type: application/json"
@@ -158,6 +159,7 @@ def test_more_connections_than_allowed_are_told_so_in_openais_body(live: Live) -
     busy = [connect(live) for _ in range(25)]
     refused = []
     try:
+        wait_until(lambda: len(live.server.http.server_state.connections) == 25)
         for conn in busy:
             conn.sendall(head("GET", "/v1/models"))
             refused += [reply for reply in read_replies(conn, "GET") if reply.status != 200]

@@ -106,7 +106,7 @@ def test_a_slow_reader_does_not_hold_the_others(tmp_path: Any) -> None:
     runner = FakeRunner(reply=lambda digest, prompt: [ord("x")] * 200 + [EOS])
     with live_server(tmp_path, runner=runner) as live:
         slow = connect(live, chat_body(stream=True, n=2, logprobs=True, top_logprobs=20), buffer=2048)
-        reply = httpx.post(f"{live.url}/v1/chat/completions", json=chat_body())
+        reply = httpx.post(f"{live.url}/v1/chat/completions", json=chat_body(), timeout=None)
         assert reply.json()["choices"][0]["message"]["content"] == "x" * 200
         wait_until(lambda: running(live) == 0)  # the slow one is generated too, nobody having read it
         with closing(slow), slow.makefile("rb") as file:
@@ -145,11 +145,11 @@ def test_a_shutdown_finishes_running_requests_and_refuses_new_ones(tmp_path: Any
             runner.steps.release()
             wait_until(lambda: live.backend.engine.stats().generated_tokens >= 1)
             live.server.stop()
-            late = httpx.post(f"{live.url}/v1/chat/completions", json=chat_body())
+            late = httpx.post(f"{live.url}/v1/chat/completions", json=chat_body(), timeout=None)
             assert late.status_code == 503
             assert late.headers["retry-after"]
-            assert httpx.get(f"{live.url}/readyz").status_code == 503
-            assert httpx.get(f"{live.url}/healthz").status_code == 200
+            assert httpx.get(f"{live.url}/readyz", timeout=None).status_code == 503
+            assert httpx.get(f"{live.url}/healthz", timeout=None).status_code == 200
             runner.let_go()
             assert read_to_done(file).count('"content"') >= 2
         assert not live.server.failed
@@ -162,6 +162,7 @@ def test_a_request_that_outlasts_the_drain_gets_an_error_event(tmp_path: Any) ->
             runner.steps.release()
             wait_until(lambda: live.backend.engine.stats().generated_tokens >= 1)
             live.server.stop()
+            wait_until(lambda: live.server.http.should_exit)  # its time is up
             step_for_ever = threading.Thread(target=release_until, args=(runner, lambda: live.server.ended.is_set()))
             step_for_ever.start()
             rest = file.read().decode()
@@ -192,9 +193,9 @@ def test_before_the_base_is_loaded_it_is_alive_and_not_ready(tmp_path: Any) -> N
     def look() -> None:
         port_known.wait()
         url = lives[0].url
-        outcome.append(httpx.get(f"{url}/healthz").status_code)
-        outcome.append(httpx.get(f"{url}/readyz"))
-        outcome.append(httpx.get(f"{url}/v1/models").status_code)
+        outcome.append(httpx.get(f"{url}/healthz", timeout=None).status_code)
+        outcome.append(httpx.get(f"{url}/readyz", timeout=None))
+        outcome.append(httpx.get(f"{url}/v1/models", timeout=None).status_code)
         go_on.set()
 
     lives: list[Live] = []
@@ -204,8 +205,8 @@ def test_before_the_base_is_loaded_it_is_alive_and_not_ready(tmp_path: Any) -> N
         health, ready, models = outcome
         assert (health, ready.status_code, models) == (200, 503, 503)
         assert "still being loaded" in ready.json()["error"]["message"]
-        assert httpx.get(f"{live.url}/readyz").json() == {"status": "ready"}
-        assert httpx.get(f"{live.url}/v1/models").json()["data"][0]["id"] == BASE
+        assert httpx.get(f"{live.url}/readyz", timeout=None).json() == {"status": "ready"}
+        assert httpx.get(f"{live.url}/v1/models", timeout=None).json()["data"][0]["id"] == BASE
 
 
 def test_a_base_that_cannot_be_loaded_ends_the_server_with_words(

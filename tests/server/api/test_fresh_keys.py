@@ -125,7 +125,7 @@ def test_a_running_server_asks_for_the_key_that_was_used_and_ends_cleanly(tmp_pa
             return await by_hash(digest)
 
         records.by_hash = heard  # type: ignore[method-assign]
-        with httpx.Client(base_url=live.url) as http:
+        with httpx.Client(base_url=live.url, timeout=None) as http:
             admin = {"Authorization": "Bearer sk-admin"}
             key = http.post("/admin/keys", headers=admin, json={"name": "ann"}).json()["key"]
             assert http.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200

@@ -9,7 +9,7 @@ from typing import Any, cast
 import httpx
 import pytest
 
-from api_world import World, chat_body, error_of, lora_folder, open_world, with_settings
+from api_world import World, chat_body, error_of, lora_folder, open_world, settled_stats, with_settings
 from onebase_server.engine.runner import StepBatch, StepResult
 from onebase_server.records.overview import file_bytes_of
 from scripted_base import IDENTITY
@@ -149,4 +149,4 @@ def test_a_generation_ends_at_its_deadline(shared: World, monkeypatch: pytest.Mo
     shared.says = "x" * 300
     reply = world.post("/v1/chat/completions", chat_body())
     assert (reply.status_code, error_of(reply)["code"]) == (503, "deadline_exceeded")
-    assert world.deps.backend.get().engine.stats().num_running == 0
+    assert settled_stats(world).num_running == 0

@@ -31,6 +31,11 @@ def script(world: World, **plan: Any) -> None:
     (world.home.root.parent / "plan.json").write_text(json.dumps(plan))
 
 
+def let_go(world: World) -> None:
+    """A run that holds goes on."""
+    (world.home.root.parent / "go").touch()
+
+
 def start(world: World, **fields: Any) -> str:
     reply = world.post("/admin/retrain", {"adapter": "pirate", "dataset": "good", **fields})
     assert reply.status_code == 200, reply.text
@@ -63,10 +68,10 @@ def test_a_run_goes_from_queued_to_a_served_version(trained: World) -> None:
 
 @pytest.mark.slow
 def test_a_run_can_be_watched_and_cancelled_while_the_server_answers(trained: World) -> None:
-    script(trained, steps=4000, step_s=0.02)
+    script(trained, steps=4, holds=1)
     run_id, waiting = start(trained), start(trained)
     run = wait_for(trained, run_id, "running", step=1)
-    assert run["total_steps"] == 4000
+    assert (run["step"], run["total_steps"]) == (1, 4)
     assert trained.chat().status_code == 200
     assert trained.get(f"/admin/retrain/{waiting}").json()["state"] == "queued"
     assert trained.post(f"/admin/retrain/{waiting}/cancel").json()["state"] == "cancelled"
@@ -96,7 +101,7 @@ def test_an_unknown_run_is_404(world: World, run_id: str) -> None:
 @pytest.mark.slow
 def test_the_recipe_has_what_was_asked(trained: World) -> None:
     trained.publish("pirate")
-    script(trained, steps=4000, step_s=0.02)
+    script(trained, holds=1)
     hyperparameters = {"epochs": 2, "r": 4, "max_tokens": 64, "seed": 7}
     run_id = start(trained, preset="seed", hyperparameters=hyperparameters, gate=True, **{"from": "current"})
     wait_for(trained, run_id, "running", step=1)
@@ -216,8 +221,10 @@ def test_a_retry_finds_its_run_though_what_it_goes_on_from_has_moved(trained: Wo
 def test_a_rollback_by_hand_is_not_undone_by_a_run_that_was_ordered_before(trained: World) -> None:
     for _ in range(2):
         trained.publish("pirate")
+    script(trained, holds=0)
     run_id = start(trained)
     trained.post("/admin/adapters/pirate/rollback")
+    let_go(trained)
     run = wait_for(trained, run_id, "failed")
     assert (run["error"]["code"], run["version"]) == ("name_moved", "pirate@3")
     assert trained.get("/admin/adapters/pirate").json()["current"] == "pirate@1"

@@ -74,7 +74,7 @@ def test_a_wrong_schedule_is_refused_by_field_and_not_kept(server: World, fields
 
 @pytest.mark.slow
 def test_a_running_server_retrains_by_its_schedule(server: World) -> None:
-    schedule = make(server, cron=None, every="1m").json()
+    schedule = make(server, cron=None, every="1d").json()  # once: it is not to come again before it has been looked at
 
     async def move() -> None:  # the clock is the machine's here, so the schedule's time is moved to the past
         [kept] = await server.deps.durable.scheduler.records.list()

@@ -56,8 +56,11 @@ def request(
 
 
 def wait_until_idle(engine: Engine) -> None:
+    """All that was submitted and cancelled is known and over, and so is the step that ended it."""
+    engine.adapters().result()  # obeyed in turn, and between steps
     while engine.core.has_requests or engine.core.scheduler.running:
         time.sleep(0.001)
+    engine.adapters().result()
 
 
 @pytest.mark.parametrize("runner_type", [FakeRunner, OverlappingFakeRunner])
@@ -75,6 +78,7 @@ def test_many_concurrent_streams_each_get_their_own_adapter_s_answer(runner_type
 
     with running(runner_type()) as engine:
         asyncio.run(ask_all(engine))
+        wait_until_idle(engine)
         assert engine.stats().pages_held == 0
 
 
@@ -266,7 +270,9 @@ def test_stopping_at_once_ends_every_request_with_an_error() -> None:
         handles = [engine.submit(request(max_tokens=5000)), engine.submit(request(adapter=fake_adapter("a"), n=2))]
         stopper = threading.Thread(target=engine.stop)
         stopper.start()
-        runner.allow(2)
+        while engine._is_accepting:
+            time.sleep(0.001)
+        runner.allow()
         stopper.join()
         for handle in handles:
             with pytest.raises(NotReady):

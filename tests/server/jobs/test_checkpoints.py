@@ -14,6 +14,7 @@ from onebase_server.jobs.checkpoints import Checkpoints
 from onebase_server.jobs.names import checkpoint_name
 from onebase_server.jobs.process import holders
 from onebase_server.jobs.progress import Reporter
+from onebase_server.jobs.run_folder import RunFolder, TrainerStatus
 from onebase_server.records.tables import JobRow
 from scripted_base import SCRIPTED_BASE
 
@@ -46,6 +47,26 @@ async def test_what_is_listed_is_what_the_store_has_whatever_became_of_the_job(t
         await reporter.tick()
         assert await listed(world, job) == world.store.aliases()
         assert [name.rpartition("-")[2] for name in await listed(world, job)] == ["4", "3", "2"]
+
+
+async def test_a_checkpoint_that_is_saved_while_news_are_read_has_its_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with jobs_world(tmp_path, start=False) as world:
+        job = await world.fine_tune()
+        await world.ledger.change(job.id, {"state": "running"}, when=("validating_files",))
+        reporter, read_status = reporter_of(world, job), RunFolder.read_status
+
+        def step_meanwhile(folder: RunFolder) -> TrainerStatus:
+            folder.events.write_text('{"type": "metrics", "step": 1, "total_steps": 2, "train_loss": 2.0}\n')
+            fake_trainer.checkpoint(folder.work, 1)
+            return read_status(folder)
+
+        monkeypatch.setattr(RunFolder, "read_status", step_meanwhile)
+        for _ in range(2):
+            await reporter.tick()
+        points = await world.jobs.checkpoints(job.id, None, after=None, limit=10)
+        assert [point.metrics for point in points.rows] == [{"step": 1.0, "train_loss": 2.0}]
 
 
 async def test_what_a_crash_left_in_the_store_without_a_record_is_removed(tmp_path: Path) -> None:
@@ -96,13 +117,13 @@ async def test_a_disk_that_takes_no_checkpoint_does_not_keep_a_job_from_being_ca
         raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(world.store, "publish", no_room)
-    world.script(steps=200, every=1, step_s=0.05)
+    world.script(steps=4, every=1, holds=1)
     job = await world.fine_tune()
     await refused.wait()
     await world.jobs.cancel(job.id, "ann")
     job = await world.until(job, lambda _: holders(world.folder(job)) == [])
     assert (await world.ledger.get(job.id)).state == "cancelled"
-    assert world.folder(job).read_status().step < 200, "it was ended, and did not end by itself"
+    assert world.folder(job).read_status().state != "succeeded", "it was ended, and did not end by itself"
 
 
 @pytest.mark.slow
@@ -111,10 +132,11 @@ async def test_a_version_that_is_removed_while_it_is_measured_ends_its_job(world
 
     data = tmp_path / "data.jsonl"
     data.write_text("{}\n")
-    world.script(evaluate_s=1.0)
+    world.script(evaluate_holds=True)
     job = await world.retrain(dataset=data, gate=Gate())
     job = await world.until(job, lambda row: row.version == "bot@1")
     world.store.remove("bot@1")
+    world.let_measure()
     job = await world.ended(job)
     assert job.error is not None
     assert (job.state, job.error["code"]) == ("failed", "version_removed")

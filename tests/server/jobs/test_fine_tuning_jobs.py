@@ -60,7 +60,7 @@ async def test_its_result_file_is_openais_table(world: JobsWorld) -> None:
 
 @pytest.mark.slow
 async def test_each_checkpoint_is_a_model_and_three_stay(world: JobsWorld) -> None:
-    world.script(steps=5, every=1, step_s=0.05)
+    world.script(steps=5, every=1)
     job = await world.ended(await world.fine_tune())
     points = (await world.jobs.checkpoints(job.id, "ann", after=None, limit=10)).rows
     assert [point.step for point in points] == [5, 4, 3]

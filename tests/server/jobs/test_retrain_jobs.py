@@ -45,13 +45,16 @@ async def test_each_retraining_is_the_adapters_next_version(world: JobsWorld, da
 @pytest.mark.slow
 async def test_a_dataset_is_what_it_was_when_the_run_was_ordered(world: JobsWorld, dataset: Path) -> None:
     before = dataset.read_bytes()
-    world.script(steps=3, every=1, ends=["crash early", "crash early", "succeed"], evaluate_s=1.0)
+    world.script(steps=3, every=1, ends=["crash early", "crash early", "succeed"], holds=0, evaluate_holds=True)
     job = await world.retrain(dataset=dataset, gate=Gate())
     job = await world.until(job, lambda row: row.attempt == 1)
     dataset.write_text("another's work\n")
+    world.let_go()
     job = await world.until(job, lambda row: (row.message or "").startswith("evaluating"))
     recipe = yaml.safe_load(world.folder(job).recipe.read_text())
     assert [Path(path).read_bytes() for path in recipe["data"]["train"]] == [before]
+    assert job.attempt == 3
+    world.let_measure()
     assert (await world.ended(job)).state == "succeeded"
     await world.until(job, lambda row: not world.folder(row).dataset.exists())
 
@@ -137,9 +140,12 @@ async def test_a_version_that_does_not_stop_does_not_pass(world: JobsWorld, data
 @pytest.mark.slow
 async def test_a_job_cancelled_at_its_gate_takes_its_version_back(world: JobsWorld, dataset: Path) -> None:
     await world.ended(await world.retrain(dataset=dataset))
-    world.script(evaluate_s=60)
+    world.script(evaluate_holds=True)
     job = await world.retrain(dataset=dataset, gate=Gate())
-    job = await world.until(job, lambda row: (row.message or "").startswith("evaluating"))
+    job = await world.until(job, lambda row: row.version == "bot@2")
+    for _ in range(5):  # rounds in which a process that has said nothing yet would be told of
+        await world.ledger.news.wait(0.05)
+    assert (await world.ledger.get(job.id)).message == "evaluating bot@2 and bot@1"
     await world.jobs.cancel(job.id, None)
     job = await world.ended(job)
     entry = world.store.get("bot")
@@ -236,9 +242,11 @@ async def test_a_name_that_the_adapters_other_runs_moved_moves_on_but_not_over_a
     world: JobsWorld, dataset: Path
 ) -> None:
     await world.ended(await world.retrain(dataset=dataset, served_now=dict))
+    world.script(holds=1)
     second, third, fourth = [await world.retrain(dataset=dataset, served_now=lambda: {1: 1.0}) for _ in range(3)]
     fourth = await world.until(fourth, lambda row: row.state == "queued")
     await world.jobs.pause(fourth.id, None)
+    world.let_go()
     assert [(await world.ended(job)).state for job in (second, third)] == ["succeeded", "succeeded"]
     roll_back(world)  # to what was served when the fourth was ordered, and by a hand all the same
     await world.jobs.resume(fourth.id, None)

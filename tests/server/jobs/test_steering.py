@@ -1,6 +1,7 @@
 """Pause, resume and cancel: at every state, two at once, and while a process is busy with the one before."""
 
 import asyncio
+import json
 import os
 import signal
 from pathlib import Path
@@ -134,12 +135,12 @@ async def test_a_job_that_can_never_be_carried_out_fails_and_holds_nobody_up(
 @pytest.mark.parametrize("between", [(), ("resume",)], ids=["paused", "resumed"])
 async def test_a_cancel_does_not_wait_for_the_checkpoint_of_a_pause(tmp_path: Path, between: tuple[str, ...]) -> None:
     async with jobs_world(tmp_path, times=SLOW_SAVE) as world:
-        world.script(steps=1000, every=1000, step_s=0.05, save_s=15)
+        world.script(every=1000, holds=1, save_s=600)
         job = await world.until(await world.fine_tune(), lambda row: row.step >= 1)
         for command in ("pause", *between):
             await getattr(world.jobs, command)(job.id, "ann")
-        await asyncio.sleep(0.2)  # the process is saving now
-        assert holders(world.folder(job)) != []
+        while not (world.folder(job).path / "saving").exists():
+            await asyncio.sleep(0.01)
         await world.jobs.cancel(job.id, "ann")
         job = await world.ended(job)
         assert (job.state, holders(world.folder(job))) == ("cancelled", [])
@@ -149,20 +150,21 @@ async def test_a_cancel_does_not_wait_for_the_checkpoint_of_a_pause(tmp_path: Pa
 @pytest.mark.slow
 async def test_a_pause_that_is_taken_back_at_once_still_saves(tmp_path: Path) -> None:
     async with jobs_world(tmp_path, times=RunTimes(poll_s=0.2)) as world:
-        world.script(steps=60, every=1000, step_s=0.05)
+        world.script(steps=6, every=1000, holds=3)
         job = await world.until(await world.fine_tune(), lambda row: row.step >= 3)
         await world.jobs.pause(job.id, "ann")
         await world.jobs.resume(job.id, "ann")
-        world.script(steps=4, every=1)
+        job = await world.until(job, lambda row: row.attempt == 2)
+        world.let_go()
         job = await world.ended(job)
-        steps = [event.data["step"] for event in await world.told(job) if event.type == "metrics" and event.data]
-        assert (job.state, len(steps)) == ("succeeded", len(set(steps)))
+        trained = [json.loads(line)["step"] for line in world.folder(job).events.read_text().splitlines()]
+        assert (job.state, trained) == ("succeeded", [1, 2, 3, 4, 5, 6]), "no step twice: it saved"
         assert world.starts(job) == ["train", "train"]
 
 
 @pytest.mark.slow
 async def test_a_paused_job_that_is_cancelled_leaves_no_checkpoints_behind(world: JobsWorld) -> None:
-    world.script(steps=400, every=1, step_s=0.05)
+    world.script(every=1, holds=2)
     job = await world.until(await world.fine_tune(), lambda row: row.step >= 2)
     await world.jobs.pause(job.id, "ann")
     job = await world.until(job, lambda row: not row.run_open)
@@ -176,9 +178,8 @@ async def test_a_paused_job_that_is_cancelled_leaves_no_checkpoints_behind(world
 @pytest.mark.slow
 async def test_a_trainer_that_the_machine_ends_is_no_failure(world: JobsWorld) -> None:
     """A service manager sends its SIGTERM to everything that belongs to the server."""
-    world.script(steps=400, every=1, step_s=0.05)
+    world.script(steps=3, every=1, holds=2)
     job = await world.until(await world.fine_tune(), lambda row: row.step >= 2)
-    world.script(steps=3, every=1)
     [trainer] = holders(world.folder(job))
     os.kill(trainer.pid, signal.SIGTERM)
     job = await world.ended(job)

@@ -33,6 +33,12 @@ class Checks:
         return self._check(job, folder, go_on)
 
 
+def stop_clock(world: JobsWorld, monkeypatch: pytest.MonkeyPatch, ahead_s: float = 0.0) -> None:
+    """A job keeps its turn for a time only: the machine's own must not pass meanwhile."""
+    now = world.ledger.now() + ahead_s
+    monkeypatch.setattr(world.ledger, "_now", lambda: now)
+
+
 async def two_jobs(world: JobsWorld, checks: Checks, dataset: Path) -> tuple[JobRow, JobRow]:
     """The first one's data are still being checked when the second one's have been."""
     first = await world.retrain(dataset=dataset)
@@ -49,6 +55,7 @@ def started_at(world: JobsWorld, job: JobRow) -> int:
 async def test_a_job_keeps_its_turn_while_its_data_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checks = Checks(monkeypatch)
     async with jobs_world(tmp_path, start=False) as world:
+        stop_clock(world, monkeypatch)
         first, second = await two_jobs(world, checks, tmp_path)
         try:
             second = await world.until(second, lambda job: job.state == "queued")
@@ -65,10 +72,9 @@ async def test_a_job_keeps_its_turn_while_its_data_are_checked(tmp_path: Path, m
 async def test_a_check_that_takes_long_holds_nobody_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checks = Checks(monkeypatch)
     async with jobs_world(tmp_path, start=False) as world:
-        made = world.ledger.now()
-        monkeypatch.setattr(world.ledger, "_now", lambda: made)
+        stop_clock(world, monkeypatch)
         first, second = await two_jobs(world, checks, tmp_path)
-        monkeypatch.setattr(world.ledger, "_now", lambda: made + KEEPS_TURN_S)
+        stop_clock(world, monkeypatch, KEEPS_TURN_S)
         try:
             assert (await world.ended(second)).state == "succeeded"
             assert (await world.ledger.get(first.id)).state == "validating_files"
@@ -79,10 +85,14 @@ async def test_a_check_that_takes_long_holds_nobody_back(tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
-async def test_one_job_trains_at_a_time_the_most_urgent_first(tmp_path: Path) -> None:
+async def test_one_job_trains_at_a_time_the_most_urgent_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with jobs_world(tmp_path, start=False) as world:
+        stop_clock(world, monkeypatch)
         jobs = [await world.retrain(dataset=tmp_path, priority=priority) for priority in (0, 0, 5)]
-    async with jobs_world(tmp_path) as world:
-        ended = [await world.ended(job) for job in jobs]
-        starts = [started_at(world, job) for job in ended]
-        assert starts[2] < starts[0] < starts[1]
+        await world.supervisor.start()
+        try:
+            ended = [await world.ended(job) for job in jobs]
+            starts = [started_at(world, job) for job in ended]
+            assert starts[2] < starts[0] < starts[1]
+        finally:
+            await world.supervisor.stop()
