@@ -62,9 +62,10 @@ test-soak: setup  ## three minutes of mixed load, a thousand open streams (SOAK_
 	$(SAY) "soak, and a crowd of streams"
 	@SOAK_SECONDS=$${SOAK_SECONDS:-180} nice -n 10 $(PY) -m pytest -q $(SOAK)
 
+# Two processes share the cores: torch's threads that wait are to sleep there, not to spin.
 test-slow: setup $(CLIENTS)/.set-up  ## real models, real servers, real clients (minutes)
 	$(SAY) "slow tests (real weights)"
-	@$(PY) -m pytest -q -n 2 --dist loadfile -m "slow and not gpu" --ignore=$(SOAK) --durations=15
+	@OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -m "slow and not gpu" --ignore=$(SOAK) --durations=15
 
 test-gpu: setup  ## the CUDA tests, on a machine with a GPU
 	@$(PY) -m pytest -q -m gpu tests/gpu

@@ -22,6 +22,18 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if marks and re.search(r"mark\.(slow|gpu)\b", marks[1]) else None
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In several processes (`--dist loadgroup`) a file's tests stay together, for what they start is for all of them.
+    Files that name a group of their own are first, and one after the other: a training job stands still for as long as
+    another test's requests keep the processor busy."""
+    named = [item for item in items if item.get_closest_marker("xdist_group")]
+    others = [item for item in items if not item.get_closest_marker("xdist_group")]
+    for item in others:
+        item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))
+    items[:] = named + others
+
+
 def pytest_collection_finish() -> None:
     """What is there now stays to the end: the collector need not look through it again and again."""
     gc.collect()

@@ -24,7 +24,7 @@ DATA = Path(__file__).parents[2] / "training/data/captain.jsonl"
 # Few rows and a bold rate: a voice is learnt in half a minute.
 HYPERPARAMETERS: Any = {"n_epochs": 3, "batch_size": 4, "learning_rate_multiplier": 5}
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("trains beside a server")]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import pytest
 from onebase.store import AdapterStore
 from real_process import Process
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("trains beside a server")]
 
 BASE = "SmolLM2-135M-Instruct"
 DATA = Path(__file__).parents[2] / "training/data/captain.jsonl"

@@ -25,6 +25,7 @@ def trained(tmp_path: Path, loop: Any) -> Iterator[World]:
         (world.home.root / "datasets").mkdir()
         (world.home.root / "datasets/good").write_text("x")
         yield world
+    let_go(world)
 
 
 def script(world: World, **plan: Any) -> None:
