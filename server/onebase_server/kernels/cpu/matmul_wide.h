@@ -28,9 +28,40 @@ inline v16f lookup(const float* code, v16u word) {
 #endif
 }
 
+#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
+#define ONEBASE_HALVES 1
+// On AVX2 a v16f is no register: compilers keep it in memory and every operation loads and stores it. What costs most is
+// written in its halves. Same operations in the same order as the general code, so the same bits.
+inline __m256 round_bf16(__m256 x) {
+    const __m256i u = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+    return _mm256_castsi256_ps(_mm256_and_si256(up, _mm256_set1_epi32(int(0xffff0000u))));
+}
+inline __m256 load_half(const float* p) { return _mm256_loadu_ps(p); }
+inline __m256 load_half(const bf16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+#endif
+
 // 16 features x 64 k -> [64][16] values. A lane's word holds the nibbles of eight k of its feature.
 template <bool ROUND>
 inline void decode_wide(const uint8_t* source, const float* code, float* out) {
+#ifdef ONEBASE_HALVES
+    const __m256 low = _mm256_loadu_ps(code), high = _mm256_loadu_ps(code + 8);
+    for (int half = 0; half < 2; half++) {
+        const __m256 absmax = _mm256_loadu_ps((const float*)source + 8 * half);
+        for (int c = 0; c < 8; c++) {
+            __m256i word = _mm256_loadu_si256((const __m256i*)(source + 64 + 64 * c + 32 * half));
+            for (int j = 0; j < 8; j++) {
+                const __m256 a = _mm256_permutevar8x32_ps(low, word), b = _mm256_permutevar8x32_ps(high, word);
+                const __m256 picked = _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32(word, 28)));
+                const __m256 value = _mm256_mul_ps(picked, absmax);
+                _mm256_storeu_ps(out + (8 * c + j) * LANES + 8 * half, ROUND ? round_bf16(value) : value);
+                word = _mm256_srli_epi32(word, 4);
+            }
+        }
+    }
+#else
     const v16f absmax = load((const float*)source);
     for (int c = 0; c < 8; c++) {
         v16u word;
@@ -41,11 +72,23 @@ inline void decode_wide(const uint8_t* source, const float* code, float* out) {
             word >>= 4;
         }
     }
+#endif
 }
 
 // acc[m] += sum over k of w[k][16] * x[m][k], for M tokens at once; k ascending.
 template <int M>
 inline void accumulate(const float* w, int k, const float* x, int ldx, float* acc) {
+#ifdef ONEBASE_HALVES
+    for (int half = 0; half < 2; half++) {
+        __m256 sums[M];
+        for (int m = 0; m < M; m++) sums[m] = _mm256_loadu_ps(acc + m * LANES + 8 * half);
+        for (int i = 0; i < k; i++) {
+            const __m256 column = _mm256_loadu_ps(w + i * LANES + 8 * half);
+            for (int m = 0; m < M; m++) sums[m] = _mm256_fmadd_ps(column, _mm256_broadcast_ss(x + size_t(m) * ldx + i), sums[m]);
+        }
+        for (int m = 0; m < M; m++) _mm256_storeu_ps(acc + m * LANES + 8 * half, sums[m]);
+    }
+#else
     v16f sums[M];
     for (int m = 0; m < M; m++) sums[m] = load(acc + m * LANES);
     for (int i = 0; i < k; i++) {
@@ -53,6 +96,7 @@ inline void accumulate(const float* w, int k, const float* x, int ldx, float* ac
         for (int m = 0; m < M; m++) sums[m] += column * splat(x[size_t(m) * ldx + i]);
     }
     for (int m = 0; m < M; m++) store(acc + m * LANES, sums[m]);
+#endif
 }
 inline void accumulate_all(const float* w, int k, const float* x, int ldx, int count, float* acc) {
     int m = 0;
@@ -82,13 +126,26 @@ inline void plain_matmul_wide(const T* w, int k, const float* x, int count, Rang
     for (int n = strips.begin * STRIP; n < strips.end * STRIP; n++) {
         const T* row = w + size_t(n) * k;
         for (int m = 0; m < count; m++) {
-            v16f a{}, b{};
             const float* own = x + size_t(m) * k;
+#ifdef ONEBASE_HALVES
+            __m256 part[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+            for (int i = 0; i < k; i += 2 * LANES)
+                for (int q = 0; q < 4; q++)
+                    part[q] = _mm256_fmadd_ps(load_half(row + i + 8 * q), _mm256_loadu_ps(own + i + 8 * q), part[q]);
+            v16f total;
+            for (int half = 0; half < 2; half++) {
+                const __m256 both = _mm256_add_ps(part[half], part[2 + half]);
+                memcpy((char*)&total + 32 * half, &both, 32);
+            }
+            y[size_t(m) * ldy + n] = sum(total);
+#else
+            v16f a{}, b{};
             for (int i = 0; i < k; i += 2 * LANES) {
                 a += load_wide(row + i) * load(own + i);
                 b += load_wide(row + i + LANES) * load(own + i + LANES);
             }
             y[size_t(m) * ldy + n] = sum(a + b);
+#endif
         }
     }
 }
