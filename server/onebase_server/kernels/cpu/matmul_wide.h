@@ -6,6 +6,14 @@
 
 namespace onebase {
 
+#if defined(__AVX2__)
+// Eight lanes of `lookup`; `low` and `high` are the 16 codes.
+inline __m256 lookup_half(__m256 low, __m256 high, __m256i index) {
+    const __m256 a = _mm256_permutevar8x32_ps(low, index), b = _mm256_permutevar8x32_ps(high, index);
+    return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+#endif
+
 // The 16 codes at the low nibble of each lane.
 inline v16f lookup(const float* code, v16u word) {
 #if defined(__AVX512F__)
@@ -16,8 +24,7 @@ inline v16f lookup(const float* code, v16u word) {
     for (int half = 0; half < 2; half++) {
         __m256i index;
         memcpy(&index, (const char*)&word + 32 * half, 32);
-        const __m256 a = _mm256_permutevar8x32_ps(low, index), b = _mm256_permutevar8x32_ps(high, index);
-        const __m256 picked = _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+        const __m256 picked = lookup_half(low, high, index);
         memcpy((char*)&out + 32 * half, &picked, 32);
     }
     return out;
@@ -53,9 +60,7 @@ inline void decode_wide(const uint8_t* source, const float* code, float* out) {
         for (int c = 0; c < 8; c++) {
             __m256i word = _mm256_loadu_si256((const __m256i*)(source + 64 + 64 * c + 32 * half));
             for (int j = 0; j < 8; j++) {
-                const __m256 a = _mm256_permutevar8x32_ps(low, word), b = _mm256_permutevar8x32_ps(high, word);
-                const __m256 picked = _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32(word, 28)));
-                const __m256 value = _mm256_mul_ps(picked, absmax);
+                const __m256 value = _mm256_mul_ps(lookup_half(low, high, word), absmax);
                 _mm256_storeu_ps(out + (8 * c + j) * LANES + 8 * half, ROUND ? round_bf16(value) : value);
                 word = _mm256_srli_epi32(word, 4);
             }
