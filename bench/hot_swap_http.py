@@ -1,10 +1,12 @@
 """A hot swap under load, over HTTP: what a publish costs those who are talking, and how soon the new version speaks.
 
 Starts a server of its own (SmolLM2 in NF4 or --base; random adapters strong enough to change every answer), keeps
-STREAMS streams of one adapter open from a client process, and publishes versions that were never loaded, one after the
-other; one request more asks for the name as soon as each publish is answered. Greedy texts tell which version spoke:
-each must be the whole text that one version gives alone; where a sum's order depends on the batch (CUDA), begin as it
-does (--told-by pieces).
+STREAMS streams of one adapter open from --clients processes (some 3,500 tokens a second are all that one can read), and
+publishes versions that were never loaded, one after the other; one request more asks for the name as soon as each
+publish is answered. Greedy texts tell which version spoke: each must be the whole text that one version gives alone.
+Where a sum's order depends on the batch (CUDA) texts part at near ties: with --ties, a text may leave its version's at
+a token that was so few nats behind the best there, and what follows is not looked at (`followed`: the share of all
+text that was).
 PYTHONPATH=core:server:tests:bench python bench/hot_swap_http.py [--out FILE]. One JSON line; exit code 1 if a promise
 is broken.
 """
@@ -17,35 +19,21 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from bisect import bisect
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 from safetensors.numpy import save_file
+from swap_streams import NAME, Clients, Stream, client, question, talk
 
 from onebase.bases import EMBEDDED_ID, BaseSpec, read_base, resolve_base
 from onebase.store import AdapterStore
 
-NAME = "captain"
 SUBJECTS = ("ships", "rain", "bread", "stars", "music", "roads", "glass", "winter")
 WITHIN_S = 0.05
-
-
-@dataclass
-class Stream:
-    """Times by `time.perf_counter`. `version`: whose text it is; 0: nobody's. `asked_at`: when the publish was answered
-    that it follows at once; 0: it follows none."""
-
-    subject: str
-    begun: float
-    first: float = 0.0
-    ended: float = 0.0
-    asked_at: float = 0.0
-    pieces: list[str] = field(default_factory=list)
-    error: str = ""
-    version: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,99 +45,99 @@ class Swap:
     answered: float
 
 
+@dataclass(frozen=True)
+class Alone:
+    """What a version says when nobody else speaks. `ends`: of its tokens, in `text`; `ties`: what might stand there."""
+
+    text: str
+    ends: tuple[int, ...]
+    ties: tuple[tuple[str, ...], ...]
+
+    def follows(self, text: str) -> int:
+        """How many characters of `text` are this version's; 0 if it can't be."""
+        pairs = zip(self.text, text, strict=False)
+        same = next((i for i, (own, other) in enumerate(pairs) if own != other), min(len(self.text), len(text)))
+        if same == len(text):
+            return same
+        index = bisect(self.ends, same)
+        if index == len(self.ends):
+            return 0
+        rest = text[self.ends[index - 1] if index else 0 :]
+        return max(same, 1) if any(rest.startswith(other) for other in self.ties[index]) else 0
+
+
 class Load:
-    """Streams that never pause, of lengths that keep them out of step, and swaps beside them."""
+    """Swaps, beside client processes whose streams never pause and have lengths that keep them out of step."""
 
     def __init__(self, http: httpx.AsyncClient, options: argparse.Namespace) -> None:
-        self._http, self._count, self._pause_s, self._tokens = http, options.streams, options.pause, options.tokens
-        self._told_by: int | None = options.told_by
+        self._http, self._options, self._tokens = http, options, options.tokens
         self._last = options.swaps + 1
-        self.alone: dict[tuple[int, str], str] = {}
+        self.alone: dict[tuple[int, str], Alone] = {}
         self._subjects: list[str] = []
         self.streams: list[Stream] = []
         self.swaps: list[Swap] = []
-        self._is_over = False
 
     async def run(self) -> None:
         beginnings: dict[str, list[str]] = {subject: [] for subject in SUBJECTS}
         for version in range(1, self._last + 1):
-            for stream in await asyncio.gather(*(self._talk(f"{NAME}@{version}", s, self._tokens) for s in SUBJECTS)):
-                assert not stream.error, stream.error
-                self.alone[version, stream.subject] = "".join(stream.pieces)
-                least = self._told_by or self._tokens // 8
-                beginnings[stream.subject].append("".join(stream.pieces[:least]))
+            answers = await asyncio.gather(*(self._ask_alone(f"{NAME}@{version}", subject) for subject in SUBJECTS))
+            for subject, alone in zip(SUBJECTS, answers, strict=True):
+                self.alone[version, subject] = alone
+                beginnings[subject].append(alone.text[: alone.ends[self._tokens // 8 - 1]])
             if version > 1:  # on the disk again: a swap must find it cold
                 await self._admin("unload", version)
         # The shortest answers must tell the versions apart already.
         self._subjects = [subject for subject, texts in beginnings.items() if len(set(texts)) == len(texts)]
         assert self._subjects, "the versions answer alike"
-        await asyncio.gather(self._swap(), *(self._one(index) for index in range(self._count)))
+        with Clients(str(self._http.base_url), self._options, self._subjects) as clients:
+            await self._swap(clients)
+            self.streams += clients.end()
+        for stream in self.streams:
+            self._judge(stream)
 
-    async def _one(self, index: int) -> None:
-        rounds = index
-        while not self._is_over:
-            length = self._tokens * (1 + (index + rounds) % 4) // 4
-            self._note(await self._talk(NAME, self._subjects[rounds % len(self._subjects)], length))
-            rounds += 1
+    def _judge(self, stream: Stream) -> None:
+        text = "".join(stream.pieces)
+        told = [(alone.follows(text), v) for (v, s), alone in self.alone.items() if s == stream.subject]
+        stream.followed, stream.version = max(told)
+        stream.version = stream.version if stream.followed else 0
 
-    def _note(self, stream: Stream) -> None:
-        if not stream.error:
-            text = "".join(stream.pieces[: self._told_by])
-            stream.version = next((v for (v, s), whole in self.alone.items()
-                                   if s == stream.subject and whole.startswith(text)), 0)  # fmt: skip
-        self.streams.append(stream)
-
-    async def _swap(self) -> None:
-        await self._rest()
+    async def _swap(self, clients: "Clients") -> None:
+        await self._rest(clients)
         for version in range(2, self._last + 1):
             called = time.perf_counter()
             await self._admin("publish", version)
             answered = time.perf_counter()
             self.swaps.append(Swap(version, called, answered))
-            asked = await self._talk(NAME, self._subjects[version % len(self._subjects)], self._tokens)
+            asked = await talk(self._http, NAME, self._subjects[version % len(self._subjects)], self._tokens)
             asked.asked_at = answered
-            self._note(asked)
-            await self._rest()
-        self._is_over = True
+            self.streams.append(asked)
+            await self._rest(clients)
 
-    async def _rest(self) -> None:
+    async def _rest(self, clients: "Clients") -> None:
         """Until every stream has had its turn, and so long at least."""
-        seen = len(self.streams)
-        await asyncio.sleep(self._pause_s)
-        while len(self.streams) < seen + 2 * self._count:
+        seen = clients.ended.value
+        await asyncio.sleep(self._options.pause)
+        while clients.ended.value < seen + 2 * self._options.streams:
+            clients.check()
             await asyncio.sleep(0.05)
 
     async def _admin(self, verb: str, version: int) -> None:
         reply = await self._http.post(f"/admin/adapters/{NAME}/{verb}", json={"version": version})
         assert reply.status_code == 200, reply.text
 
-    async def _talk(self, model: str, subject: str, tokens: int) -> Stream:
-        stream = Stream(subject, time.perf_counter())
-        body = {
-            "model": model, "stream": True, "temperature": 0, "max_tokens": tokens, "ignore_eos": True,
-            "messages": [{"role": "user", "content": f"Tell me about {subject}."}],
-        }  # fmt: skip
-        try:
-            async with self._http.stream("POST", "/v1/chat/completions", json=body) as reply:
-                if reply.status_code != 200:
-                    stream.error = f"{reply.status_code} {(await reply.aread())[:200]!r}"
-                    return stream
-                async for line in reply.aiter_lines():
-                    if line.startswith("data: {"):
-                        self._take(stream, json.loads(line[6:]))
-        except httpx.HTTPError as error:
-            stream.error = f"{type(error).__name__} {error}"
-        stream.ended = time.perf_counter()
-        return stream
-
-    def _take(self, stream: Stream, chunk: dict[str, Any]) -> None:
-        if "error" in chunk:
-            stream.error = str(chunk["error"])
-            return
-        piece = chunk["choices"][0]["delta"].get("content")
-        if piece:
-            stream.first = stream.first or time.perf_counter()
-            stream.pieces.append(piece)
+    async def _ask_alone(self, model: str, subject: str) -> Alone:
+        body = question(model, subject, self._tokens) | {"logprobs": True, "top_logprobs": 20}
+        reply = await self._http.post("/v1/chat/completions", json=body)
+        assert reply.status_code == 200, reply.text
+        choice = reply.json()["choices"][0]
+        ends, ties = [0], []
+        for token in choice["logprobs"]["content"]:
+            ends.append(ends[-1] + len(token["token"]))
+            least = token["logprob"] - self._options.ties
+            ties.append(
+                tuple(t["token"] for t in token["top_logprobs"] if self._options.ties and t["logprob"] >= least)
+            )
+        return Alone(choice["message"]["content"], tuple(ends[1:]), tuple(ties))
 
 
 def report(load: Load, streams: int) -> dict[str, Any]:
@@ -182,6 +170,8 @@ def report(load: Load, streams: int) -> dict[str, Any]:
         "failed": len(failed),
         "why": failed[:3],
         "mixed": len(mixed),
+        "followed": round(sum(s.followed for s in good) / max(1, sum(len("".join(s.pieces)) for s in good)), 3),
+        "across_a_swap": sum(s.begun < swap.called and swap.answered < s.ended for s in good for swap in swaps),
         "stale": len(stale),
         "publish_call_ms": spread([swap.answered - swap.called for swap in swaps]),
         "publish_to_first_request_begun_ms": spread(
@@ -206,7 +196,7 @@ def spread(seconds: list[float]) -> dict[str, float]:
     ordered = sorted(seconds)
     return {
         "p50": round(statistics.median(ordered) * 1e3, 1),
-        "p95": round(ordered[int(0.95 * (len(ordered) - 1))] * 1e3, 1),
+        "p95": round(ordered[round(0.95 * (len(ordered) - 1))] * 1e3, 1),
         "max": round(ordered[-1] * 1e3, 1),
     }
 
@@ -229,8 +219,7 @@ def publish_versions(store: AdapterStore, spec: BaseSpec, count: int, scratch: P
 
 
 async def drive(url: str, options: argparse.Namespace) -> dict[str, Any]:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=600) as http:
+    async with client(url) as http:
         load = Load(http, options)
         await load.run()
     return report(load, options.streams)
@@ -239,11 +228,12 @@ async def drive(url: str, options: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--clients", type=int, default=1, help="processes that hold the streams")
     parser.add_argument("--swaps", type=int, default=8)
     parser.add_argument("--pause", type=float, default=2.0, help="least seconds between swaps")
     parser.add_argument("--tokens", type=int, default=48, help="of the longest answer")
     parser.add_argument("--base", type=Path, help="a base folder; else the embedded base")
-    parser.add_argument("--told-by", type=int, help="pieces that tell a version; else all")
+    parser.add_argument("--ties", type=float, default=0.0, help="nats; 0: whole texts must be the same")
     parser.add_argument("--note", default="")
     parser.add_argument("--out", type=Path, help="append the line to this file")
     options = parser.parse_args()
@@ -260,7 +250,12 @@ def main() -> int:
         finally:
             process.child.terminate()
             process.child.wait()
-    setup = {"base": spec.id, "device": os.environ.get("ONEBASE_DEVICE", "auto"), "told_by": options.told_by}
+    setup = {
+        "base": spec.id,
+        "device": os.environ.get("ONEBASE_DEVICE", "auto"),
+        "ties": options.ties,
+        "clients": options.clients,
+    }
     line = {"note": options.note, "at": int(time.time()), **setup, "cores": os.cpu_count(), **found}
     print(json.dumps(line, indent=1))
     if options.out is not None:

@@ -39,7 +39,12 @@ class Process:
 
     def __init__(self, home: Path, base: Path | None = None) -> None:
         self.home = prepare_home(home) if base is None else Home(home).create()
-        env = {**os.environ, "ONEBASE_HOME": str(home), "ONEBASE_PORT": "0", "ONEBASE_KV_TOKENS": "8192"}
+        env = {
+            **os.environ,
+            "ONEBASE_HOME": str(home),
+            "ONEBASE_PORT": "0",
+            "ONEBASE_KV_TOKENS": os.environ.get("ONEBASE_KV_TOKENS", "8192"),
+        }
         env["ONEBASE_DRAIN_S"] = "600"  # however slow the machine is, what runs at the end is to be finished
         if base is not None:
             env["ONEBASE_BASE"] = str(base)

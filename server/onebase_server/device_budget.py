@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from onebase.errors import BaseModelError
-from onebase_server.engine.graph_keys import most_graphs
+from onebase_server.engine.graph_keys import PREFILLS, most_graphs
 from onebase_server.sizing import kv_bytes_per_token
 
 SPARE_SHARE, SPARE_BYTES = 0.25, 6_000_000_000
@@ -158,8 +158,9 @@ def _graph_bytes(needs: Needs) -> int:
 def _workspace_bytes(needs: Needs) -> int:
     """All that steps and loads allocate for a while, but for what grows with the KV cache."""
     s, step = _Sizes.of(needs.config), max(needs.max_step_tokens, needs.max_sequences)
-    activations = step * (4 * s.inner + 8 * s.hidden + 2 * s.qkv) * needs.element_bytes
-    logits = s.vocab * (needs.max_sequences * _SAMPLED_BYTES + step * _SCORED_BYTES)
+    captured = PREFILLS[-1] if needs.has_graphs else 0  # graphs have activations and logits of their own
+    activations = (step + captured) * (4 * s.inner + 8 * s.hidden + 2 * s.qkv) * needs.element_bytes
+    logits = s.vocab * (needs.max_sequences * _SAMPLED_BYTES + step * _SCORED_BYTES + captured * needs.element_bytes)
     largest = 2 * s.inner * s.hidden
     unpacked = largest * (2 * needs.element_bytes if needs.has_graphs else 16)
     moved = needs.max_lora_rank * _row_bytes(needs)  # an adapter whose rows are moved together

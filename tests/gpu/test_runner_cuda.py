@@ -71,13 +71,76 @@ def test_replays_follow_changes_of_batch_pages_and_adapters(runners, kept: int, 
             shared = expected.keys() & got.keys()
             assert len(shared) >= 3, (step, expected, got)
             assert max(abs(expected[t] - got[t]) for t in shared) < 0.12, (step, expected, got)
-        if len(batch.token_ids) == len(live):  # only decoding: the graph's own greedy choice
+        if ours._bucket(batch) is not None:  # the graph's own greedy choice
             plain = ours.run(replace(batch, rows=make_rows(live)))
             for token, ids, values in zip(plain.token_ids, mine.top_ids, mine.top_logprobs, strict=True):
                 assert token in ids[values == values[0]], step  # logits in bf16 tie now and then
         for s, token in zip(live, theirs.token_ids.tolist(), strict=True):
             s.ids.append(token)
     assert len(ours._graphs._lora) == kept or 2 < len(ours._graphs._lora) < kept
+
+
+@pytest.fixture(params=["fused", "plain"])
+def graph_runner(request, runners):
+    """The CUDA runner; and with the forward pass of cards before Hopper, which takes less prefill into a graph."""
+    import torch
+
+    from onebase_server.engine.cuda_graphs import StepGraphs
+    from onebase_server.engine.model_forward import ModelForward
+    from onebase_server.engine.runner_cuda import CudaRunner
+    from onebase_server.kernels.cuda_variants import MAX_TOKENS
+
+    ours, reference = runners
+    if request.param == "fused":
+        return ours
+    kernels, raw = ours.forward.kernels, reference.weights
+    layers = [
+        replace(one, projections={n: replace(p, weight=kernels.prepare(p.weight)) for n, p in one.projections.items()})
+        for one in raw.layers
+    ]
+    plain = CudaRunner.__new__(CudaRunner)
+    plain.__dict__.update(ours.__dict__)
+    pools = [ours.slots.layer(i) for i in range(raw.geometry.layers)]
+    plain.forward = ModelForward(replace(raw, layers=layers), kernels, ours.cache, pools)
+    assert plain._most_prefill(kernels) == MAX_TOKENS
+    with torch.inference_mode():
+        plain._graphs = StepGraphs(plain.forward, 40, ours._graphs._width, MAX_TOKENS)
+    return plain
+
+
+@pytest.mark.parametrize("tokens", [20, 60, 100, 128, 150, 250])
+def test_prefill_in_a_graph_is_prefill_without_one(graph_runner, runners, tokens: int, monkeypatch) -> None:
+    """Two prompts, one of them after a cached part, beside sequences that decode, with adapters and without."""
+    from onebase_server.engine import runner_cuda
+
+    ours = graph_runner
+    for runner in runners:
+        for slot, rank in ((0, 8), (1, 16)):
+            runner.clear_slot(slot)
+            runner.load_slot(slot, _adapter(runner, rank, slot + 1))
+    free, half = list(range(600)), tokens // 2
+    live = [Sequence(i, [(i * 31 + j) % 768 for j in range(50)], (-1, 0, 1)[i % 3]) for i in range(6)]
+    ours.run(make_batch(live, free))
+    for s in live[:5]:
+        s.ids.append(s.ids[7])
+    live[5].ids += [(5 * j) % 768 for j in range(half)]
+    live.append(Sequence(6, [(7 * j) % 768 for j in range(tokens - half - 5)], 1))
+    batch = make_batch(live, free, top_logprobs=20)
+    assert len(batch.token_ids) == tokens
+    assert (ours._bucket(batch) is not None) == (tokens <= ours._graphs._buckets[-1].tokens)
+    in_graph = ours.run(batch)
+    greedy = ours.run(replace(batch, rows=make_rows(live)))
+    monkeypatch.setattr(runner_cuda, "MOST_READS", 0)
+    assert ours._bucket(batch) is None, "nothing would be compared"
+    without = ours.run(batch)
+    for i, row in enumerate(without.top_logprobs):
+        expected = dict(zip(without.top_ids[i].tolist(), row.tolist(), strict=True))
+        got = dict(zip(in_graph.top_ids[i].tolist(), in_graph.top_logprobs[i].tolist(), strict=True))
+        shared = expected.keys() & got.keys()
+        assert len(shared) >= 15, i
+        assert max(abs(expected[t] - got[t]) for t in shared) < 0.08, i
+        best = in_graph.top_ids[i][in_graph.top_logprobs[i] == in_graph.top_logprobs[i][0]]
+        assert greedy.token_ids[i] in best, i
 
 
 def test_the_same_step_gives_the_same_bits_whatever_was_replayed_between(runners) -> None:

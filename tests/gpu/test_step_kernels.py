@@ -1,5 +1,7 @@
 """Norms, RoPE + KV write, SwiGLU and attention on CUDA against the plain torch twin in fp32."""
 
+from dataclasses import replace
+
 import pytest
 
 from nf4_weights import relative_error
@@ -125,6 +127,53 @@ def test_prefill_attention_equals_the_twin(kernels, heads: int, groups: int, hea
     out = kernels.paged_attention(q, *caches, head**-0.5, meta)
     expected = TorchKernels().paged_attention(q.float(), *(c.float() for c in caches), head**-0.5, meta)
     assert relative_error(out, expected.double()) < 6e-3
+
+
+@pytest.mark.parametrize(("heads", "groups", "head"), [(32, 32, 128), (9, 3, 64), (8, 1, 128), (4, 2, 256)])
+def test_a_flat_steps_attention_equals_the_twin_of_the_same_sequences(
+    kernels, heads: int, groups: int, head: int
+) -> None:
+    """Prompts beside decoding sequences, each token a row of its own; padding rows have no context."""
+    import torch
+
+    from onebase_server.kernels.torch_ops import TorchKernels
+
+    page, twin, width = 16, TorchKernels(), (heads + 2 * groups) * head
+    angle = torch.rand(2100, head // 2, device="cuda") * 6
+    tables = angle.cos(), angle.sin()
+    for lengths, queries in (([5], [5]), ([1900, 40], [30, 1]), ([5, 300, 77, 40, 129], [5, 100, 1, 40, 90])):
+        pages, tokens = sum(-(-n // page) for n in lengths) + 5, sum(queries)
+        caches = [torch.full((pages, page, groups, head), float("nan"), device="cuda").bfloat16() for _ in range(2)]
+        meta = _step(lengths, queries, page, pages)
+        _fill(caches, meta, [n - q for n, q in zip(lengths, queries, strict=True)], page)
+        qkv = torch.randn(tokens + 3, width, device="cuda", dtype=torch.bfloat16)
+        mine = [c.clone() for c in caches]
+        out = kernels.decode_attention(qkv, tables, tuple(mine), head**-0.5, _flat(meta, padding=3))[:tokens]
+        q = twin.rope_write_kv(qkv[:tokens], *tables, *caches, meta)
+        expected = twin.paged_attention(q.float(), *(c.float() for c in caches), head**-0.5, meta)
+        assert relative_error(out, expected.double()) < 5e-3, lengths
+        for ours, theirs in zip(mine, caches, strict=True):
+            assert relative_error(ours.nan_to_num(7.0), theirs.nan_to_num(7.0).double()) < 2e-3
+
+
+def _flat(meta, padding: int):
+    """The same step with a row a token."""
+    import torch
+    from torch.nn.functional import pad
+
+    empty = pad(meta.lora_starts, (0, padding))
+    return replace(
+        meta,
+        positions=pad(meta.positions, (0, padding)),
+        kv_slots=pad(meta.kv_slots, (0, padding), value=-1),
+        query_starts=torch.arange(len(empty) + 1, device="cuda").int(),
+        context_lens=pad(meta.positions + 1, (0, padding)),
+        token_seqs=pad(meta.token_seqs, (0, padding)),
+        lora_starts=empty,
+        lora_ranks=empty,
+        max_query=1,
+        is_flat=True,
+    )
 
 
 @pytest.mark.parametrize(("heads", "groups", "head"), [(32, 32, 128), (9, 3, 64)])

@@ -6,7 +6,15 @@ import pytest
 
 from onebase.errors import BaseModelError
 from onebase_server.device_budget import LEAST_SPARE_SHARE, Needs, plan_memory
-from onebase_server.engine.graph_keys import MAX_LORA_GRAPHS, base_keys, batches_up_to, common_keys, key_of, most_graphs
+from onebase_server.engine.graph_keys import (
+    MAX_LORA_GRAPHS,
+    Bucket,
+    base_keys,
+    buckets_up_to,
+    common_keys,
+    key_of,
+    most_graphs,
+)
 
 GB = 1_000_000_000
 SEVEN = {
@@ -121,26 +129,29 @@ def test_every_part_is_told_to_the_operator() -> None:
 @pytest.mark.parametrize("max_batch", [1, 7, 64, 128, 4096])
 @pytest.mark.parametrize("limit", [256, 2048])
 def test_no_more_graphs_are_captured_than_the_plan_counts(max_batch: int, limit: int) -> None:
-    batches = batches_up_to(max_batch)
-    base = base_keys(batches, limit, (False, True))
-    common = common_keys(batches, limit, (False, True), 64)
+    buckets = buckets_up_to(max_batch)
+    base = base_keys(buckets, limit, (False, True))
+    common = common_keys(buckets, limit, (False, True), 64)
     assert len({*base, *common}) == len(base) + len(common) <= most_graphs(max_batch, limit)
     assert len(common) <= MAX_LORA_GRAPHS
-    assert base[0].batch == batches[-1], "the largest first: its memory serves the others"
+    tokens = [key.bucket.tokens for key in base]
+    assert tokens == sorted(tokens, reverse=True), "the largest first: its memory serves the others"
 
 
 def test_the_presets_adapters_meet_graphs_captured_at_the_start() -> None:
-    batches = batches_up_to(64)
-    common = common_keys(batches, 2048, (False, True), 64)
+    buckets = buckets_up_to(64)
+    common = common_keys(buckets, 2048, (False, True), 64)
     for active, rank in ((frozenset({"qkv"}), 8), (frozenset({"qkv", "o", "gate_up", "down"}), 16)):
         for draws in (False, True):
-            assert key_of(32, active, rank, 300, 2048, draws=draws) in common
-    assert key_of(32, frozenset({"qkv"}), 9, 300, 2048, draws=False) not in common
-    assert {key.max_rank for key in common_keys(batches, 2048, (False,), 8)} == {8}, "no slot holds more"
+            for bucket in (Bucket(32), Bucket(32, prefill=True)):
+                assert key_of(bucket, active, rank, 300, 2048, draws=draws) in common
+    assert key_of(Bucket(32), frozenset({"qkv"}), 9, 300, 2048, draws=False) not in common
+    assert {key.max_rank for key in common_keys(buckets, 2048, (False,), 8)} == {8}, "no slot holds more"
 
 
 def test_a_step_without_adapters_meets_a_graph_of_the_base() -> None:
     for context in (1, 512, 513, 2048):
-        key = key_of(8, frozenset(), 0, context, 2048, draws=False)
-        assert key in base_keys(batches_up_to(8), 2048, (False,))
-        assert key.max_context >= context
+        for bucket in (Bucket(8), Bucket(64, prefill=True)):
+            key = key_of(bucket, frozenset(), 0, context, 2048, draws=False)
+            assert key in base_keys(buckets_up_to(8), 2048, (False,))
+            assert key.max_context >= context

@@ -1,7 +1,7 @@
-"""`CudaRunner`: `TorchRunner` on CUDA, with decode steps as graph replays and `launch` apart from `collect`.
+"""`CudaRunner`: `TorchRunner` on CUDA, with steps as graph replays and `launch` apart from `collect`.
 
-Steps with prefill run without a graph, on the same stream. Greedy choices are made inside the graph and come back in
-one copy; other sampling runs on the logits that the graph left. It must not know scheduling, text or HTTP.
+Steps with much prefill run without a graph, on the same stream. Greedy choices are made inside the graph and come back
+in one copy; other sampling runs on the logits that the graph left. It must not know scheduling, text or HTTP.
 """
 
 import logging
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from onebase.adapter import BaseIdentity
 from onebase_server.engine.cuda_forward import CudaForward, covers
-from onebase_server.engine.cuda_graphs import DecodeGraphs, StepBuffers
+from onebase_server.engine.cuda_graphs import StepBuffers, StepGraphs
+from onebase_server.engine.graph_keys import PREFILLS, Bucket
 from onebase_server.engine.logit_edits import has_edits
 from onebase_server.engine.model_forward import ModelForward
 from onebase_server.engine.run_ahead import RunAhead
@@ -24,8 +25,13 @@ from onebase_server.engine.runner_torch import RunnerConfig, TorchRunner
 from onebase_server.engine.sampler import is_greedy, is_truncated, uniforms
 from onebase_server.engine.weights import ModelWeights
 from onebase_server.kernels.cuda_ops import CudaKernels
+from onebase_server.kernels.cuda_variants import MAX_TOKENS
 
 logger = logging.getLogger(__name__)
+
+MOST_READS = 60_000
+"""In a graph each token of a prompt reads by itself all that it attends to. Past so many reads of a step, which is 256
+new tokens after 100 or 100 after 550, a kernel that shares what is read is faster."""
 
 
 @dataclass(slots=True)
@@ -59,7 +65,8 @@ class CudaRunner(TorchRunner):
             self.forward = CudaForward(weights, kernels, self.cache, pools)
         width = -(-weights.geometry.max_context // config.page_size)
         with torch.inference_mode():
-            self._graphs = DecodeGraphs(self.forward, config.max_batch_sequences, width)
+            most_prefill = self._most_prefill(kernels)
+            self._graphs = StepGraphs(self.forward, config.max_batch_sequences, width, most_prefill)
             self._draws_in_graph = self._graphs.check_draws()
             before = torch.cuda.mem_get_info(self.device)[0]
             self._graphs.warm_up((False, True) if self._draws_in_graph else (False,), config.max_lora_rank)
@@ -91,14 +98,19 @@ class CudaRunner(TorchRunner):
     def launch(self, batch: StepBatch) -> Ticket:
         """Start a step and return at once."""
         with self.guard.step():
-            decodes = len(batch.token_ids) == len(batch.slots) <= self._graphs.largest and not len(batch.scored)
-            if not decodes:
+            bucket = self._bucket(batch)
+            if bucket is None:
                 self._ahead.forget()
                 return Ticket(batch, logits=self._launch_chunks(batch), done=_record())
             plain = self._is_plain(batch)
+            if bucket.prefill:
+                self._ahead.forget()
+                logits = self._launch_graph(batch, bucket, plain)
+                places = batch.query_starts[1:] - 1
+                return Ticket(batch, logits=logits, fetched=self._fetch(plain), places=places, done=_record())
             started = self._ahead.take(batch) if plain else None
             if started is None:
-                logits = self._launch_decode(batch, plain)
+                logits = self._launch_graph(batch, bucket, plain)
                 ticket = Ticket(batch, logits=logits, fetched=self._fetch(plain), done=_record())
             else:
                 ticket = Ticket(batch, fetched=started.fetched, places=started.places, done=started.done)
@@ -123,6 +135,24 @@ class CudaRunner(TorchRunner):
             nothing: list[None] = [None] * len(rows)
             return StepResult(chosen, np.zeros(len(rows), dtype=np.float32), [*nothing], [*nothing])
 
+    def _most_prefill(self, kernels: CudaKernels) -> int:
+        """Most tokens of a step with prefill whose shapes suit a graph: none where attention is the torch twin's, and
+        past MAX_TOKENS only where no weight is unpacked for a step."""
+        g = self.weights.geometry
+        if not kernels.takes_flat(g.head, g.heads // g.kv_heads, self.cache.page_size, self.weights.dtype):
+            return 0
+        return PREFILLS[-1] if isinstance(self.forward, CudaForward) else MAX_TOKENS
+
+    def _bucket(self, batch: StepBatch) -> Bucket | None:
+        """Which graphs suit the step, if any."""
+        tokens, queries = len(batch.token_ids), np.diff(batch.query_starts)
+        if len(batch.scored):
+            return None
+        if tokens == len(batch.slots):
+            return self._graphs.bucket(tokens, prefill=False)
+        reads = int((batch.positions + 1)[np.repeat(queries > 1, queries)].sum())
+        return self._graphs.bucket(tokens, prefill=True) if reads <= MOST_READS else None
+
     def _fetch(self, plain: bool) -> Tensor | None:
         return self._graphs.start_fetch() if plain else None
 
@@ -138,42 +168,45 @@ class CudaRunner(TorchRunner):
         apart = len(set(batch.sample_seqs.tolist())) == len(rows)
         return self._draws_in_graph and apart and not any(is_truncated(row.sampling) for row in drawn)
 
-    def _launch_decode(self, batch: StepBatch, plain: bool) -> Tensor | None:
-        count, page = len(batch.slots), self.config.page_size
-        buffers = self._graphs.buffers(count)
+    def _launch_graph(self, batch: StepBatch, bucket: Bucket, plain: bool) -> Tensor | None:
+        rows, sequences, page = len(batch.token_ids), len(batch.slots), self.config.page_size
+        buffers = self._graphs.buffers(bucket)
+        seqs = np.repeat(np.arange(sequences), np.diff(batch.query_starts))
         starts, ranks = self._slot_rows(batch.slots)
-        pages = batch.block_tables[np.arange(count), batch.positions // page].astype(np.int64)
-        buffers.kv_slots[:count] = pages * page + batch.positions % page
-        buffers.tokens[:count] = batch.token_ids
-        buffers.positions[:count] = batch.positions
-        buffers.context_lens[:count] = batch.context_lens
-        buffers.starts[:count] = starts
-        buffers.ranks[:count] = ranks
-        buffers.tables[:count, : batch.block_tables.shape[1]] = batch.block_tables
-        buffers.kv_slots[count:] = -1
+        pages = batch.block_tables[seqs, batch.positions // page].astype(np.int64)
+        buffers.kv_slots[:rows] = pages * page + batch.positions % page
+        buffers.tokens[:rows] = batch.token_ids
+        buffers.positions[:rows] = batch.positions
+        buffers.context_lens[:rows] = batch.positions + 1
+        buffers.starts[:rows] = starts[seqs]
+        buffers.ranks[:rows] = ranks[seqs]
+        buffers.seqs[:rows] = seqs
+        buffers.tables[:sequences, : batch.block_tables.shape[1]] = batch.block_tables
+        buffers.kv_slots[rows:] = -1
         for padded in (buffers.tokens, buffers.positions, buffers.context_lens, buffers.ranks):
-            padded[count:] = 0
-        draws = plain and _write_draws(buffers, batch)
+            padded[rows:] = 0
+        sampled = batch.query_starts[1:][batch.sample_seqs] - 1
+        draws = plain and _write_draws(buffers, batch, sampled)
         active = self.slots.active(set(batch.slots.tolist()))
         longest = int(batch.context_lens.max())
-        self._graphs.launch(buffers, active, int(ranks.max(initial=0)), longest, draws=draws)
+        self._graphs.launch(buffers, sequences, active, int(ranks.max(initial=0)), longest, draws=draws)
         if plain:
             return None
-        return self._graphs.logits[self._put(batch.sample_seqs.astype(np.int64))]
+        return self._graphs.logits[self._put(sampled.astype(np.int64))]
 
     def _launch_chunks(self, batch: StepBatch) -> Tensor:
         meta, active = self.step_meta(batch)
         return self.forward(self._put(batch.token_ids), meta, active, self._put(self.logit_places(batch)))
 
 
-def _write_draws(buffers: StepBuffers, batch: StepBatch) -> bool:
-    """Temperatures (0: the most likely) and uniforms in the order of the sequences; False if all are 0."""
+def _write_draws(buffers: StepBuffers, batch: StepBatch, sampled: Int32) -> bool:
+    """Temperatures (0: the most likely) and uniforms of the rows that are `sampled`; False if all are 0."""
     drawn = [0.0 if is_greedy(row.sampling) else row.sampling.temperature for row in batch.rows]
     if not any(drawn):
         return False
     buffers.temperatures[:] = 0
-    buffers.temperatures[batch.sample_seqs] = drawn
-    buffers.uniforms[: len(batch.slots)] = _uniforms(batch, 0)
+    buffers.temperatures[sampled] = drawn
+    buffers.uniforms[sampled] = uniforms(batch.rows, 0)
     return True
 
 

@@ -42,7 +42,7 @@ class DecodeAttention:
     ) -> Tensor:
         """qkv [S, (H + 2G) D] -> [S, H D]; `tables` are cos and sin, `scale` includes log2(e). A sequence
         with no context keeps whatever was there. Without `tables`: attention alone, of rotated q [S, H D] over a
-        cache that has it all."""
+        cache that has it all. Of a flat step S is the tokens."""
         seqs = qkv.shape[0]
         page, groups = caches[0].shape[1:3]
         heads, head = groups * self._group, self._head
@@ -56,6 +56,7 @@ class DecodeAttention:
             *map(pointer, (qkv, *caches, out)),
             *((0, 0) if tables is None else map(pointer, tables)),
             *map(pointer, step),
+            pointer(meta.token_seqs) if meta.is_flat else 0,
             meta.block_tables.stride(0),
             page.bit_length() - 1,
             ctypes.c_float(scale),

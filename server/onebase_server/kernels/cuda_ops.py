@@ -149,11 +149,15 @@ class CudaKernels:
     def paged_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, meta: StepMeta) -> Tensor:
         page, groups, head = k_cache.shape[1:]
         group = q.shape[1] // groups
-        if q.dtype != torch.bfloat16 or not _fits_attention(head, group) or page & (page - 1):
+        if not self.takes_flat(head, group, page, q.dtype):
             return self._twin.paged_attention(q, k_cache, v_cache, scale, meta)
         if meta.max_query > 1:
             return self._varlen(q, k_cache, v_cache, scale, meta)
         return self._decoder(head, group)(q.flatten(1), None, (k_cache, v_cache), scale * _LOG2_E, meta)
+
+    def takes_flat(self, head: int, group: int, page: int, dtype: torch.dtype) -> bool:
+        """Whether `paged_attention` takes steps that are flat (`StepMeta.is_flat`), for models of that kind."""
+        return dtype == torch.bfloat16 and _fits_attention(head, group) and not page & (page - 1)
 
     def decode_attention(
         self,
@@ -165,7 +169,7 @@ class CudaKernels:
     ) -> Tensor:
         """`rope_write_kv` and `paged_attention` for steps of one token a sequence: in one kernel where that is faster
         (each CTA repeats the first, which small batches hide)."""
-        if len(qkv) * caches[0].shape[2] > _FUSED_HEADS:
+        if meta.is_flat or len(qkv) * caches[0].shape[2] > _FUSED_HEADS:
             q = self.rope_write_kv(qkv, *tables, *caches, meta)
             return self.paged_attention(q, *caches, scale, meta)
         groups, head = caches[0].shape[2:]
@@ -233,7 +237,7 @@ def fits_lora(pool: LoraPool) -> bool:
 
 
 def _tokenwise(meta: StepMeta, tokens: int) -> bool:
-    return meta.max_query <= 1 or tokens <= _TOKENWISE
+    return tokens <= _TOKENWISE or (meta.max_query <= 1 and not meta.is_flat)
 
 
 def _vectorised(x: Tensor) -> bool:

@@ -56,6 +56,9 @@ class StepMeta:
     max_rank: int
     max_query: int
     max_context: int
+    is_flat: bool = False
+    """Each token is given as a sequence of its own (one query, as much context as it sees), whose pages are row
+    `token_seqs` of the tables: some may belong together, so all keys and values are written before attention."""
     total_context: int | None = None
     """The sum of `context_lens`, where the host knows it: else who needs it has to wait for the device."""
 

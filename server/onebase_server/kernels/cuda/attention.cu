@@ -22,12 +22,12 @@ DEV void merge(float& m, float& l, float* acc, float other_m, float other_l, con
 // cache, attention. The token's own K and V never come from the cache.
 // grid (G, S, splits): splits beyond a sequence's own end last, and at once. scale includes log2(e). workspace [S, H, splits,
 // HEAD_DIM + 2], counters [S, G] zero. qkv [S, (H + 2 G) D]; cos, sin fp32 [max_context, D / 2]. With cos null it is
-// attention alone: qkv is q [S, H D], rotated, and all of K and V is in the cache.
+// attention alone: qkv is q [S, H D], rotated, and all of K and V is in the cache. table_rows [S]: whose tables; null: s's.
 extern "C" __global__ void __launch_bounds__(128)
     attention_decode(const u16* qkv, u16* k_cache, u16* v_cache, u16* out, const float* __restrict__ cos,
                      const float* __restrict__ sin, const long long* __restrict__ kv_slots,
                      const int* __restrict__ context_lens, const int* __restrict__ block_tables, float* workspace,
-                     int* counters, int table_width, int page_shift, float scale, int min_chunk) {
+                     int* counters, const int* __restrict__ table_rows, int table_width, int page_shift, float scale, int min_chunk) {
   __shared__ float shared_m[WARPS][GROUP], shared_l[WARPS][GROUP], shared_acc[WARPS][GROUP][HEAD_DIM];
   __shared__ __align__(16) u16 fresh[(GROUP + 2) * HEAD_DIM];  // q heads, k, v: projected, not rotated
   __shared__ int arrived;
@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(128)
   chunk = max((chunk + 31) / 32 * 32, min_chunk);
   const int splits = (context + chunk - 1) / chunk, begin = split * chunk, end = min(begin + chunk, cos ? context - 1 : context);
   const bool has_fresh = cos && split == splits - 1;  // its part of the context ends with the new token
-  const int* table = block_tables + (u64)seq * table_width;
+  const int* table = block_tables + (u64)(table_rows ? table_rows[seq] : seq) * table_width;
   const int page_mask = (1 << page_shift) - 1;
 
   int base = begin + warp * TOKENS + sub;  // this lane's first token
