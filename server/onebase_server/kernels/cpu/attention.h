@@ -48,8 +48,7 @@ inline void clear_after(const Cache<float>& v, int64_t slot, int group) {
 inline v16f scores(const Cache<bf16>& k, const bf16* tile, const bf16* q) {
     v16f even{}, odd{};
     for (int d = 0; d < k.head; d += 2) {
-        v16u pair;
-        memcpy(&pair, tile + d * KEYS, 64);
+        const v16u pair = read<v16u>(tile + d * KEYS);
         even += (v16f)(pair << 16) * splat(to_float(q[d]));
         odd += (v16f)(pair & 0xffff0000u) * splat(to_float(q[d + 1]));
     }
@@ -69,8 +68,7 @@ inline void add_values(const Cache<bf16>& v, const bf16* tile, const float* weig
     for (int d = 0; d < v.head; d += LANES) {
         v16f acc = load(out + d);
         for (int key = 0; key < KEYS; key += 2) {
-            v16u pair;
-            memcpy(&pair, tile + (key / 2 * v.head + d) * 2, 64);
+            const v16u pair = read<v16u>(tile + (key / 2 * v.head + d) * 2);
             acc += (v16f)(pair << 16) * splat(weights[key]);
             acc += (v16f)(pair & 0xffff0000u) * splat(weights[key + 1]);
         }
@@ -97,9 +95,8 @@ inline float online_softmax(float* s, int first, float scale, Row& row) {
     float top = row.maximum;
     v16f part[SPLIT / LANES];
     for (int i = 0; i < SPLIT / LANES; i++) {
-        const v16i lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        const v16i seen = lane + i * LANES < visible - v16i{};
-        part[i] = seen ? load(s + i * LANES) * splat(scale) : splat(-3.0e38f);
+        const v16i seen = counted() < splat(visible - i * LANES);
+        part[i] = select(seen, load(s + i * LANES) * splat(scale), splat(-3.0e38f));
         const float here = max_of(part[i]);
         top = here > top ? here : top;
     }

@@ -40,14 +40,13 @@ inline void configure_attention(int rows) {
 
 // Scores [count][SPLIT] of keys from `first` -> weights in bf16; factors[r] for what row r had summed before.
 inline void softmax_rows(float* s, int first, float scale, Row* rows, int count, bf16* weights, float* factors) {
-    const v16i lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     alignas(64) float drop[16] = {};
     for (int r = 0; r < count; r++) {
         const int visible = rows[r].position - first + 1;  // keys of this split that the row may see
         v16f part[SPLIT / LANES], top = splat(-3.0e38f);
         for (int i = 0; i < SPLIT / LANES; i++) {
             part[i] = load(s + r * SPLIT + i * LANES) * splat(scale);
-            if (visible < SPLIT) part[i] = lane + i * LANES < visible - v16i{} ? part[i] : splat(-3.0e38f);
+            if (visible < SPLIT) part[i] = select(counted() < splat(visible - i * LANES), part[i], splat(-3.0e38f));
             top = part[i] > top ? part[i] : top;
             store(s + r * SPLIT + i * LANES, part[i]);
         }

@@ -1,35 +1,24 @@
-// Types and small helpers shared by the CPU kernels: 16-lane vectors that any compiler target can lower, bf16.
+// Types and small helpers shared by the CPU kernels: sizes, bf16, exp, shares of work.
 // Every reduction here has one fixed order, so that a row's result never depends on the batch around it.
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
-#include <cstring>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "lanes.h"
+
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define ONEBASE_AMX 1
 #endif
 
 namespace onebase {
 
-constexpr int LANES = 16;
 constexpr int BLOCK = 64;        // weights that share one absmax
 constexpr int STRIP = 16;        // output features repacked together
 constexpr int KEYS = 16;         // keys in a tile of the KV cache
 constexpr int SPLIT = 64;        // keys an online softmax step takes, aligned to position 0
 constexpr int BLOCK_BYTES = 64 + STRIP * BLOCK / 2;  // 16 absmax in fp32, then the nibbles
 
-typedef float v16f __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t v16i __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t v16u __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t bf16;
-
-inline v16f load(const float* p) { return *reinterpret_cast<const v16f*>(p); }
-inline void store(float* p, v16f v) { *reinterpret_cast<v16f*>(p) = v; }
-inline v16f splat(float x) { return x - v16f{}; }
 
 inline float to_float(bf16 x) {
     uint32_t u = uint32_t(x) << 16;
@@ -56,6 +45,10 @@ inline v16f load_wide(const float* p) { return load(p); }
 inline v16f load_wide(const bf16* p) {
 #if defined(__AVX512F__)
     return (v16f)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(ONEBASE_PAIRS)
+    const __m256i low = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+    const __m256i high = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p + 8)));
+    return {(v8f)_mm256_slli_epi32(low, 16), (v8f)_mm256_slli_epi32(high, 16)};
 #else
     v16u u;
     for (int i = 0; i < LANES; i++) u[i] = uint32_t(p[i]) << 16;
@@ -66,6 +59,11 @@ inline void store_narrow(float* p, v16f v) { store(p, v); }
 inline void store_narrow(bf16* p, v16f v) {
 #if defined(__AVX512BF16__)
     _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#elif defined(ONEBASE_PAIRS)
+    const v16u u = (v16u)v, rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
+    const v16u bits = select((v16i)(u & 0x7fffffffu) > splat(0x7f800000), u >> 16 | 0x40, rounded);
+    const __m256i both = _mm256_packus_epi32((__m256i)bits.low, (__m256i)bits.high);  // each half packs its own lanes
+    _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(both, 0xd8));
 #else
     for (int i = 0; i < LANES; i++) p[i] = to_bf16(v[i]);
 #endif
@@ -74,33 +72,11 @@ template <typename T> inline T narrow(float x);
 template <> inline float narrow<float>(float x) { return x; }
 template <> inline bf16 narrow<bf16>(float x) { return to_bf16(x); }
 
-// Halves are added pairwise: the same tree on every target.
-inline float sum(v16f v) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)v);
-#else
-    float a[16];
-    memcpy(a, &v, 64);
-    for (int w = 8; w; w /= 2)
-        for (int i = 0; i < w; i++) a[i] += a[i + w];
-    return a[0];
-#endif
-}
-inline float max_of(v16f v) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_max_ps((__m512)v);
-#else
-    float top = v[0];
-    for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
-    return top;
-#endif
-}
-
 // exp, about 1 ulp; 0 below -87, held at exp(88) above. Cephes' polynomial after removing powers of two.
 inline v16f vexp(v16f x) {
     const v16i under = x < splat(-87.0f);
-    x = under ? splat(-87.0f) : x;
-    x = x > splat(88.0f) ? splat(88.0f) : x;
+    x = select(under, splat(-87.0f), x);
+    x = select(x > splat(88.0f), splat(88.0f), x);
     const v16f t = x * splat(1.44269504088896341f) + splat(12582912.0f);  // round to integer in the low bits
     const v16f n = t - splat(12582912.0f);
     v16f r = x - n * splat(0.693359375f);
@@ -114,7 +90,7 @@ inline v16f vexp(v16f x) {
     p = p * r * r + r + splat(1.0f);
     const v16i exponent = ((v16i)t - 0x4b400000) << 23;
     const v16f scaled = (v16f)((v16i)p + exponent);
-    return under ? v16f{} : scaled;
+    return select(under, v16f{}, scaled);
 }
 
 // Memory that a later phase will read, fetched a few lines at a time while the tile unit is busy.

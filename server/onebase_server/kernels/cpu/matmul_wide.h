@@ -20,14 +20,7 @@ inline v16f lookup(const float* code, v16u word) {
     return (v16f)_mm512_permutexvar_ps((__m512i)word, _mm512_loadu_ps(code));
 #elif defined(__AVX2__)
     const __m256 low = _mm256_loadu_ps(code), high = _mm256_loadu_ps(code + 8);
-    v16f out;
-    for (int half = 0; half < 2; half++) {
-        __m256i index;
-        memcpy(&index, (const char*)&word + 32 * half, 32);
-        const __m256 picked = lookup_half(low, high, index);
-        memcpy((char*)&out + 32 * half, &picked, 32);
-    }
-    return out;
+    return {(v8f)lookup_half(low, high, (__m256i)word.low), (v8f)lookup_half(low, high, (__m256i)word.high)};
 #else
     v16f out;
     for (int i = 0; i < LANES; i++) out[i] = code[word[i] & 15];
@@ -37,8 +30,8 @@ inline v16f lookup(const float* code, v16u word) {
 
 #if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
 #define ONEBASE_HALVES 1
-// On AVX2 a v16f is no register: compilers keep it in memory and every operation loads and stores it. What costs most is
-// written in its halves. Same operations in the same order as the general code, so the same bits.
+// What costs most, one half after the other, so that all of its sums stay in AVX2's sixteen registers. Same operations
+// in the same order as the general code, so the same bits.
 inline __m256 round_bf16(__m256 x) {
     const __m256i u = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
     const __m256i up = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
@@ -69,8 +62,7 @@ inline void decode_wide(const uint8_t* source, const float* code, float* out) {
 #else
     const v16f absmax = load((const float*)source);
     for (int c = 0; c < 8; c++) {
-        v16u word;
-        memcpy(&word, source + 64 + 64 * c, 64);
+        v16u word = read<v16u>(source + 64 + 64 * c);
         for (int j = 0; j < 8; j++) {
             const v16f value = lookup(code, word) * absmax;
             store(out + (8 * c + j) * LANES, ROUND ? round_bf16(value) : value);
@@ -80,20 +72,39 @@ inline void decode_wide(const uint8_t* source, const float* code, float* out) {
 #endif
 }
 
+// decode_wide and accumulate at once, for one token: a sum waits for the one before it, and decoding fills the gaps.
+template <bool ROUND>
+inline void decode_and_accumulate(const uint8_t* source, const float* code, const float* x, float* acc) {
+    const v16f absmax = load((const float*)source);
+    v16f sum = load(acc);
+    for (int c = 0; c < 8; c++) {
+        v16u word = read<v16u>(source + 64 + 64 * c);
+        for (int j = 0; j < 8; j++) {
+            const v16f value = lookup(code, word) * absmax;
+            sum += (ROUND ? round_bf16(value) : value) * splat(x[8 * c + j]);
+            word >>= 4;
+        }
+    }
+    store(acc, sum);
+}
+
 // acc[m] += sum over k of w[k][16] * x[m][k], for M tokens at once; k ascending.
 template <int M>
 inline void accumulate(const float* w, int k, const float* x, int ldx, float* acc) {
 #ifdef ONEBASE_HALVES
-    for (int half = 0; half < 2; half++) {
-        __m256 sums[M];
-        for (int m = 0; m < M; m++) sums[m] = _mm256_loadu_ps(acc + m * LANES + 8 * half);
-        for (int i = 0; i < k; i++) {
-            const __m256 column = _mm256_loadu_ps(w + i * LANES + 8 * half);
-            for (int m = 0; m < M; m++) sums[m] = _mm256_fmadd_ps(column, _mm256_broadcast_ss(x + size_t(m) * ldx + i), sums[m]);
+    if (M > 4) {  // one half after the other: both halves' sums would be more than there are registers
+        for (int half = 0; half < 2; half++) {
+            __m256 sums[M];
+            for (int m = 0; m < M; m++) sums[m] = _mm256_loadu_ps(acc + m * LANES + 8 * half);
+            for (int i = 0; i < k; i++) {
+                const __m256 column = _mm256_loadu_ps(w + i * LANES + 8 * half);
+                for (int m = 0; m < M; m++) sums[m] = _mm256_fmadd_ps(column, _mm256_broadcast_ss(x + size_t(m) * ldx + i), sums[m]);
+            }
+            for (int m = 0; m < M; m++) _mm256_storeu_ps(acc + m * LANES + 8 * half, sums[m]);
         }
-        for (int m = 0; m < M; m++) _mm256_storeu_ps(acc + m * LANES + 8 * half, sums[m]);
+        return;
     }
-#else
+#endif
     v16f sums[M];
     for (int m = 0; m < M; m++) sums[m] = load(acc + m * LANES);
     for (int i = 0; i < k; i++) {
@@ -101,27 +112,37 @@ inline void accumulate(const float* w, int k, const float* x, int ldx, float* ac
         for (int m = 0; m < M; m++) sums[m] += column * splat(x[size_t(m) * ldx + i]);
     }
     for (int m = 0; m < M; m++) store(acc + m * LANES, sums[m]);
-#endif
 }
 inline void accumulate_all(const float* w, int k, const float* x, int ldx, int count, float* acc) {
     int m = 0;
     for (; m + 8 <= count; m += 8) accumulate<8>(w, k, x + size_t(m) * ldx, ldx, acc + m * LANES);
-    for (; m + 2 <= count; m += 2) accumulate<2>(w, k, x + size_t(m) * ldx, ldx, acc + m * LANES);
-    if (m < count) accumulate<1>(w, k, x + size_t(m) * ldx, ldx, acc + m * LANES);
+    for (; m + 4 <= count; m += 4) accumulate<4>(w, k, x + size_t(m) * ldx, ldx, acc + m * LANES);
+    for (; m < count; m++) accumulate<1>(w, k, x + size_t(m) * ldx, ldx, acc + m * LANES);
 }
+
+constexpr int TOKENS = 96;  // whose inputs stay near while the strips go by; decoding again costs a tenth of their sums
 
 // y[token][feature] for strips [range). x [count][k] fp32; scratch: 64 * 16 + count * 16 floats.
 template <bool ROUND>
 inline void nf4_matmul_wide(const Linear& w, const float* code, const float* x, int count, Range range, float* scratch, float* y) {
     const int blocks = w.k / BLOCK, ldy = row_stride(w.n);
     float* acc = scratch + BLOCK * LANES;
-    for (int s = range.begin; s < range.end; s++) {
-        memset(acc, 0, sizeof(float) * LANES * count);
-        for (int kb = 0; kb < blocks; kb++) {
-            decode_wide<ROUND>(w.data + (size_t(s) * blocks + kb) * BLOCK_BYTES, code, scratch);
-            accumulate_all(scratch, BLOCK, x + kb * BLOCK, w.k, count, acc);
+    for (int first = 0; first < count; first += TOKENS) {
+        const int tokens = count - first < TOKENS ? count - first : TOKENS;
+        for (int s = range.begin; s < range.end; s++) {
+            memset(acc, 0, sizeof(float) * LANES * tokens);
+            for (int kb = 0; kb < blocks; kb++) {
+                const uint8_t* block = w.data + (size_t(s) * blocks + kb) * BLOCK_BYTES;
+                const float* own = x + size_t(first) * w.k + kb * BLOCK;
+                if (tokens == 1) {
+                    decode_and_accumulate<ROUND>(block, code, own, acc);
+                } else {
+                    decode_wide<ROUND>(block, code, scratch);
+                    accumulate_all(scratch, BLOCK, own, w.k, tokens, acc);
+                }
+            }
+            for (int m = 0; m < tokens; m++) memcpy(y + size_t(first + m) * ldy + s * STRIP, acc + m * LANES, 64);
         }
-        for (int m = 0; m < count; m++) memcpy(y + size_t(m) * ldy + s * STRIP, acc + m * LANES, 64);
     }
 }
 
@@ -137,12 +158,7 @@ inline void plain_matmul_wide(const T* w, int k, const float* x, int count, Rang
             for (int i = 0; i < k; i += 2 * LANES)
                 for (int q = 0; q < 4; q++)
                     part[q] = _mm256_fmadd_ps(load_half(row + i + 8 * q), _mm256_loadu_ps(own + i + 8 * q), part[q]);
-            v16f total;
-            for (int half = 0; half < 2; half++) {
-                const __m256 both = _mm256_add_ps(part[half], part[2 + half]);
-                memcpy((char*)&total + 32 * half, &both, 32);
-            }
-            y[size_t(m) * ldy + n] = sum(total);
+            y[size_t(m) * ldy + n] = sum(v16f{(v8f)(part[0] + part[2]), (v8f)(part[1] + part[3])});
 #else
             v16f a{}, b{};
             for (int i = 0; i < k; i += 2 * LANES) {

@@ -28,7 +28,7 @@ inline int argmax(const float* logits, int n) {
         int i = first;
         for (; i + LANES <= end; i += LANES) {
             const v16f x = load(logits + i);
-            most = x > most ? x : most;
+            most = select(x > most, x, most);
         }
         float here = max_of(most);
         for (; i < end; i++) here = logits[i] > here ? logits[i] : here;

@@ -12,20 +12,20 @@ inline void unpack_block(const uint8_t* source, int f, int amx, const float* cod
     if (amx) {  // a 16-bit word j of a pair of features: k = j and 32 + j of the even one, then of the odd one
         const uint8_t* words = source + 64 + 64 * (f / 2) + f % 2;
         for (int q = 0; q < 2; q++) {
-            v16u word;
-            for (int i = 0; i < LANES; i++) word[i] = words[2 * (16 * q + i)];
+            uint32_t own[LANES];
+            for (int i = 0; i < LANES; i++) own[i] = words[2 * (16 * q + i)];
+            const v16u word = read<v16u>(own);
             store_narrow(out + 16 * q, lookup(code, word) * absmax);
             store_narrow(out + 32 + 16 * q, lookup(code, word >> 4) * absmax);
         }
         return;
     }
-    const v16u shifts = {0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28};
     for (int q = 0; q < 4; q++) {  // a 32-bit word of feature f in group c: k = 8 c .. 8 c + 7
         uint32_t pair[2];
         for (int i = 0; i < 2; i++) memcpy(&pair[i], source + 64 + 64 * (2 * q + i) + 4 * f, 4);
-        v16u word;
-        for (int i = 0; i < LANES; i++) word[i] = pair[i / 8];
-        store_narrow(out + 16 * q, lookup(code, word >> shifts) * absmax);
+        uint32_t own[LANES];
+        for (int i = 0; i < LANES; i++) own[i] = pair[i / 8] >> 4 * (i % 8);
+        store_narrow(out + 16 * q, lookup(code, read<v16u>(own)) * absmax);
     }
 }
 
