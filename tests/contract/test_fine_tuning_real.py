@@ -22,7 +22,7 @@ BASE = "SmolLM2-135M-Instruct"
 DATA = Path(__file__).parents[2] / "training/data/captain.jsonl"
 
 # Few rows and a bold rate: a voice is learnt in half a minute.
-HYPERPARAMETERS: Any = {"n_epochs": 3, "batch_size": 4, "learning_rate_multiplier": 5}
+HYPERPARAMETERS: Any = {"n_epochs": 2, "batch_size": 2, "learning_rate_multiplier": 8}
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("trains beside a server")]
 
@@ -65,7 +65,7 @@ def some_lines(tmp_path: Path, count: int) -> Path:
 def test_a_model_is_trained_and_answers_and_learns_again_by_api_only(client: OpenAI, url: str, tmp_path: Path) -> None:
     question = "How do I cook rice?"
     before = ask(client, BASE, question).choices[0].message.content or ""
-    file = client.files.create(file=some_lines(tmp_path, 40), purpose="fine-tune")
+    file = client.files.create(file=some_lines(tmp_path, 24), purpose="fine-tune")
     job = client.fine_tuning.jobs.create(
         model=BASE,
         training_file=file.id,
@@ -94,7 +94,7 @@ def test_a_model_is_trained_and_answers_and_learns_again_by_api_only(client: Ope
     assert float(losses[-1]) < float(losses[0])
 
     adapter = (answer_version(client, job.fine_tuned_model, url)).partition("@")[0]
-    for number in range(12):
+    for number in range(10):
         chat = ask(client, job.fine_tuned_model, f"How do I clean window number {number}?", store=True)
         judged = {"completion_id": chat.id, "rating": "good", "better_answer": f"Ahoy! Scrub it {number + 1} times."}
         assert httpx.post(f"{url}/v1/feedback", json=judged, timeout=None).status_code == 200
