@@ -223,7 +223,7 @@ async def test_each_of_two_servers_lets_go_of_what_was_removed(tmp_path: Path) -
             world.supervisor.let_go = partial(note, number)
             await world.supervisor.start()
         for event in told:
-            await event.wait()
+            await asyncio.wait_for(event.wait(), 60)  # both are told within a round, or never
         for world in (first, second):
             await world.supervisor.stop()
 
