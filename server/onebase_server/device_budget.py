@@ -161,10 +161,12 @@ def _workspace_bytes(needs: Needs) -> int:
     captured = PREFILLS[-1] if needs.has_graphs else 0  # graphs have activations and logits of their own
     activations = (step + captured) * (4 * s.inner + 8 * s.hidden + 2 * s.qkv) * needs.element_bytes
     logits = s.vocab * (needs.max_sequences * _SAMPLED_BYTES + step * _SCORED_BYTES + captured * needs.element_bytes)
+    splits = min(-(-needs.max_context // 512), 32)  # of a long context, see kernels/cuda_attention.py
+    attended = captured * s.heads * splits * 4 * 9 // 8  # in fp32, with the softmax's state
     largest = 2 * s.inner * s.hidden
     unpacked = largest * (2 * needs.element_bytes if needs.has_graphs else 16)
     moved = needs.max_lora_rank * _row_bytes(needs)  # an adapter whose rows are moved together
-    return activations + logits + unpacked + moved + _FIXED_BYTES
+    return activations + logits + attended + unpacked + moved + _FIXED_BYTES
 
 
 def _bytes_per_token(needs: Needs) -> tuple[int, int]:

@@ -117,6 +117,11 @@ def test_graphs_are_planned_with_room_over_what_they_were_measured_to_take_but_n
     assert 1.5 * measured < planned < 2.5 * measured
 
 
+def test_a_long_context_takes_room_for_the_parts_that_attention_splits_it_into() -> None:
+    short, long = (plan_memory(replace(SERVER, max_context=n), 80 * GB) for n in (2048, 131_072))
+    assert long.workspaces - short.workspaces > 256 * 4096 * 4 * (32 - 4), "256 rows of fp32 sums a split"
+
+
 def test_every_part_is_told_to_the_operator() -> None:
     budget = plan_memory(SERVER, 24 * GB - SEVEN_WEIGHTS)
     lines = budget.lines(SEVEN_WEIGHTS)
