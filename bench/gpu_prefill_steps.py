@@ -15,9 +15,8 @@ from gpu_engine import OPENLLAMA
 from gpu_setup import machine
 
 from cuda_models import random_model
-from gpu_runners import Sequence, make_batch
+from gpu_runners import Sequence, make_batch, random_adapter
 from onebase_server.engine import runner_cuda
-from onebase_server.engine.host_adapter import TorchHostAdapter
 from onebase_server.engine.runner import StepBatch
 from onebase_server.engine.runner_cuda import CudaRunner
 from onebase_server.engine.runner_torch import RunnerConfig
@@ -39,18 +38,6 @@ STEPS = [  # decoding sequences of 128 tokens, prompts, new tokens of each, toke
     (16, 1, 100, 512),
     (16, 1, 100, 1024),
 ]
-
-
-def adapter(runner: CudaRunner, rank: int) -> TorchHostAdapter:
-    def values(pool: torch.Tensor, axis: int) -> torch.Tensor:
-        shape = list(pool.shape)
-        shape[axis] = rank
-        return (torch.randn(shape) * 0.02).bfloat16().pin_memory()
-
-    a = {name: values(pool, 2) for name, pool in runner.slots.a.items()}
-    b = {name: values(pool, 1) for name, pool in runner.slots.b.items()}
-    ranks = {n: tuple(rank if n == "qkv" else 0 for _ in range(t.shape[1])) for n, t in a.items()}
-    return TorchHostAdapter(rank=rank, a=a, b=b, module_ranks=ranks)
 
 
 def batch_of(decodes: int, prompts: int, new: int, cached: int, slot: int) -> StepBatch:
@@ -90,7 +77,7 @@ def main() -> None:
     print(
         json.dumps({**machine(), "what": "start", "s": took, "graphs": runner.num_graphs, "bytes": runner.graph_bytes})
     )
-    runner.load_slot(0, adapter(runner, 8))
+    runner.load_slot(0, random_adapter(runner, 8, {"qkv"}))
     while not runner.slot_ready(0):
         time.sleep(0.01)
     for slot in (-1, 0):

@@ -17,6 +17,7 @@ from gpu_engine import OPENLLAMA, step_bytes
 from gpu_setup import machine, read_tbps
 
 from cuda_models import random_model
+from gpu_runners import random_adapter
 from onebase_server.device_budget import Needs, plan_memory
 from onebase_server.engine.engine import Engine
 from onebase_server.engine.host_adapter import TorchHostAdapter
@@ -46,17 +47,8 @@ class BenchRunner(CudaRunner):
 
     def read_adapter(self, ref: AdapterRef) -> TorchHostAdapter:
         kind = ref.name.rstrip("0123456789")
-        rank, targets = RANKS[kind], self.projections(kind)
-
-        def values(pool: torch.Tensor, axis: int) -> torch.Tensor:
-            shape = list(pool.shape)
-            shape[axis] = rank
-            return (torch.randn(shape) * 0.02).bfloat16().pin_memory()
-
-        a = {name: values(pool, 2) for name, pool in self.slots.a.items()}
-        b = {name: values(pool, 1) for name, pool in self.slots.b.items()}
-        ranks = {n: tuple(rank if n in targets else 0 for _ in range(t.shape[1])) for n, t in a.items()}
-        return TorchHostAdapter(rank=rank, a=a, b=b, module_ranks=ranks)
+        adapter: TorchHostAdapter = random_adapter(self, RANKS[kind], self.projections(kind))
+        return adapter
 
 
 async def _one(engine: Engine, request: GenerationRequest) -> list[tuple[float, int]]:

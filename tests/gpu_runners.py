@@ -1,4 +1,4 @@
-"""Sequences and steps for tests of the CUDA runner, without an engine."""
+"""Sequences, steps and adapters for tests and benchmarks of the CUDA runner, without an engine."""
 
 import numpy as np
 
@@ -42,3 +42,20 @@ def make_rows(sequences: list[Sequence], **sampling):
 
     params = SamplingParams(**{**GREEDY, **sampling})
     return [SampleRow(s.state, params, 1, tuple(s.ids)) for s in sequences]
+
+
+def random_adapter(runner, rank: int, targets, scale: float = 0.02, generator=None):
+    """In pinned memory, as a loader would read it. `targets`: the projections that it changes; others have rank 0."""
+    import torch
+
+    from onebase_server.engine.host_adapter import TorchHostAdapter
+
+    def values(pool, axis: int):
+        shape = list(pool.shape)
+        shape[axis] = rank
+        return (torch.randn(shape, generator=generator) * scale).bfloat16().pin_memory()
+
+    a = {name: values(pool, 2) for name, pool in runner.slots.a.items()}
+    b = {name: values(pool, 1) for name, pool in runner.slots.b.items()}
+    ranks = {n: tuple(rank if n in targets else 0 for _ in range(pool.shape[1])) for n, pool in a.items()}
+    return TorchHostAdapter(rank=rank, a=a, b=b, module_ranks=ranks)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gpu_runners import Sequence, make_batch, make_rows
+from gpu_runners import Sequence, make_batch, make_rows, random_adapter
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -15,20 +15,8 @@ def _adapter(runner, rank: int, seed: int):
     """Random weights for some projections, zero rank elsewhere."""
     import torch
 
-    from onebase_server.engine.host_adapter import TorchHostAdapter
-
-    generator = torch.Generator().manual_seed(seed)
-
-    def values(like, axis: int):
-        shape = list(like.shape)
-        shape[axis] = rank
-        return (torch.randn(shape, generator=generator) * 0.1).bfloat16().pin_memory()
-
-    a = {name: values(pool, 2) for name, pool in runner.slots.a.items()}
-    b = {name: values(pool, 1) for name, pool in runner.slots.b.items()}
-    chosen = set(a) if seed % 2 else {"qkv"}
-    ranks = {n: tuple(rank if n in chosen else 0 for _ in range(pool.shape[1])) for n, pool in a.items()}
-    return TorchHostAdapter(rank=rank, a=a, b=b, module_ranks=ranks)
+    targets = runner.slots.a if seed % 2 else {"qkv"}
+    return random_adapter(runner, rank, targets, 0.1, torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("kept", [128, 2], ids=["all kept", "graphs make way"])

@@ -16,7 +16,6 @@ from torch import Tensor
 from onebase.lru import Lru
 from onebase_server.engine.graph_keys import (
     MAX_LORA_GRAPHS,
-    PREFILLS,
     Bucket,
     GraphKey,
     base_keys,
@@ -93,7 +92,7 @@ class StepGraphs:
     """All graphs of one model. Engine thread only; one step in flight. `max_prefill`: most tokens of a step with
     prefill that is captured."""
 
-    def __init__(self, forward: ModelForward, max_batch: int, width: int, max_prefill: int = PREFILLS[-1]) -> None:
+    def __init__(self, forward: ModelForward, max_batch: int, width: int, max_prefill: int) -> None:
         weights = forward.weights
         self._forward = forward
         assert isinstance(forward.kernels, CudaKernels)

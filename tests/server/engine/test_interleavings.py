@@ -122,7 +122,7 @@ def test_every_request_ends_once_with_its_own_answer_whatever_happens_around_it(
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(sizes=worlds, script=st.lists(moves, min_size=10, max_size=60))
 def test_every_request_ends_once_in_thousands_of_longer_interleavings(
     sizes: dict[str, Any], script: list[tuple[str, Any]]

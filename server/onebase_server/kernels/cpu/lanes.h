@@ -1,5 +1,5 @@
-// Sixteen lanes as one value: the compiler's own vector, which it lowers to any target; on AVX2 a pair of eights, since
-// compilers keep a vector wider than a register in memory, where every operation loads and stores it.
+// Sixteen lanes as one value: the compiler's own vector, which it lowers to any target; on AVX2 a pair of eights.
+// Compilers keep a vector wider than a register in memory, where every operation loads and stores it.
 #pragma once
 
 #include <cstdint>
